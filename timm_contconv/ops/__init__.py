@@ -1,0 +1,16 @@
+"""The convolution engine for dense kernels."""
+
+from .conv import conv, depthwise_conv, depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
+from .dense import fft_conv
+from .dispatch import algorithm, algorithms
+
+__all__ = [
+    "algorithm",
+    "algorithms",
+    "conv",
+    "depthwise_conv",
+    "depthwise_conv1d",
+    "depthwise_conv2d",
+    "depthwise_conv3d",
+    "fft_conv",
+]

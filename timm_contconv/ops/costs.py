@@ -1,0 +1,30 @@
+"""The recorded cost rule: seconds per unit of work, as benchmarks/depthwise_fit.py measured them (costs.json)."""
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = ["predict"]
+
+_FILE = Path(__file__).with_name("costs.json")
+
+
+@lru_cache(maxsize=1)
+def _rows() -> dict[str, dict[str, list[float]]]:
+    return json.loads(_FILE.read_text(encoding="utf-8"))["seconds"]
+
+
+def predict(key: str, features: Callable[[str], tuple[float, ...]]) -> dict[str, float]:
+    """Seconds that each algorithm is expected to take, on the machine that the file names.
+
+    Args:
+        key: the kind of work: device, dimensions, dtype, layout and pass.
+        features: from an algorithm's name to its amounts of work.
+
+    Returns:
+        Seconds by algorithm; empty where nothing was measured.
+    """
+    return {
+        name: sum(c * f for c, f in zip(row, features(name), strict=True)) for name, row in _rows().get(key, {}).items()
+    }

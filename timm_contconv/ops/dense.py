@@ -1,0 +1,233 @@
+"""Convolution with long kernels between all channels of a group, by FFT, as custom operators."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import autocast
+from .costs import predict
+from .fft import Axis, axes_of, compute_dtype, gradient_spectrum, image_spectrum, inverse, spatial, transform
+from .problem import as_format, new_tensor, output_size
+
+__all__ = ["dense_cost_key", "dense_features", "fft_conv", "is_cheaper_by_fft"]
+
+# Below this many taps nobody wins by FFT, and the question costs more than the answer is worth.
+_FEWEST_TAPS = 64
+
+
+def fft_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv1d`, `conv2d` or `conv3d` by real FFTs, for kernels about as long as the input.
+
+    Transforms run in float32 (float64 for float64). Differentiable to any order, and one operator in compiled and
+    exported graphs.
+
+    Args:
+        x: (N, C_in, *size).
+        weight: (C_out, C_in/groups, *kernel).
+        bias: (C_out,), or None.
+        stride, padding: an int, or one per spatial dimension; zeros are padded on both sides.
+        groups: number of blocks of channels that are convolved apart.
+
+    Returns:
+        (N, C_out, *output_size), with the dtype and the memory format of `x`.
+
+    Raises:
+        ValueError: if the channels of `x` and `weight` do not fit together.
+    """
+    dims = weight.ndim - 2
+    if x.ndim != weight.ndim or x.shape[1] != groups * weight.shape[1] or weight.shape[0] % groups:
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, groups={groups}: these do not fit")
+    stride = (stride,) * dims if isinstance(stride, int) else tuple(stride)
+    padding = (padding,) * dims if isinstance(padding, int) else tuple(padding)
+    out = _convolve(x, weight, stride, padding, groups)
+    return out if bias is None else out + bias.to(out.dtype).reshape(-1, *[1] * dims)
+
+
+# ------------------------------------------------------------------------------------------------- operators
+# In each, spectra are grouped as (groups, frequencies, rows, columns), so that channels meet in matrix products.
+
+
+@torch.library.custom_op("timm_contconv::fft_conv", mutates_args=())
+def _convolve(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> Tensor:
+    axes = axes_of(x.shape[2:], weight.shape[2:], stride, padding)
+    images, kernels = _grouped(image_spectrum(x, axes), groups, 1), _grouped(_kernel_spectrum(weight, axes), groups, 0)
+    products = images @ kernels.mT.conj_physical()
+    wanted = [slice(0, (a.outputs - 1) * a.stride + 1, a.stride) for a in axes]
+    return as_format(inverse(_ungrouped(products, axes, 1), axes)[spatial(wanted)], x)
+
+
+@torch.library.custom_op("timm_contconv::fft_conv_input_gradient", mutates_args=())
+def _input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    axes = axes_of(input_size, weight.shape[2:], stride, padding)
+    kernels = _grouped(_kernel_spectrum(weight, axes), groups, 0)
+    products = _grouped(gradient_spectrum(grad, axes), groups, 1) @ kernels
+    wanted = [slice(a.left, a.left + a.size) for a in axes]
+    return as_format(inverse(_ungrouped(products, axes, 1), axes)[spatial(wanted)], grad)
+
+
+@torch.library.custom_op("timm_contconv::fft_conv_weight_gradient", mutates_args=())
+def _weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    axes = axes_of(x.shape[2:], kernel_size, stride, padding)
+    grads = _grouped(gradient_spectrum(grad, axes), groups, 1).conj_physical()
+    products = grads.mT @ _grouped(image_spectrum(x, axes), groups, 1)
+    out = x.new_zeros((grad.shape[1], x.shape[1] // groups, *kernel_size))
+    taps = inverse(_ungrouped(products, axes, 0), axes)[spatial([slice(0, a.taps) for a in axes])]
+    out[spatial([slice(a.first_tap, a.first_tap + a.taps) for a in axes])] = taps.to(x.dtype)
+    return out
+
+
+def _kernel_spectrum(weight: Tensor, axes: list[Axis]) -> Tensor:
+    used = weight[spatial([slice(a.first_tap, a.first_tap + a.taps) for a in axes])]
+    return transform(used.to(compute_dtype(weight.dtype)), axes)
+
+
+def _grouped(spectrum: Tensor, groups: int, axis: int) -> Tensor:
+    """(A, B, *frequencies) with the groups blocks of `axis` as (groups, frequencies, A, B), A or B per group."""
+    return spectrum.flatten(2).unflatten(axis, (groups, -1)).movedim((axis, -1), (0, 1))
+
+
+def _ungrouped(products: Tensor, axes: list[Axis], axis: int) -> Tensor:
+    """The inverse of `_grouped`."""
+    frequencies = [*(a.length for a in axes[:-1]), axes[-1].length // 2 + 1]
+    return products.movedim((0, 1), (axis, -1)).flatten(axis, axis + 1).unflatten(-1, frequencies)
+
+
+@_convolve.register_fake
+def _(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> Tensor:
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding)
+    return new_tensor(x, (x.shape[0], weight.shape[0], *size))
+
+
+@_input_gradient.register_fake
+def _(grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: Any, padding: Any, groups: int) -> Tensor:
+    return new_tensor(grad, (grad.shape[0], weight.shape[1] * groups, *input_size))
+
+
+@_weight_gradient.register_fake
+def _(grad: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Any, padding: Any, groups: int) -> Tensor:
+    return x.new_empty((grad.shape[1], x.shape[1] // groups, *kernel_size))
+
+
+# ------------------------------------------------------------------------------------------------- gradients
+# Each operator is linear in two tensors, so the gradients of the three are again among the three.
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.geometry = inputs[-3:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    to_x = _input_gradient(grad, weight, x.shape[2:], *ctx.geometry) if need_x else None
+    to_weight = _weight_gradient(grad, x, weight.shape[2:], *ctx.geometry) if need_weight else None
+    return to_x, to_weight, None, None, None
+
+
+def _input_backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+    grad, weight = ctx.saved_tensors
+    need_grad, need_weight = ctx.needs_input_grad[:2]
+    to_grad = _convolve(x, weight, *ctx.geometry) if need_grad else None
+    to_weight = _weight_gradient(grad, x, weight.shape[2:], *ctx.geometry) if need_weight else None
+    return to_grad, to_weight, None, None, None, None
+
+
+def _weight_backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x = ctx.saved_tensors
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    to_grad = _convolve(x, weight, *ctx.geometry) if need_grad else None
+    to_x = _input_gradient(grad, weight, x.shape[2:], *ctx.geometry) if need_x else None
+    return to_grad, to_x, None, None, None, None
+
+
+_convolve.register_autograd(_backward, setup_context=_save)
+_input_gradient.register_autograd(_input_backward, setup_context=_save)
+_weight_gradient.register_autograd(_weight_backward, setup_context=_save)
+autocast.register("fft_conv", _convolve)
+
+
+# FLOPs are counted as for the convolution that these stand for.
+
+
+@register_flop_formula(torch.ops.timm_contconv.fft_conv)
+def _(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+@register_flop_formula(torch.ops.timm_contconv.fft_conv_input_gradient)
+def _(grad: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(grad) * math.prod(weight[1:])
+
+
+@register_flop_formula(torch.ops.timm_contconv.fft_conv_weight_gradient)
+def _(grad: Any, x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(grad) * math.prod(out_shape[1:])
+
+
+# ---------------------------------------------------------------------------------------------------- choice
+
+
+def is_cheaper_by_fft(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], groups: int
+) -> bool:
+    """Whether the recorded costs expect `fft_conv` to be faster than PyTorch's convolution.
+
+    False where nothing was recorded, which today is every device but the CPU.
+    """
+    taps = math.prod(weight.shape[2:])
+    if taps <= _FEWEST_TAPS or x.device.type != "cpu" or x.ndim != weight.ndim or not x.numel():
+        return False
+    costs = predict(
+        dense_cost_key(weight.ndim - 2),
+        lambda name: dense_features(name, x.shape, weight.shape, stride, padding, groups),
+    )
+    return bool(costs) and min(costs, key=costs.__getitem__) == "fft"
+
+
+def dense_cost_key(dims: int) -> str:
+    """The row of the cost file for convolutions between channels; measured in float32, forward and backward."""
+    return f"cpu/{dims}d/dense"
+
+
+def dense_features(
+    name: str,
+    x: Sequence[int],
+    weight: Sequence[int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int,
+) -> tuple[float, ...]:
+    """Amounts of work of "pytorch" or "fft", for shapes x (N, C_in, *size) and weight (C_out, C_in/groups, ...)."""
+    pairs = x[0] * weight[0] * weight[1]
+    if name == "pytorch":
+        return (1.0, pairs * math.prod(weight[2:]) * math.prod(output_size(x[2:], weight[2:], stride, padding)))
+    # The transforms' true lengths are a little larger; this is what torch.compile can trace in no time.
+    plane = math.prod(max(n + p, k) for n, k, p in zip(x[2:], weight[2:], padding, strict=True))
+    transforms = (x[0] * (x[1] + weight[0]) + weight[0] * weight[1]) * plane
+    return (1.0, transforms * math.log2(plane), pairs * plane)
