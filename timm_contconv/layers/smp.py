@@ -1,0 +1,349 @@
+"""SMPConv (Kim and Park 2023): kernels interpolated between self-moving points.
+
+A kernel is a function over [-1, 1] per dimension. A point's influence falls linearly, in the L1 distance, from its
+weight at its coordinates to 0 at its radius. Points move freely in training.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from .base import ConstructedConv, plain_arguments
+from .compilation import CompileMode
+from .replacement import ConvReplacement, PlainConv
+from .spec import KernelSize, LayerSpec
+
+__all__ = ["SmpConv1d", "SmpConv2d", "SmpSpec", "point_basis", "small_kernel_sizes", "smp_kernel", "smp_sum_kernel"]
+
+Points = Literal["filter", "layer"]
+
+SMALLEST_RADIUS = 1e-4  # lower end of the clipping in the released CIFAR and sequence code
+LARGEST_RADIUS = 1.0  # upper end, in all released code
+INITIAL_WEIGHT_STD = 0.02  # released ImageNet code
+LARGEST_COUNT = 16384  # a quarter of the pixels of the largest kernel that a specification may ask for
+SEQUENCE_COUNT = 30  # points per kernel of a sequence (section 4.2)
+
+
+def point_basis(coordinate: Tensor, radius: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Influence of every point on every pixel: max(0, g) of Kim and Park 2023, Eq. 2.
+
+    Args:
+        coordinate: (P, m, D) points; -1 and 1 are the centres of the first and the last pixel of a dimension.
+        radius: (P, m), in the same unit; below 1e-4 it counts as 1e-4, so that nothing is divided by zero.
+        kernel_size: D ints; a dimension of 1 has its pixel at 0.
+
+    Returns:
+        (P, m, prod(kernel_size)), from 0 to 1.
+    """
+    scale = 1 / radius.clamp(min=SMALLEST_RADIUS).unsqueeze(-1)
+    first, *others = [
+        (_pixels(size, coordinate) - coordinate[..., d].unsqueeze(-1)).abs() * scale
+        for d, size in enumerate(kernel_size)
+    ]
+    height = 1 - first
+    for distance in others:
+        height = (height.unsqueeze(-1) - distance.unsqueeze(-2)).flatten(-2)
+    return height.relu()
+
+
+def smp_kernel(weight: Tensor, coordinate: Tensor, radius: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Dense SMP kernel: the mean over the neighbours of each pixel (Kim and Park 2023, Eq. 1 and 2).
+
+    Args:
+        weight: (C_out, C_in/groups, m) point weights.
+        coordinate: (P, m, D) points; P is C_out (points per filter) or 1 (one set for the layer).
+        radius: (P, m).
+        kernel_size: D ints.
+
+    Returns:
+        (C_out, C_in/groups, *kernel_size) kernel; 0 where no point reaches.
+    """
+    basis = point_basis(coordinate, radius, kernel_size)
+    neighbours = (basis > 0).sum(1, keepdim=True).clamp(min=1)
+    kernel = _weighted_sum(weight, basis) / neighbours
+    return kernel.reshape(weight.shape[:-1] + tuple(kernel_size))
+
+
+def smp_sum_kernel(weight: Tensor, coordinate: Tensor, radius: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Dense SMP kernel without the division of Eq. 1, as in the released ImageNet models.
+
+    Takes and returns what `smp_kernel` does.
+    """
+    kernel = _weighted_sum(weight, point_basis(coordinate, radius, kernel_size))
+    return kernel.reshape(weight.shape[:-1] + tuple(kernel_size))
+
+
+def _weighted_sum(weight: Tensor, basis: Tensor) -> Tensor:
+    """One matrix product per set of points: (C_out, C_in/groups, m) and (P, m, K) to (P, -1, K)."""
+    return torch.bmm(weight.reshape(basis.shape[0], -1, weight.shape[-1]), basis)
+
+
+def _pixels(size: int, like: Tensor) -> Tensor:
+    """`size` pixel centres from -1 to 1."""
+    steps = torch.arange(size, device=like.device, dtype=like.dtype)
+    return (2 * steps - (size - 1)) / max(size - 1, 1)
+
+
+def _plus_small(function: Callable[..., Tensor], margins: Sequence[int], small: Tensor, **inputs: Tensor) -> Tensor:
+    """The kernel of `function` plus a small one at its centre; margins as `F.pad` takes them."""
+    return function(**inputs) + F.pad(small, list(margins))
+
+
+class _SmpConv(ConstructedConv):
+    """Convolution with a kernel of self-moving points (Kim and Park 2023).
+
+    Takes the arguments of `ConstructedConv`, and
+
+    Args:
+        padding: as there. By default 0 in 2-D and "causal" in 1-D: zeros before the sequence, so that output i
+            depends on inputs 0..i and there is one output per input (at stride 1).
+        kernel_count: m, the points of each kernel. Default: a quarter of the kernel's pixels in 2-D (released
+            ImageNet code), 30 in 1-D (section 4.2).
+        points: "filter" gives each output channel points of its own (section 3.2), "layer" lets all of them
+            share one set, for large networks (section 4.3). Weights are never shared.
+        normalize: divide by the number of neighbours (Eq. 1), or sum as the released ImageNet models do.
+        coordinate_std: standard deviation of the initial coordinates around the kernel's centre (causal: around
+            the newest sample); 0.05 is the best of Table 7, 0.2 the released ImageNet code's.
+        initial_radius: default 4 / K, two pixels of a kernel of size K.
+        min_radius: `constrain_` clips radii to [min_radius, 1]; 1e-4, or 1e-3 in the released ImageNet code.
+        small_kernel: size of a small dense kernel added at the centre of the large one (section 3.3), None for
+            none. It is part of the constructed kernel; `SmpConvBn2d` has one with a batch norm of its own.
+
+    Parameters:
+        point_weight: (C_out, C_in/groups, m).
+        geometry["coordinate"]: (P, m, D), in [-1, 1] inside of the kernel; P is C_out or 1.
+        geometry["radius"]: (P, m).
+        small_weight: (C_out, C_in/groups, *small sizes), only with small_kernel.
+        bias: (C_out,).
+
+    Raises:
+        ValueError: an argument is out of range. Also from `construct()`, hence from a forward pass, if a
+            coordinate or a radius is not finite; not while training on an accelerator (looking would make it
+            wait), nor in compiled graphs.
+    """
+
+    method = "smp"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str | None = None,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        kernel_count: int | None = None,
+        points: Points = "filter",
+        normalize: bool = True,
+        coordinate_std: float = 0.05,
+        initial_radius: float | None = None,
+        min_radius: float = SMALLEST_RADIUS,
+        small_kernel: int | Sequence[int] | None = None,
+        compile: CompileMode = "auto",
+    ) -> None:
+        causal = self.ndim == 1 and padding in (None, "causal")
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, 0 if causal or padding is None else padding,
+            dilation, groups, bias, padding_mode, device, dtype, compile=compile,
+        )  # fmt: skip
+        if causal and padding_mode != "zeros":
+            raise ValueError(f"padding_mode={padding_mode!r}: expected 'zeros'; causal padding knows no other")
+        _check_points(points, coordinate_std, min_radius, initial_radius)
+        self.causal = causal
+        self.kernel_count = _kernel_count(kernel_count, self.kernel_size)
+        self.points = points
+        self.normalize = normalize
+        self.coordinate_std = coordinate_std
+        self.initial_radius = initial_radius
+        self.min_radius = min_radius
+        self.small_kernel = small_kernel_sizes(small_kernel, self.kernel_size, causal)
+        self._create_parameters(device, dtype)
+        self.reset_parameters()
+
+    def _create_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        empty = functools.partial(torch.empty, device=device, dtype=dtype)
+        channels = (self.out_channels, self.in_channels // self.groups)
+        sets = 1 if self.points == "layer" else self.out_channels
+        self.point_weight = nn.Parameter(empty(*channels, self.kernel_count))
+        values = {"coordinate": empty(sets, self.kernel_count, self.ndim), "radius": empty(sets, self.kernel_count)}
+        self.geometry = nn.ParameterDict({name: nn.Parameter(value) for name, value in values.items()})
+        self.small_weight = nn.Parameter(empty(*channels, *self.small_kernel)) if self.small_kernel else None
+
+    @property
+    def coordinate(self) -> Tensor:
+        """Points, -1 to 1 inside of the kernel; shared layers return the shared ones."""
+        return self.geometry["coordinate"]
+
+    @property
+    def radius(self) -> Tensor:
+        """How far the points reach, in the unit of `coordinate`."""
+        return self.geometry["radius"]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial values of the released code: points near the centre (causal: the newest sample), small radii."""
+        nn.init.trunc_normal_(self.point_weight, std=INITIAL_WEIGHT_STD)
+        if self.causal:
+            nn.init.trunc_normal_(self.coordinate, std=self.coordinate_std, a=-1, b=0)
+            self.coordinate.mul_(2).add_(1)
+        else:
+            nn.init.trunc_normal_(self.coordinate, std=self.coordinate_std, a=-1, b=1)
+        default = min(max(4 / max(self.kernel_size), self.min_radius), LARGEST_RADIUS)
+        nn.init.constant_(self.radius, default if self.initial_radius is None else self.initial_radius)
+        if self.small_weight is not None:
+            nn.init.kaiming_uniform_(self.small_weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def kernel_inputs(self) -> Mapping[str, Tensor]:
+        inputs = {"weight": self.point_weight, **self.geometry}
+        return inputs if self.small_weight is None else {**inputs, "small": self.small_weight}
+
+    def kernel_function(self) -> Callable[..., Tensor]:
+        function = functools.partial(smp_kernel if self.normalize else smp_sum_kernel, kernel_size=self.kernel_size)
+        if self.small_kernel is None:
+            return function
+        sizes = zip(self.kernel_size, self.small_kernel, strict=True)
+        margins = tuple(margin for large, small in reversed(list(sizes)) for margin in ((large - small) // 2,) * 2)
+        return functools.partial(_plus_small, function=function, margins=margins)
+
+    def construct(self) -> Tensor:
+        for name, value in self.geometry.items():
+            _require_finite(name, value, self.training)
+        return super().construct()
+
+    def constrain_(self) -> None:
+        """Clip radii to [min_radius, 1]. Coordinates stay free: clipping them costs accuracy (section 3.3)."""
+        with torch.no_grad():
+            self.radius.clamp_(self.min_radius, LARGEST_RADIUS)
+
+    @classmethod
+    def from_conv(cls, conv: PlainConv, spec: SmpSpec, init: Literal["fit", "random"] = "random") -> Self:
+        """An SMP layer in place of `conv`, with the kernel of `spec`.
+
+        Raises:
+            ValueError: init is not "random"; the kernel can't be centred on the old one.
+        """
+        if init != "random":
+            raise ValueError(f"init={init!r}: expected 'random'; no other start is available for SMP")
+        settings = spec.model_dump(exclude={"method", "kernel_size"})
+        return cls(**plain_arguments(conv, spec.sizes(cls.ndim)), **settings)
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, kernel_count={self.kernel_count}, points={self.points}"
+        text += f", normalize={self.normalize}" + (", padding='causal'" if self.causal else "")
+        return text if self.small_kernel is None else f"{text}, small_kernel={self.small_kernel}"
+
+
+class SmpConv1d(_SmpConv):
+    __doc__ = _SmpConv.__doc__
+    ndim = 1
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        return (F.pad(x, (self.kernel_size[0] - 1, 0)), (0,)) if self.causal else super()._pad(x)
+
+    def to_conv(self) -> nn.Module:
+        """The plain convolution with the same output; causal, after an `nn.ConstantPad1d`."""
+        conv = super().to_conv()
+        if not self.causal:
+            return conv
+        return nn.Sequential(nn.ConstantPad1d((self.kernel_size[0] - 1, 0), 0.0), conv).train(self.training)
+
+
+class SmpConv2d(_SmpConv):
+    __doc__ = _SmpConv.__doc__
+    ndim = 2
+
+
+class SmpSpec(LayerSpec):
+    """Settings of an SMP layer. Names, meanings and defaults are those of the layer's arguments."""
+
+    layers: ClassVar[dict[int, type[ConvReplacement]]] = {1: SmpConv1d, 2: SmpConv2d}
+
+    method: Literal["smp"] = "smp"
+    kernel_size: KernelSize
+    kernel_count: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] | None = None
+    points: Points = "filter"
+    normalize: bool = True
+    coordinate_std: Annotated[float, Field(gt=0, le=1)] = 0.05
+    initial_radius: Annotated[float, Field(ge=SMALLEST_RADIUS, le=LARGEST_RADIUS)] | None = None
+    min_radius: Annotated[float, Field(ge=SMALLEST_RADIUS, le=LARGEST_RADIUS)] = SMALLEST_RADIUS
+    small_kernel: KernelSize | None = None
+
+    def sizes(self, ndim: int) -> tuple[int, ...]:
+        """kernel_size, one int per dimension."""
+        return (self.kernel_size,) * ndim if isinstance(self.kernel_size, int) else self.kernel_size
+
+    def refusal(self, conv: PlainConv) -> str | None:
+        reason = super().refusal(conv)
+        if reason is None:
+            try:
+                sizes = self.sizes(len(conv.kernel_size))
+                plain_arguments(conv, sizes)
+                small_kernel_sizes(self.small_kernel, sizes, causal=False)
+            except ValueError as error:
+                return str(error)
+        return reason
+
+
+def _kernel_count(count: int | None, kernel_size: Sequence[int]) -> int:
+    if count is None:
+        return SEQUENCE_COUNT if len(kernel_size) == 1 else max(1, math.prod(kernel_size) // 4)
+    if count < 1:
+        raise ValueError(f"kernel_count={count}: expected a positive int; SMP needs at least one point per kernel")
+    return count
+
+
+def _check_points(points: str, coordinate_std: float, min_radius: float, initial_radius: float | None) -> None:
+    if points not in ("filter", "layer"):
+        raise ValueError(f"points={points!r}: expected 'filter' (points per output channel) or 'layer' (one set)")
+    if not 0 < coordinate_std <= 1:
+        raise ValueError(f"coordinate_std={coordinate_std}: expected more than 0 and at most 1, half the kernel")
+    for name, radius in (("min_radius", min_radius), ("initial_radius", initial_radius)):
+        if radius is not None and not SMALLEST_RADIUS <= radius <= LARGEST_RADIUS:
+            raise ValueError(f"{name}={radius}: expected {SMALLEST_RADIUS} to {LARGEST_RADIUS}, half the kernel")
+
+
+def small_kernel_sizes(
+    small_kernel: int | Sequence[int] | None, kernel_size: Sequence[int], causal: bool = False
+) -> tuple[int, ...] | None:
+    """Sizes of a small kernel that has its centre where the large one has it; ValueError if there is none."""
+    if small_kernel is None:
+        return None
+    if causal:
+        raise ValueError(f"small_kernel={small_kernel!r}: expected None in a causal convolution; it would be centred")
+    small = (small_kernel,) * len(kernel_size) if isinstance(small_kernel, int) else tuple(small_kernel)
+    pairs = zip(small, kernel_size, strict=False)
+    if len(small) != len(kernel_size) or any(not 1 <= s <= k or (k - s) % 2 for s, k in pairs):
+        raise ValueError(
+            f"small_kernel={small_kernel!r}: expected at most the kernel_size {tuple(kernel_size)}, and as even or"
+            " odd, so that both have the same centre"
+        )
+    return small
+
+
+def _require_finite(name: str, value: Tensor, training: bool) -> None:
+    """Refuse NaN and infinity, where the values can be looked at without holding up an accelerator every step."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(value, Tensor) or value.is_meta:
+        return
+    if value.device.type != "cpu" and (training or torch.cuda.is_current_stream_capturing()):
+        return
+    if wrong := int((~value.detach().isfinite()).sum()):
+        raise ValueError(
+            f"{name}: {wrong} of {value.numel()} values are NaN or infinite, expected finite numbers; go back to an"
+            " earlier checkpoint, and train with gradient clipping or a lower learning rate"
+        )

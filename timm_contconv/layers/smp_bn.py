@@ -1,0 +1,119 @@
+"""SmpConvBn2d: an SMP convolution and a small convolution side by side, each with its batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .replacement import ConvReplacement, PlainConv
+from .smp import SmpConv2d, SmpSpec, small_kernel_sizes
+
+__all__ = ["SmpConvBn2d"]
+
+
+class SmpConvBn2d(ConvReplacement):
+    """BN(SMP convolution) + BN(small convolution), which `to_conv` folds into one convolution.
+
+    The re-parameterisation of RepLKNet, as SMPConv's ImageNet networks use it (Kim and Park 2023, section 3.3).
+
+    Args:
+        conv: the SMP convolution, without a small kernel of its own.
+        small_kernel: size of the small convolution's kernel, as odd or even as the large one; None for none.
+
+    Submodules: `conv`, `bn`, `small_conv` and `small_bn` (both None without small_kernel).
+
+    Raises:
+        ValueError: the small kernel does not fit into the centre of the large one, or its padding would be
+            negative.
+    """
+
+    method = "smp"
+
+    def __init__(self, conv: SmpConv2d, small_kernel: int | Sequence[int] | None = 5) -> None:
+        super().__init__()
+        if conv.small_kernel is not None:
+            raise ValueError(
+                f"conv: has small_kernel={conv.small_kernel} without a batch norm; expected None, and small_kernel"
+                " given to SmpConvBn2d"
+            )
+        like: dict[str, Any] = {"device": conv.point_weight.device, "dtype": conv.point_weight.dtype}
+        self.conv = conv
+        self.bn = nn.BatchNorm2d(conv.out_channels, **like)
+        sizes = small_kernel_sizes(small_kernel, conv.kernel_size)
+        self.small_conv = None if sizes is None else _small_conv(conv, sizes, **like)
+        self.small_bn = None if sizes is None else nn.BatchNorm2d(conv.out_channels, **like)
+
+    @property
+    def geometry(self) -> nn.ParameterDict:  # type: ignore[override]
+        """The points' coordinates and radii."""
+        return self.conv.geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H', W')."""
+        y = self.bn(self.conv(x))
+        return y if self.small_conv is None or self.small_bn is None else y + self.small_bn(self.small_conv(x))
+
+    @torch.no_grad()
+    def to_conv(self) -> nn.Module:
+        """One `nn.Conv2d` (or timm's `Conv2dSame`) with a bias, and the output that this has in eval mode."""
+        conv = self.conv.to_conv()
+        assert isinstance(conv, nn.Conv2d)
+        weight, bias = _fold(conv.weight, conv.bias, self.bn)
+        if self.small_conv is not None and self.small_bn is not None:
+            small, small_bias = _fold(self.small_conv.weight, None, self.small_bn)
+            margins = [(k - s) // 2 for k, s in zip(conv.kernel_size, self.small_conv.kernel_size, strict=True)]
+            weight = weight + F.pad(small, [m for margin in reversed(margins) for m in (margin, margin)])
+            bias = bias + small_bias
+        conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        conv.bias = nn.Parameter(bias, requires_grad=self.bn.bias.requires_grad)
+        return conv
+
+    def multiply_adds(self, output_size: Sequence[int]) -> int:
+        """Multiply-adds of both convolutions for one sample with an output of `output_size` pixels."""
+        total = self.conv.multiply_adds(output_size)
+        if self.small_conv is not None:
+            total += torch.Size(output_size).numel() * self.small_conv.weight.numel()
+        return total
+
+    @classmethod
+    def from_conv(cls, conv: PlainConv, spec: SmpSpec, init: Literal["fit", "random"] = "random") -> Self:
+        """Both branches in place of `conv`; the small one has the spec's small_kernel.
+
+        Raises:
+            ValueError: as `SmpConv2d.from_conv`.
+        """
+        branch = spec.model_copy(update={"small_kernel": None})
+        return cls(SmpConv2d.from_conv(conv, branch, init), spec.small_kernel)
+
+
+def _small_conv(conv: SmpConv2d, sizes: Sequence[int], **like: Any) -> nn.Conv2d:
+    """A convolution whose small kernel lies at the centre of `conv`'s."""
+    if conv.padding == "same":
+        if max(conv.stride) > 1 or not all(size % 2 for size in sizes):
+            raise ValueError("padding='same': expected numbers beside a small kernel, if strided or of even size")
+        padding = tuple(size // 2 for size in sizes)
+    else:
+        both = zip(conv.padding, conv.kernel_size, sizes, strict=True)
+        padding = tuple(p - (large - small) // 2 for p, large, small in both)
+    if min(padding) < 0:
+        raise ValueError(
+            f"padding={conv.padding}: expected {-min(padding)} more, or a larger small_kernel: at the centre of the"
+            " large kernel the small one starts inside of the image"
+        )
+    return nn.Conv2d(
+        conv.in_channels, conv.out_channels, tuple(sizes), conv.stride, padding,  # type: ignore[arg-type]
+        groups=conv.groups, bias=False, padding_mode=conv.padding_mode, **like,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of a convolution followed by a batch norm with its running statistics."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    offset = -bn.running_mean if bias is None else bias - bn.running_mean
+    return weight * scale.reshape(-1, 1, 1, 1), bn.bias + offset * scale
