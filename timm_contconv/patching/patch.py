@@ -1,0 +1,185 @@
+"""Replacing convolutions of a model by those of a method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..layers import ConstructedConv, ConvReplacement
+from ..layers.compilation import CompileMode, check_compile_mode
+from ..layers.replacement import PlainConv, share_geometry
+from .record import PatchRecord, get_record, set_record
+from .rewire import Rewired, move_stem_pool, revert
+from .select import Selector, obstacle, select_convolutions, stages
+from .spec import PatchSpec, as_patch_spec
+from .swap import exempt_from_weight_decay, geometry_homes, remove_traces, swap, with_hooks
+
+__all__ = ["patch"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch(
+    model: Model,
+    patch: str | Path | Mapping[str, Any] | PatchSpec,
+    *,
+    select: Selector | Sequence[Selector] | None = None,
+    init: Literal["random"] = "random",
+    compile: CompileMode = "auto",
+    **layer_overrides: Any,
+) -> Model:
+    """Replace convolutions of a model, in place, by those of a method.
+
+    All or nothing: on any error the model is bit for bit what it was. Device, dtype, training mode, frozen
+    parameters and hooks of each convolution carry over to its replacement.
+
+    Args:
+        model: timm's, torchvision's, transformers', your own.
+        patch: a recipe's name, the path of a .toml, a dict, or a PatchSpec.
+        select: which convolutions, instead of the recipe's own choice: "depthwise", "strided", "all", globs of
+            module names ("stages.2.*"), predicates (name, convolution) -> bool, or a list of these; "!" excludes.
+            Only exclusions: the recipe's choice less these.
+        init: "random" draws the new layers' parameters as the method's paper does.
+        compile: "auto" compiles kernel construction on CUDA only; True, False.
+        **layer_overrides: other values for settings of the recipe's layer, as `kernel_size=11`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: unknown recipe or setting, a value out of range, a selection that matches nothing or nothing
+            that the method can replace, a model that is patched already, or an init other than "random".
+        TypeError: model is not a module; patch or a selector is of a wrong type.
+    """
+    if init != "random":
+        raise ValueError(f"init={init!r}: expected 'random'; starting from the replaced kernels is not available")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: expected a module, as timm.create_model returns one")
+    check_compile_mode(compile)
+    spec = as_patch_spec(patch)
+    if layer_overrides:
+        spec = spec.with_layer(**layer_overrides)
+    _require_unpatched(model)
+    rewired = move_stem_pool(model) if spec.stem_pool == "to_stage" else ()
+    try:
+        _replace(model, spec, _selectors(spec, select), init, compile, rewired)
+    except BaseException:
+        revert(model, rewired)
+        raise
+    return model
+
+
+def _replace(
+    model: nn.Module,
+    spec: PatchSpec,
+    selectors: Sequence[Selector],
+    init: Literal["random"],
+    compile: CompileMode,
+    rewired: tuple[Rewired, ...],
+) -> None:
+    """Replace what the selectors choose and record it; on any error the model's modules are what they were."""
+    selected = select_convolutions(model, selectors)
+    stage_of = dict(zip(selected, stages(model, list(selected)), strict=True))
+    chosen, left_alone = _replaceable(spec, selected, stage_of)
+    groups = _groups(spec, chosen, stage_of)
+    layer_spec = spec.layer.resolve([[chosen[name] for name in group] for group in groups])
+    spec = spec.model_copy(update={"layer": layer_spec})
+
+    replacements = {name: spec.layer_at(stage_of[name]).build(conv, init) for name, conv in chosen.items()}
+    for name, conv in chosen.items():
+        _carry_over(conv, replacements[name])
+        if isinstance(layer := replacements[name], ConstructedConv):
+            layer.compile_mode = compile
+    record = PatchRecord(
+        spec=spec.model_copy(update={"select": _recordable(selectors, chosen), "models": ()}),
+        replaced={name: copy.deepcopy(conv).to("meta") for name, conv in chosen.items()},
+        left_alone=left_alone,
+        homes=geometry_homes(model, [group for group in groups if len(group) > 1], spec.layer.method),
+        rewired=rewired,
+    )
+    undo = swap(model, replacements)
+    try:
+        shared = [[replacements[name] for name in group] for group in groups if len(group) > 1]
+        for layers, (home, attribute) in zip(shared, record.homes, strict=True):
+            share_geometry(layers, model.get_submodule(home), attribute)
+        set_record(model, record)
+        exempt_from_weight_decay(model)
+    except BaseException:
+        remove_traces(model, record)
+        undo()
+        raise
+
+
+def _require_unpatched(model: nn.Module) -> None:
+    record = get_record(model)
+    if record is not None:
+        raise ValueError(
+            f"model: already patched with {record.spec.layer.method!r}; tcc.unpatch(model) or tcc.merge(model) first"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, ConvReplacement):
+            raise ValueError(f"model: {name or 'it'} is already a {type(module).__name__}; tcc.merge(model) first")
+    if isinstance(model, _ConvNd):
+        raise ValueError(
+            "model: a lone convolution can't be replaced in place; put it into a module, or call"
+            " Layer.from_conv(convolution, spec)"
+        )
+
+
+def _selectors(spec: PatchSpec, select: Selector | Sequence[Selector] | None) -> tuple[Selector, ...]:
+    if select is None:
+        return spec.select
+    listed = (select,) if isinstance(select, str) or callable(select) else tuple(select)
+    only_exclusions = all(isinstance(s, str) and s.startswith("!") for s in listed)
+    return (*spec.select, *listed) if only_exclusions else listed
+
+
+def _recordable(selectors: Sequence[Selector], chosen: Iterable[str]) -> tuple[str, ...]:
+    """Selectors as they can be written to a file: predicates become the names that they chose."""
+    texts = [s for s in selectors if isinstance(s, str)]
+    return tuple(texts) if len(texts) == len(selectors) else tuple(chosen)
+
+
+def _replaceable(
+    spec: PatchSpec, selected: Mapping[str, _ConvNd], stage_of: Mapping[str, int]
+) -> tuple[dict[str, PlainConv], dict[str, str]]:
+    chosen: dict[str, PlainConv] = {}
+    left_alone: dict[str, str] = {}
+    for name, conv in selected.items():
+        plain = cast(PlainConv, conv)  # `obstacle` names what is not
+        reason = obstacle(conv) or spec.layer_at(stage_of[name]).refusal(plain)
+        if reason is None:
+            chosen[name] = plain
+        else:
+            left_alone[name] = reason
+    if not chosen:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in left_alone.items())
+        raise ValueError(f"{spec.layer.method} can replace none of the selected convolutions:\n{reasons}")
+    return chosen, left_alone
+
+
+def _groups(spec: PatchSpec, chosen: Mapping[str, PlainConv], stage_of: Mapping[str, int]) -> list[list[str]]:
+    """Names of convolutions that will share their geometry, group by group."""
+    if spec.share is None:
+        return [[name] for name in chosen]
+    groups: dict[Any, list[str]] = {}
+    for name, conv in chosen.items():
+        key = (stage_of[name], conv.weight.shape[:2], len(conv.kernel_size), conv.weight.device, conv.weight.dtype)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _carry_over(conv: PlainConv, layer: nn.Module) -> None:
+    """Training mode, frozen parameters and hooks."""
+    layer.train(conv.training)
+    if not conv.weight.requires_grad:
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name == "bias" and conv.bias is not None and conv.bias.requires_grad)
+    elif conv.bias is not None and not conv.bias.requires_grad and isinstance(layer.bias, Tensor):
+        layer.bias.requires_grad_(False)
+    with_hooks(conv, layer)

@@ -1,0 +1,218 @@
+"""PatchReport: what a patch changed, layer by layer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..layers import ConvReplacement
+from .record import PatchRecord, require_record
+from .restore import merge, original_architecture
+from .rewire import Rewired
+
+__all__ = ["PatchReport", "PatchRow", "report"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchRow:
+    """One replaced convolution, one shared geometry, or one other module that the patch changed.
+
+    Attributes:
+        name: module name.
+        before, after: the layers, as text.
+        parameters_before, parameters_after: numbers of parameters; a shared geometry counts in its own row.
+        multiply_adds_before, multiply_adds_after: for one sample; None without an input size.
+        fit_error: ||new kernel - old kernel|| / ||old kernel|| at the start; None for a random start.
+    """
+
+    name: str
+    before: str
+    after: str
+    parameters_before: int
+    parameters_after: int
+    multiply_adds_before: int | None = None
+    multiply_adds_after: int | None = None
+    fit_error: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchReport:
+    """What a patch changed. Prints as a table.
+
+    Attributes:
+        patch: the patch, as plain values.
+        rows: one per replaced convolution, per shared geometry and per other module that the patch changed.
+        left_alone: selected convolutions that were not replaced, and why.
+        parameters_before, parameters_after: of the whole model.
+        multiply_adds_before, multiply_adds_after: of the whole model for one sample; None without an input size.
+        multiply_adds_published: multiply_adds_after as the method's paper counts, where fewer are needed here.
+        input_size: (channels, *size) that multiply-adds were counted for.
+    """
+
+    patch: dict[str, Any]
+    rows: tuple[PatchRow, ...]
+    left_alone: dict[str, str]
+    parameters_before: int
+    parameters_after: int
+    multiply_adds_before: int | None
+    multiply_adds_after: int | None
+    multiply_adds_published: int | None
+    input_size: tuple[int, ...] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.patch['layer']['method']}: {len(self.rows)} rows", show_footer=True)
+        table.add_column("name", footer="whole model", no_wrap=True)
+        table.add_column("before")
+        table.add_column("after")
+        table.add_column("parameters", footer=_change(self.parameters_before, self.parameters_after), justify="right")
+        footer = _change(self.multiply_adds_before, self.multiply_adds_after)
+        if self.multiply_adds_published is not None and self.multiply_adds_published != self.multiply_adds_after:
+            footer += f"\n(published: {_short(self.multiply_adds_published)})"
+        table.add_column("multiply-adds", footer=footer, justify="right")
+        table.add_column("fit error", justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                row.before,
+                row.after,
+                _change(row.parameters_before, row.parameters_after),
+                _change(row.multiply_adds_before, row.multiply_adds_after),
+                "" if row.fit_error is None else f"{row.fit_error:.1e}",
+            )
+        for name, reason in self.left_alone.items():
+            table.add_row(name, "left alone", reason)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=140)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchReport:
+    """What the patch on a model changed.
+
+    Args:
+        model: a patched model; it is not run or changed.
+        input_size: (channels, *size) of one sample, for multiply-adds. Default: that of the model's
+            `pretrained_cfg`; without one, multiply-adds are left out.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    record = require_record(model)
+    if input_size is None and hasattr(model, "pretrained_cfg"):
+        channels, *size = model.__dict__["pretrained_cfg"]["input_size"]
+        input_size = (getattr(model, "in_chans", channels), *size)
+    original = original_architecture(model)
+    before, old_outputs = _count_multiply_adds(original, input_size, record.replaced)
+    merged = merge(copy.deepcopy(model).to("meta"), inplace=True)
+    after, outputs = _count_multiply_adds(merged, input_size, record.replaced)
+    existed = dict(original.named_modules())
+    rows = [_row(model, n, existed.get(n), old_outputs.get(n), outputs.get(n)) for n in record.replaced]
+    rows += [_home_row(model, record, home, attribute) for home, attribute in record.homes]
+    rows += [_module_row(model, change) for change in record.rewired if change.is_module]
+    spared = sum(_spared(model.get_submodule(name), output) for name, output in outputs.items())
+    return PatchReport(
+        patch=record.spec.to_dict(),
+        rows=tuple(rows),
+        left_alone=dict(record.left_alone),
+        parameters_before=sum(p.numel() for p in original.parameters()),
+        parameters_after=sum(p.numel() for p in model.parameters()),
+        multiply_adds_before=before,
+        multiply_adds_after=after,
+        multiply_adds_published=None if after is None else after + spared,
+        input_size=None if input_size is None else tuple(input_size),
+    )
+
+
+def _count_multiply_adds(
+    shadow: nn.Module, input_size: Sequence[int] | None, names: Iterable[str]
+) -> tuple[int | None, dict[str, tuple[int, ...]]]:
+    """Multiply-adds of a model on the meta device, and the output size of the named modules."""
+    if input_size is None:
+        return None, {}
+    outputs: dict[str, tuple[int, ...]] = {}
+    for name in set(names) & dict(shadow.named_modules()).keys():
+        module = shadow.get_submodule(name)
+        module.register_forward_hook(lambda _, __, y, name=name: outputs.__setitem__(name, tuple(y.shape[2:])))
+    sample = torch.empty(1, *input_size, device="meta", dtype=next(shadow.parameters()).dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow.eval()(sample)
+    return counter.get_total_flops() // 2, outputs
+
+
+def _spared(layer: nn.Module, output: tuple[int, ...]) -> int:
+    """Multiply-adds that a layer's paper counts and this implementation does without."""
+    assert isinstance(layer, ConvReplacement)
+    return layer.published_multiply_adds(output) - layer.multiply_adds(output)
+
+
+def _row(
+    model: nn.Module,
+    name: str,
+    conv: nn.Module | None,
+    old_output: tuple[int, ...] | None,
+    output: tuple[int, ...] | None,
+) -> PatchRow:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, ConvReplacement)
+    weights = 0 if conv is None else sum(p.numel() for key, p in conv.named_parameters() if key == "weight")
+    pixels = None if old_output is None else torch.Size(old_output).numel()
+    return PatchRow(
+        name=name,
+        before="" if conv is None else _describe(conv),
+        after=_describe(layer),
+        parameters_before=0 if conv is None else sum(p.numel() for p in conv.parameters()),
+        parameters_after=sum(p.numel() for p in layer.parameters())
+        - sum(p.numel() for key, m in layer.named_children() if key != "geometry" for p in m.parameters()),
+        multiply_adds_before=None if pixels is None else pixels * weights,
+        multiply_adds_after=None if output is None else layer.multiply_adds(output),
+    )
+
+
+def _home_row(model: nn.Module, record: PatchRecord, home: str, attribute: str) -> PatchRow:
+    geometry = getattr(model.get_submodule(home), attribute)
+    users = sum(model.get_submodule(name).geometry is geometry for name in record.replaced)
+    after = f"{', '.join(geometry)} of {users} layers"
+    return PatchRow(f"{home}.{attribute}", "", after, 0, sum(p.numel() for p in geometry.parameters()))
+
+
+def _module_row(model: nn.Module, change: Rewired) -> PatchRow:
+    module = getattr(model.get_submodule(change.owner), change.attribute)
+    before = "" if change.before is None else type(change.before).__name__
+    inside = [layer for layer in module.modules() if isinstance(layer, ConvReplacement)]  # with rows of their own
+    own = sum(p.numel() for p in module.parameters()) - sum(p.numel() for m in inside for p in m.parameters())
+    return PatchRow(f"{change.owner}.{change.attribute}".lstrip("."), before, type(module).__name__, 0, own)
+
+
+def _describe(layer: nn.Module) -> str:
+    size = "×".join(str(k) for k in layer.kernel_size)  # type: ignore[union-attr]
+    count = getattr(layer, "kernel_count", None)
+    return f"{type(layer).__name__} {size}" + ("" if count is None else f" / {count}")
+
+
+def _change(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return ""
+    return f"{_short(before)} -> {_short(after)}"
+
+
+def _short(number: int) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= limit:
+            return f"{number / limit * (10 if unit == 'k' else 1):.2f}{unit}"
+    return str(number)

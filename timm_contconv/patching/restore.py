@@ -1,0 +1,119 @@
+"""From layers of this package back to plain convolutions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import ConvReplacement
+from .record import get_record, require_record
+from .rewire import revert
+from .swap import remove_traces, swap, with_hooks
+
+__all__ = ["merge", "original_architecture", "unpatch"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
+    """Turn every layer of this package into plain convolutions with the same output.
+
+    Args:
+        model: a patched model, or any model that holds layers of this package.
+        inplace: change `model` itself, rather than a copy.
+        dense: one convolution for each layer, also where several with smaller kernels do the same with less work;
+            the output may then differ at the borders of images, as the layer's `to_dense_conv` says.
+
+    Returns:
+        The model without layers of this package.
+
+    Raises:
+        ValueError: the model holds no such layer.
+    """
+    if not any(isinstance(module, ConvReplacement) for module in model.modules()):
+        raise ValueError(f"model: this {type(model).__name__} holds no layer of timm_contconv: nothing to merge")
+    if isinstance(model, ConvReplacement):
+        raise ValueError(f"model: a lone {type(model).__name__} can't be merged in place; call its to_conv()")
+    if not inplace:
+        model = copy.deepcopy(model)
+    layers = _outermost_layers(model)
+    plain = {name: layer.to_dense_conv() if dense else layer.to_conv() for name, layer in layers.items()}
+    merged = {name: with_hooks(layer, plain[name]) for name, layer in layers.items()}
+    swap(model, merged)
+    remove_traces(model, get_record(model))
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Give a patched model its original architecture back, in place.
+
+    Each convolution gets the constructed kernel, cropped to its own size.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model is not patched, or a constructed kernel reaches beyond the original size; the message
+            names those layers. The model is then unchanged.
+    """
+    record = require_record(model)
+    restored: dict[str, nn.Module] = {}
+    too_large: list[str] = []
+    for name, original in record.replaced.items():
+        merged = model.get_submodule(name).to_dense_conv()  # type: ignore[operator]
+        kernel = _crop(merged.weight.detach(), original.weight.shape[2:])
+        if kernel is None:
+            too_large.append(f"{name} ({merged.kernel_size} into {original.kernel_size})")
+            continue
+        conv = copy.deepcopy(original)
+        conv.weight = nn.Parameter(kernel, requires_grad=merged.weight.requires_grad)
+        conv.bias = merged.bias
+        restored[name] = with_hooks(model.get_submodule(name), conv.train(merged.training))
+    if too_large:
+        raise ValueError(
+            "these constructed kernels reach beyond the original size: "
+            + ", ".join(too_large)
+            + "; tcc.merge(model) keeps their full size"
+        )
+    swap(model, restored)
+    revert(model, record.rewired)
+    remove_traces(model, record)
+    return model
+
+
+def original_architecture(model: nn.Module) -> nn.Module:
+    """A copy of a patched model as it was before the patch, on the meta device: without weights.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    record = require_record(model)
+    shadow = copy.deepcopy(model).to("meta")
+    swap(shadow, {name: copy.deepcopy(conv) for name, conv in record.replaced.items()})
+    revert(shadow, record.rewired)
+    remove_traces(shadow, record)
+    return shadow
+
+
+def _outermost_layers(model: nn.Module) -> dict[str, ConvReplacement]:
+    """Layers of this package by name, without those that are part of another one."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ConvReplacement)}
+    parts = {id(part) for layer in layers.values() for part in layer.modules() if part is not layer}
+    return {name: layer for name, layer in layers.items() if id(layer) not in parts}
+
+
+def _crop(kernel: Tensor, size: Sequence[int]) -> Tensor | None:
+    """The centre of a kernel, (..., *size), or None where something lies outside of it."""
+    starts = [(full - small) // 2 for full, small in zip(kernel.shape[2:], size, strict=True)]
+    if min(starts) < 0:
+        padding = [amount for start in reversed(starts) for amount in (-start, -start)]
+        return nn.functional.pad(kernel, padding) if max(starts) <= 0 else None
+    cropped = kernel
+    for dim, (start, small) in enumerate(zip(starts, size, strict=True), start=2):
+        cropped = cropped.narrow(dim, start, small)
+    outside = kernel.abs().sum(dtype=torch.float64) - cropped.abs().sum(dtype=torch.float64)
+    return cropped.clone() if outside <= 1e-6 * kernel.abs().sum(dtype=torch.float64) else None

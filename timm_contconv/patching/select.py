@@ -1,0 +1,110 @@
+"""Which convolutions of a model a patch replaces."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+
+from timm.layers import Conv2dSame
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+__all__ = ["Selector", "find_convolutions", "obstacle", "select_convolutions", "stages"]
+
+Selector = str | Callable[[str, nn.Module], bool]
+
+PLAIN_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
+
+
+def _is_depthwise(conv: _ConvNd) -> bool:
+    return conv.groups == conv.in_channels > 1 and max(conv.kernel_size) > 1
+
+
+def _is_strided(conv: _ConvNd) -> bool:
+    return max(conv.stride) > 1
+
+
+PRESETS: dict[str, Callable[[_ConvNd], bool]] = {
+    "depthwise": _is_depthwise,
+    "strided": _is_strided,
+    "all": lambda conv: True,
+}
+
+
+def find_convolutions(model: nn.Module) -> dict[str, _ConvNd]:
+    """All convolutions of a model by module name, each once, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
+
+
+def select_convolutions(model: nn.Module, selectors: Selector | Sequence[Selector]) -> dict[str, _ConvNd]:
+    """The convolutions that any selector names, less those that a "!" selector names.
+
+    Args:
+        model: any module.
+        selectors: "depthwise" (one input channel per group, kernel larger than 1), "strided" (a stride above 1),
+            "all", globs over module names, predicates (name, convolution) -> bool, or a sequence of these.
+
+    Raises:
+        TypeError: a selector is neither a string nor callable.
+        ValueError: nothing is left; the message lists what there is to select.
+    """
+    chosen: dict[str, _ConvNd] = {}
+    convolutions = find_convolutions(model)
+    listed = [selectors] if isinstance(selectors, str) or callable(selectors) else list(selectors)
+    included = [s for s in listed if not (isinstance(s, str) and s.startswith("!"))]
+    excluded = [s[1:] for s in listed if isinstance(s, str) and s.startswith("!")]
+    for name, conv in convolutions.items():
+        if any(_matches(s, name, conv) for s in included) and not any(_matches(s, name, conv) for s in excluded):
+            chosen[name] = conv
+    if not chosen:
+        raise ValueError(f"select={selectors!r} matches no convolution. {_describe(convolutions)}")
+    return chosen
+
+
+def obstacle(conv: _ConvNd) -> str | None:
+    """Why no method can stand in for this module, or None where nothing speaks against it."""
+    if conv.transposed:
+        return "transposed convolution"
+    if type(conv) not in PLAIN_TYPES:
+        return f"{type(conv).__name__} computes its convolution in a way of its own"
+    if parametrize.is_parametrized(conv) or "weight" not in conv._parameters:
+        return "its weight is computed from other parameters (parametrization, weight norm or pruning)"
+    if isinstance(conv.padding, str) and conv.padding not in ("same", "valid"):
+        return f"padding {conv.padding!r}"
+    return None
+
+
+def stages(model: nn.Module, names: Sequence[str]) -> list[int]:
+    """The stage of each named module.
+
+    A stage ends with one of the modules in timm's `feature_info`; a model that has none is one stage.
+    """
+    info = getattr(model, "feature_info", None) or []
+    order = {name: index for index, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    features = [item["module"] for item in info if item.get("module") in order]
+    ends = [max(i for name, i in order.items() if f"{name}.".startswith(f"{feature}.")) for feature in features]
+    return [sum(end < order[name] for end in ends) for name in names]
+
+
+def _matches(selector: Selector, name: str, conv: _ConvNd) -> bool:
+    if callable(selector):
+        return bool(selector(name, conv))
+    if not isinstance(selector, str):
+        raise TypeError(f"select={selector!r}: expected a string or a predicate (name, convolution) -> bool")
+    if selector in PRESETS:
+        return PRESETS[selector](conv)
+    return fnmatch.fnmatchcase(name, selector)
+
+
+def _describe(convolutions: dict[str, _ConvNd], shown: int = 12) -> str:
+    if not convolutions:
+        return "The model has no convolution."
+    counts = ", ".join(f"{p!r} ({sum(map(rule, convolutions.values()))})" for p, rule in PRESETS.items())
+    rows = [
+        f"  {name}: {conv.in_channels}->{conv.out_channels}, kernel {conv.kernel_size}, stride {conv.stride},"
+        f" groups {conv.groups}"
+        for name, conv in list(convolutions.items())[:shown]
+    ]
+    more = [f"  ... and {len(convolutions) - shown} more"] if len(convolutions) > shown else []
+    return "\n".join([f"There are: {counts}; by name or glob:", *rows, *more])

@@ -1,0 +1,194 @@
+"""PatchSpec: what a patch does, as a recipe file, a dict or an object."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import operator
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from .. import layers
+from ..data import data_folder
+from ..layers import LayerSpec
+
+__all__ = ["PatchSpec", "as_patch_spec", "list_patches", "load_patch"]
+
+if TYPE_CHECKING:
+    AnyLayerSpec = LayerSpec
+else:  # every method that `layers` defines; the field `method` says which one a mapping is
+    AnyLayerSpec = functools.reduce(operator.or_, layers.SPECS)
+
+_Text = Annotated[str, Field(max_length=1000)]
+
+
+class PatchSpec(BaseModel):
+    """What a patch does to a model: which convolutions it replaces, with what, and what they share.
+
+    Attributes:
+        layer: settings of the method, discriminated by `method`.
+        by_stage: settings of the layer that differ by stage of the model: one table per stage, in order; the last
+            one holds for all stages after it.
+        select: which convolutions: "depthwise", "strided", "all", or globs of module names; "!" excludes.
+        share: "stage" gives layers of a stage with the same parameter shapes one set of positions and widths.
+        stem_pool: "to_stage" takes the max-pool out of a ResNet's stem; its first stage strides instead.
+        description: one line for people.
+        models: timm architectures that this recipe is registered on, as `{architecture}_{recipe}`.
+
+    Raises:
+        ValueError: a field is unknown, missing or out of range; the message names it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: Annotated[AnyLayerSpec, Field(discriminator="method" if len(layers.SPECS) > 1 else None)]
+    by_stage: Annotated[tuple[dict[str, Any], ...], Field(max_length=100)] = ()
+    select: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=10_000)]
+    share: Literal["stage"] | None = None
+    stem_pool: Literal["to_stage"] | None = None
+    description: _Text = ""
+    models: Annotated[tuple[_Text, ...], Field(max_length=10_000)] = ()
+
+    @field_validator("by_stage")
+    @classmethod
+    def _check_stages(cls, tables: tuple[dict[str, Any], ...], info: ValidationInfo) -> tuple[dict[str, Any], ...]:
+        if "layer" in info.data:  # otherwise the layer's own error is reported
+            for number, table in enumerate(tables, start=1):
+                _with_settings(info.data["layer"], table, f"stage {number}")
+        return tables
+
+    def layer_at(self, stage: int) -> LayerSpec:
+        """The layer's settings in a stage, counted from 0."""
+        if not self.by_stage:
+            return self.layer
+        return _with_settings(self.layer, self.by_stage[min(stage, len(self.by_stage) - 1)], f"stage {stage + 1}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "patch") -> Self:
+        """Validate a mapping that came from `source` (named in the error).
+
+        Raises:
+            ValueError: names the key, the value and what is allowed.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(_explain(error, source)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` gives the spec back."""
+        return self.model_dump(mode="json", exclude_none=True, exclude=set() if self.models else {"models"})
+
+    def to_toml(self) -> str:
+        """The spec as a recipe file."""
+        return tomli_w.dumps(self.to_dict())
+
+    def with_layer(self, **changes: Any) -> Self:
+        """The same patch with other settings of its layer, the same in all stages.
+
+        Raises:
+            ValueError: as `from_dict`.
+        """
+        values = self.to_dict()
+        values["layer"] = {**values["layer"], **changes}
+        kept = [{k: v for k, v in table.items() if k not in changes} for table in self.by_stage]
+        values["by_stage"] = kept if any(kept) else []
+        return self.from_dict(values)
+
+
+def list_patches() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in data_folder("patches").glob("*.toml"))
+
+
+def load_patch(name_or_path: str | Path) -> PatchSpec:
+    """Read a recipe, by the name of one that comes with the package or by the path of a .toml file.
+
+    Raises:
+        ValueError: no such recipe (the message names the nearest), or its content is wrong (it names file, line
+            and key).
+        FileNotFoundError: no such file.
+    """
+    if str(name_or_path) in list_patches():
+        path = data_folder("patches") / f"{name_or_path}.toml"
+    elif isinstance(name_or_path, Path) or name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+    else:
+        near = difflib.get_close_matches(name_or_path, list_patches(), n=3, cutoff=0.3) or list_patches()
+        raise ValueError(
+            f"patch={name_or_path!r}: no such recipe; did you mean {' or '.join(near)}? tcc.list_patches() lists"
+            " all; a path must end in .toml"
+        )
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path.name}: not a TOML file: {error}") from None
+    try:
+        return PatchSpec.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(error, path.name, text)) from None
+
+
+def as_patch_spec(patch: str | Path | Mapping[str, Any] | PatchSpec) -> PatchSpec:
+    """The spec that a recipe's name, a path, a mapping or a spec stands for.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: as `load_patch` and `PatchSpec.from_dict`.
+    """
+    if isinstance(patch, PatchSpec):
+        return patch
+    if isinstance(patch, str | Path):
+        return load_patch(patch)
+    if isinstance(patch, Mapping):
+        return PatchSpec.from_dict(patch)
+    raise TypeError(f"patch={patch!r}: expected a recipe's name, a path to a .toml, a dict or a PatchSpec")
+
+
+def _with_settings(layer: LayerSpec, settings: Mapping[str, Any], place: str) -> LayerSpec:
+    """`layer` with other settings, of the same method.
+
+    Raises:
+        ValueError: a setting is unknown or out of range; the message starts with `place`.
+    """
+    if "method" in settings:
+        raise ValueError(f"{place}: method is the same in all stages")
+    try:
+        return type(layer).model_validate({**layer.model_dump(), **settings})
+    except ValidationError as error:
+        raise ValueError(_explain(error, place, whole="layer")) from None
+
+
+def _explain(error: ValidationError, source: str, text: str | None = None, whole: str = "patch") -> str:
+    """One line per mistake: source, line (where there is a text), key, value, what is allowed."""
+    methods = [spec.model_fields["method"].default for spec in layers.SPECS]
+    lines = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"] if part not in methods]
+        key = ".".join(location)
+        problem = item["msg"].removeprefix("Value error, ")
+        where = f"{source}:{_line_of(text, location[-1])}" if text and location else source
+        if item["type"] == "missing":
+            lines.append(f"{where}: {key} is missing")
+        elif item["type"] == "extra_forbidden":
+            lines.append(f"{where}: {key} is not a field of this {'layer' if len(location) > 1 else whole}")
+        elif item["type"].startswith("union_tag"):
+            lines.append(f"{where}: layer.method: expected one of {', '.join(methods)}; {problem}")
+        else:
+            lines.append(f"{where}: {key}={json.dumps(item['input'], default=repr)}: {problem}")
+    return "\n".join(lines)
+
+
+def _line_of(text: str, key: str) -> int:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if re.match(rf"\s*\[?\s*[\"']?{re.escape(key)}\b", line):
+            return number
+    return 1
