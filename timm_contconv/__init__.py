@@ -1,0 +1,34 @@
+"""timm's model zoo with continuous convolutions.
+
+    import timm, timm_contconv as tcc
+
+    model = timm.create_model("convnext_tiny_dcls_gauss", num_classes=10)    # a named architecture
+    model = tcc.patch(timm.create_model("mobilenetv3_small_100"), "dcls")    # any model, one call
+    plain = tcc.merge(model)                                                 # ordinary convolutions again
+
+Importing this package registers its architectures with timm.
+"""
+
+from . import models
+from .hub import from_pretrained, save_pretrained
+from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
+from .train import constrain_, param_groups, penalty
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PatchReport",
+    "PatchSpec",
+    "constrain_",
+    "from_pretrained",
+    "list_patches",
+    "load_patch",
+    "merge",
+    "models",
+    "param_groups",
+    "patch",
+    "penalty",
+    "report",
+    "save_pretrained",
+    "unpatch",
+]

@@ -1,0 +1,5 @@
+"""`python -m timm_contconv` is `contconv`."""
+
+from .cli import app
+
+app()

@@ -1,0 +1,5 @@
+"""The command line, `contconv`."""
+
+from .app import app
+
+__all__ = ["app"]

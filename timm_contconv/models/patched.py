@@ -1,0 +1,201 @@
+"""timm's architectures with a patch: one entry point per recipe and model, and one for models patched by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import tomllib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    model_entrypoint,
+    register_model,
+)
+from timm.models._features import FeatureGetterNet
+from timm.models._pretrained import PretrainedCfg
+from torch import nn
+
+from ..convert import to_native
+from ..data import data_folder
+from ..patching import PatchSpec, list_patches, load_patch, patch
+from ..patching.record import get_record, set_record
+
+__all__ = ["HAND_PATCHED", "PATCHED", "PatchedArchitecture", "contconv"]
+
+#: registered name of a model that was patched by hand
+HAND_PATCHED = "contconv"
+#: arguments that say where weights come from or how a model is wrapped: not part of an architecture
+_BUILD_ARGUMENTS = frozenset(
+    (
+        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
+        *("checkpoint_path", "cache_dir", "features_only", "out_indices", "feature_cls", "feature_cfg", "pruned"),
+    )
+)
+#: bound on every number of an architecture that a stranger's configuration asks for
+_LARGEST_ARGUMENT = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchedArchitecture:
+    """A timm architecture with a recipe applied to it."""
+
+    base: str
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        """Its name in timm's registry."""
+        return f"{self.base}_{self.recipe}"
+
+
+def _build_base(base: str, spec: PatchSpec, name: str, base_args: Mapping[str, Any], **kwargs: Any) -> nn.Module:
+    """The base architecture without weights, patched."""
+    model = model_entrypoint(base)(pretrained=False, **{**base_args, **kwargs})
+    patch(model, spec, init="random")
+    record = get_record(model)
+    assert record is not None
+    set_record(model, dataclasses.replace(record, architecture=name))
+    return model
+
+
+def _build(
+    name: str, base: str, spec: PatchSpec, pretrained: bool, base_args: Mapping[str, Any], **kwargs: Any
+) -> nn.Module:
+    """Build through timm's machinery, which resolves the configuration, loads weights and wraps features."""
+    kwargs.setdefault("feature_cfg", _feature_cfg(base, base_args) if kwargs.get("features_only") else {})
+    return build_model_with_cfg(
+        functools.partial(_build_base, base, spec, name, base_args),
+        name,
+        pretrained,
+        pretrained_filter_fn=to_native,
+        **kwargs,
+    )
+
+
+def _feature_cfg(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
+    """How the base extracts features: from modules at its top or one Sequential deep, else from its forward."""
+    with torch.device("meta"):
+        model = model_entrypoint(base)(pretrained=False, **base_args)
+    modules = [item["module"] for item in model.feature_info]
+    config: dict[str, Any] = {"out_indices": tuple(range(len(modules)))}
+    if all(name.count(".") == 0 for name in modules):
+        return config
+    if all(name.count(".") == 1 and isinstance(getattr(model, name.split(".")[0]), nn.Sequential) for name in modules):
+        return {**config, "flatten_sequential": True}
+    return {**config, "feature_cls": FeatureGetterNet}
+
+
+def _entrypoint(architecture: PatchedArchitecture, spec: PatchSpec) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, patch_args: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+        changed = spec.with_layer(**patch_args) if patch_args else spec
+        return _build(architecture.name, architecture.base, changed, pretrained, {}, **kwargs)
+
+    create.__name__ = create.__qualname__ = architecture.name
+    create.__module__ = __name__
+    create.__doc__ = f"""{architecture.base} with the recipe {architecture.recipe}: {spec.description}.
+
+    Takes the arguments of {architecture.base}, and `patch_args`: other values for the recipe's layer.
+    """
+    return create
+
+
+def contconv(
+    pretrained: bool = False,
+    base: str | None = None,
+    base_args: Mapping[str, Any] | None = None,
+    patch: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm model that was patched by hand, rebuilt from its saved configuration.
+
+    Args:
+        pretrained: load the weights that the configuration comes with.
+        base: timm architecture that was patched.
+        base_args: arguments that it was created with.
+        patch: the patch, as `PatchSpec.to_dict()` gives it.
+
+    Raises:
+        ValueError: an argument is missing, unknown or out of range.
+    """
+    if base is None or patch is None:
+        missing = "base" if base is None else "patch"
+        raise ValueError(f"{missing}=None: '{HAND_PATCHED}' rebuilds a saved model; give base and patch, or tcc.patch")
+    arguments = _checked_base(base, base_args or {})
+    spec = PatchSpec.from_dict(patch, source=f"model_args of '{HAND_PATCHED}': patch")
+    return _build(HAND_PATCHED, base, spec, pretrained, arguments, **kwargs)
+
+
+def _checked_base(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The base's arguments, if it is a timm architecture and they describe no more than an architecture."""
+    if not isinstance(base, str) or not is_model(base) or base == HAND_PATCHED:
+        raise ValueError(f"base={base!r}: expected the name of a timm architecture")
+    for key, value in base_args.items():
+        if key in _BUILD_ARGUMENTS:
+            raise ValueError(f"base_args.{key}: not an argument of an architecture")
+        _check_plain(f"base_args.{key}", value)
+    return dict(base_args)
+
+
+def _check_plain(key: str, value: Any) -> None:
+    if isinstance(value, list | tuple):
+        for item in value:
+            _check_plain(key, item)
+    elif isinstance(value, int | float) and abs(value) > _LARGEST_ARGUMENT:
+        raise ValueError(f"{key}={value}: expected at most {_LARGEST_ARGUMENT}")
+    elif value is not None and not isinstance(value, str | bool | int | float):
+        raise ValueError(f"{key}={value!r}: expected a number, a string, true, false, or a list of these")
+
+
+def _architectures() -> dict[str, PatchedArchitecture]:
+    """Everything that the recipes ask to be registered and that timm does not ship itself."""
+    architectures = {}
+    for recipe in list_patches():
+        for base in load_patch(recipe).models:
+            architecture = PatchedArchitecture(base, recipe)
+            if is_model(architecture.name):
+                warnings.warn(f"timm has a model {architecture.name} of its own: not registered", stacklevel=2)
+            elif not is_model(base):
+                warnings.warn(f"timm has no model {base}: {architecture.name} is not registered", stacklevel=2)
+            else:
+                architectures[architecture.name] = architecture
+    return architectures
+
+
+def _untrained_cfg(base: str) -> PretrainedCfg:
+    """The base's configuration without its weights."""
+    config = get_pretrained_cfg(base)
+    return dataclasses.replace(
+        config or PretrainedCfg(),
+        **dict.fromkeys(("url", "file", "hf_hub_id", "hf_hub_filename", "tag", "license", "origin_url")),
+        **dict.fromkeys(("paper_name", "paper_ids", "notes", "description", "architecture", "label_offset")),
+        custom_load=False,
+        num_classes=1000,
+    )
+
+
+def _default_cfgs(architectures: Mapping[str, PatchedArchitecture]) -> dict[str, PretrainedCfg]:
+    """Configurations by "name" and "name.tag"; tags are the folders of hub/ that say where weights are."""
+    configs = {name: _untrained_cfg(architecture.base) for name, architecture in architectures.items()}
+    for path in sorted(data_folder("hub").glob("*/weight.toml")):
+        weight = tomllib.loads(path.read_text(encoding="utf-8"))
+        if weight["architecture"] in architectures:
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in weight["pretrained_cfg"].items()}
+            untrained = configs[weight["architecture"]]
+            configs[f"{weight['architecture']}.{weight['tag']}"] = dataclasses.replace(untrained, **values)
+    return configs
+
+
+PATCHED = _architectures()
+default_cfgs = generate_default_cfgs(_default_cfgs(PATCHED))
+for _architecture in PATCHED.values():
+    _create = register_model(_entrypoint(_architecture, load_patch(_architecture.recipe)))
+    setattr(sys.modules[__name__], _architecture.name, _create)
+register_model(contconv)
