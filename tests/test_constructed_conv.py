@@ -88,8 +88,8 @@ def test_from_conv_refuses_a_kernel_that_has_no_common_centre():
 
 def test_an_unavailable_init_is_refused():
     spec = DclsSpec(interpolation="bilinear", kernel_size=7, kernel_count=1)
-    with pytest.raises(ValueError, match="init='fit': expected 'random'"):
-        DclsConv2d.from_conv(nn.Conv2d(8, 8, 5, padding=2, groups=8), spec, init="fit")
+    with pytest.raises(ValueError, match="init='nearest': expected 'fit'"):
+        DclsConv2d.from_conv(nn.Conv2d(8, 8, 5, padding=2, groups=8), spec, init="nearest")
 
 
 def edit_in_place(layer):

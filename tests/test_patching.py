@@ -131,7 +131,7 @@ def test_device_dtype_mode_frozen_parameters_and_hooks_carry_over():
         ({"patch": "dcls", "kernels": 3}, "layer.kernels is not a field of this layer"),
         ({"patch": "dcls", "select": "head.*"}, "matches no convolution. There are: 'depthwise' (9)"),
         ({"patch": "dcls", "select": "stem.0"}, "can replace none of the selected convolutions"),
-        ({"patch": "dcls", "init": "fit"}, "init='fit': expected 'random'"),
+        ({"patch": "dcls", "init": "pretrained"}, "init='pretrained': expected 'fit'"),
         ({"patch": "dcls", "compile": 3}, "compile=3: expected 'auto'"),
         ({"patch": {"select": ["all"]}}, "patch: layer is missing"),
         ({"patch": {"select": ["all"], "layer": {"method": "magic"}}}, "expected one of dcls"),
@@ -168,13 +168,13 @@ def test_a_failure_half_way_leaves_the_model_alone(monkeypatch):
     before = snapshot(model)
     built = []
 
-    def fail(cls, conv, spec, init="random", original=DclsConv2d.from_conv.__func__):
+    def fail(cls, conv, spec, original=DclsConv2d.in_place_of.__func__):
         if len(built) == 5:
             raise MemoryError("no room for the sixth")
         built.append(conv)
-        return original(cls, conv, spec, init)
+        return original(cls, conv, spec)
 
-    monkeypatch.setattr(DclsConv2d, "from_conv", classmethod(fail))
+    monkeypatch.setattr(DclsConv2d, "in_place_of", classmethod(fail))
     with pytest.raises(MemoryError):
         tcc.patch(model, "dcls")
     assert_unchanged(model, before)
@@ -281,7 +281,7 @@ def test_unpatch_restores_the_architecture_where_kernels_fit():
 
 
 def test_unpatch_names_kernels_that_are_too_large():
-    model = tcc.patch(convnext(), "dcls", kernel_size=11)
+    model = tcc.patch(convnext(), "dcls", init="random", kernel_size=11)
     with torch.no_grad():
         positions(model)[0].fill_(5)
     before = snapshot(model)

@@ -378,7 +378,7 @@ def test_layers_can_share_their_points():
 
 def test_the_recipe_gives_each_stage_its_kernel_size():
     with torch.device("meta"):
-        model = tcc.patch(timm.create_model("convnext_tiny"), "smp")
+        model = tcc.patch(timm.create_model("convnext_tiny"), "smp", init="random")
     layers = [m for m in model.modules() if isinstance(m, SmpConv2d)]
     sizes = [layer.kernel_size[0] for layer in layers]
     assert sizes == [31] * 3 + [29] * 3 + [27] * 9 + [13] * 3
@@ -413,8 +413,8 @@ def test_the_last_stage_that_a_recipe_names_holds_for_later_ones():
 
 
 def test_an_unavailable_init_is_refused():
-    with pytest.raises(ValueError, match="init='fit': expected 'random'"):
-        SmpConv2d.from_conv(nn.Conv2d(8, 8, 5, padding=2, groups=8), SmpSpec(kernel_size=7), init="fit")
+    with pytest.raises(ValueError, match="init='nearest': expected 'fit'"):
+        SmpConv2d.from_conv(nn.Conv2d(8, 8, 5, padding=2, groups=8), SmpSpec(kernel_size=7), init="nearest")
 
 
 # ---- the paper's function fitting (Fig. 3)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .base import ConstructedConv, plain_arguments
 from .compilation import CompileMode
-from .replacement import ConvReplacement, PlainConv
+from .least_squares import Geometry, fit_separately, pixels_by_energy
+from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
 from .spec import KernelSize, LayerSpec
 
 __all__ = [
@@ -38,6 +39,7 @@ TRIANGLE_MIN_WIDTH = 1.0  # sigma_0 of Eq. 9
 GAUSS_MIN_WIDTH = 0.27  # sigma_0 of Eq. 10
 NORMALIZATION_EPS = 1e-7  # epsilon of Eq. 11
 INITIAL_SIGMA = {"triangle": 0.0, "gauss": 0.23}  # Appendix C
+SMALLEST_START_SIGMA = 0.1  # of a fit: at 0 an element on a pixel reaches no other, and has no gradient
 INITIAL_POSITION_STD = 0.5  # Appendix C
 
 
@@ -52,8 +54,7 @@ def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel. What lies outside of the kernel is lost.
     """
-    factors = [_hat(_distance(position[d], size)) for d, size in enumerate(kernel_size)]
-    return _sum_of_products(weight, factors)
+    return _sum_of_products(weight, _bilinear_factors(position, None, kernel_size))
 
 
 def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -68,10 +69,7 @@ def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
     """
-    widths = TRIANGLE_MIN_WIDTH + sigma.abs()
-    factors = [
-        (widths[d].unsqueeze(-1) - _distance(position[d], size).abs()).relu() for d, size in enumerate(kernel_size)
-    ]
+    factors = _triangle_factors(position, sigma, kernel_size)
     return _sum_of_products(weight / _mass(factors), factors)
 
 
@@ -87,11 +85,7 @@ def gauss_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: S
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
     """
-    widths = GAUSS_MIN_WIDTH + sigma.abs()
-    factors = [
-        torch.exp(-0.5 * (_distance(position[d], size) / widths[d].unsqueeze(-1)).square())
-        for d, size in enumerate(kernel_size)
-    ]
+    factors = _gauss_factors(position, sigma, kernel_size)
     return _sum_of_products(weight / _mass(factors), factors)
 
 
@@ -108,6 +102,26 @@ def repulsion(position: Tensor) -> Tensor:
     first, second = torch.triu_indices(count, count, offset=1, device=position.device)
     distance = torch.linalg.vector_norm(position[..., first] - position[..., second], dim=0)
     return (1 - distance).relu().sum() / max(1, distance.numel())
+
+
+def _bilinear_factors(position: Tensor, sigma: None, kernel_size: Sequence[int]) -> list[Tensor]:
+    """Interpolation of every element along every axis: D tensors (..., m, K_d), from (D, ..., m) positions."""
+    return [_hat(_distance(position[d], size)) for d, size in enumerate(kernel_size)]
+
+
+def _triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> list[Tensor]:
+    """As `_bilinear_factors`, before normalisation."""
+    widths = TRIANGLE_MIN_WIDTH + sigma.abs()
+    return [(widths[d].unsqueeze(-1) - _distance(position[d], size).abs()).relu() for d, size in enumerate(kernel_size)]
+
+
+def _gauss_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> list[Tensor]:
+    """As `_bilinear_factors`, before normalisation."""
+    widths = GAUSS_MIN_WIDTH + sigma.abs()
+    return [
+        torch.exp(-0.5 * (_distance(position[d], size) / widths[d].unsqueeze(-1)).square())
+        for d, size in enumerate(kernel_size)
+    ]
 
 
 def _distance(position: Tensor, size: int) -> Tensor:
@@ -143,11 +157,14 @@ def _sum_of_products(weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
         (..., K_1, ..., K_D).
     """
     *leading, last = factors
-    rows = weight.unsqueeze(-1)
-    for factor in leading:
-        rows = (rows.unsqueeze(-1) * factor.unsqueeze(-2)).flatten(-2)
+    rows = _outer([weight.unsqueeze(-1), *leading])
     kernel = torch.bmm(rows.flatten(0, -3).transpose(1, 2), last.flatten(0, -3))
     return kernel.view(weight.shape[:-1] + tuple(factor.shape[-1] for factor in factors))
+
+
+def _outer(factors: Sequence[Tensor]) -> Tensor:
+    """Outer products over the last axes, flattened: (..., K_1), ..., (..., K_D) to (..., K_1 * ... * K_D)."""
+    return functools.reduce(lambda a, b: (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2), factors)
 
 
 class _DclsConv(ConstructedConv):
@@ -263,14 +280,12 @@ class _DclsConv(ConstructedConv):
             self.position[axis].clamp_(-(size // 2), size - 1 - size // 2)
 
     @classmethod
-    def from_conv(cls, conv: PlainConv, spec: DclsSpec, init: Literal["fit", "random"] = "random") -> Self:
+    def in_place_of(cls, conv: PlainConv, spec: DclsSpec) -> Self:
         """A DCLS layer in place of `conv`, with the kernel of `spec`.
 
         Raises:
-            ValueError: init is not "random"; spec has no kernel_count; the kernel can't be centred on the old one.
+            ValueError: spec has no kernel_count; the kernel can't be centred on the old one.
         """
-        if init != "random":
-            raise ValueError(f"init={init!r}: expected 'random'; no other start is available for DCLS")
         if spec.kernel_count is None:
             raise ValueError("kernel_count=None: expected a positive int; spec.resolve computes it for a model")
         return cls(
@@ -279,6 +294,30 @@ class _DclsConv(ConstructedConv):
             interpolation=spec.interpolation,
             position_dims=spec.position_dims,
         )
+
+    @classmethod
+    @torch.no_grad()
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+        """Exact for "bilinear" with an element per pixel of the old kernel, else the least squares found."""
+        require_weights(convs)
+        first = layers[0]
+        moving = tuple(first.kernel_size[d] for d in first.position_dims)
+        kernels = [first._moving_last(kernel) for kernel in kernels_inside(convs, first.kernel_size)]
+        targets = torch.stack(kernels, -len(moving) - 1)
+        geometry, weight = fit_elements(
+            targets.flatten(0, -len(moving) - 2), moving, first.kernel_count, first.interpolation
+        )
+        for name, value in geometry.items():
+            first.geometry[name].copy_(value.movedim(-1, 0).view_as(first.geometry[name]))
+        for index, (layer, conv) in enumerate(zip(layers, convs, strict=True)):
+            layer.element_weight.copy_(weight[..., index].view_as(layer.element_weight))
+            copy_bias_(layer, conv)
+
+    def _moving_last(self, kernel: Tensor) -> Tensor:
+        """A kernel with its full size along the dense axes: (C_out, C_in/groups, *dense sizes, *moving sizes)."""
+        sizes = [k if d in self.position_dims else self.kernel_size[d] for d, k in enumerate(kernel.shape[2:])]
+        ends = tuple(range(-len(self.position_dims), 0))
+        return centred(kernel, sizes).movedim(tuple(2 + d for d in self.position_dims), ends)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, kernel_count={self.kernel_count}, interpolation={self.interpolation}"
@@ -300,6 +339,11 @@ class DclsConv3d(_DclsConv):
     ndim = 3
 
 
+FACTORS: dict[str, Callable[..., list[Tensor]]] = {
+    "bilinear": _bilinear_factors,
+    "triangle": _triangle_factors,
+    "gauss": _gauss_factors,
+}
 KERNEL_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "bilinear": bilinear_kernel,
     "triangle": triangle_kernel,
@@ -359,6 +403,43 @@ class DclsSpec(LayerSpec):
         places = [conv.weight.shape[:2].numel() * dense for conv in group]
         shared_kinds = len(moving) * (1 if self.interpolation == "bilinear" else 2)
         return sum(places) + shared_kinds * places[0]
+
+
+def fit_elements(
+    targets: Tensor, kernel_size: Sequence[int], count: int, interpolation: Interpolation
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Positions and widths common to n kernels, and weights for each, that come near the kernels in least squares.
+
+    Elements start on the pixels that matter most, which is exact for "bilinear" where there are enough of them.
+
+    Args:
+        targets: (B, n, *size); each of the B problems has elements of its own.
+        kernel_size: D ints, at least the targets' size; the targets lie at its centre.
+        count: m elements.
+        interpolation: "bilinear", "triangle" or "gauss".
+
+    Returns:
+        {"position": (B, m, D), for "triangle" and "gauss" also "sigma"}, and weights (B, m, n), all float64 on the
+        CPU.
+    """
+    targets = targets.detach().double().cpu()
+    margins = [margin(old, new) for old, new in zip(targets.shape[2:], kernel_size, strict=True)]
+    offset = torch.tensor([m - k // 2 for m, k in zip(margins, kernel_size, strict=True)], dtype=torch.float64)
+    start = {"position": pixels_by_energy(targets, len(kernel_size), count) + offset}
+    if interpolation != "bilinear":
+        start["sigma"] = torch.full_like(start["position"], max(INITIAL_SIGMA[interpolation], SMALLEST_START_SIGMA))
+
+    def equations(wanted: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        sigma = geometry["sigma"].movedim(-1, 0) if "sigma" in geometry else None
+        factors = FACTORS[interpolation](geometry["position"].movedim(-1, 0), sigma, kernel_size)
+        if sigma is not None:
+            factors[0] = factors[0] / _mass(factors).unsqueeze(-1)
+        gram = functools.reduce(operator.mul, [factor @ factor.mT for factor in factors])
+        inside = [f[..., m : m + k] for f, m, k in zip(factors, margins, wanted.shape[2:], strict=True)]
+        return gram, _outer(inside) @ wanted.flatten(2).mT
+
+    numbers = count * max(count, targets.shape[2:].numel(), *kernel_size)
+    return fit_separately(equations, targets, start, dict.fromkeys(start, 1.0), numbers)
 
 
 def _partly_dense_kernel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import plain_arguments
-from .envelope_plain import all_delta, dense_conv, plain_convs
-from .gaussian import smooth, smooth_and_convolve
-from .replacement import ConvReplacement, PlainConv
+from .envelope_plain import all_delta, dense_conv, dense_kernel, plain_convs
+from .gaussian import smooth, smooth_and_convolve, spread_taps
+from .replacement import NEGLIGIBLE, ConvReplacement, PlainConv, copy_bias_, relative_error, require_weights
 from .spec import LARGEST_KERNEL, LayerSpec
 
 __all__ = ["EnvelopeSpec", "GaussianEnvelopeConv2d"]
@@ -26,6 +27,8 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 #: sigma squared is taken as at least this: a delta in every dtype, and nothing overflows
 SMALLEST_VARIANCE = 1 / 2000
+#: sigma^2 at which a neighbour weighs 1e-6: nothing is smoothed that counts, yet sigma has a gradient and can grow
+NEARLY_DELTA_VARIANCE = 1 / (2 * math.log(1e6))
 
 _OddSize = Annotated[int, AfterValidator(lambda size: _check_size("size", size, LARGEST_KERNEL))]
 
@@ -221,15 +224,39 @@ class GaussianEnvelopeConv2d(ConvReplacement, nn.Conv2d):
         return known[2]
 
     @classmethod
-    def from_conv(cls, conv: PlainConv, spec: EnvelopeSpec, init: Literal["fit", "random"] = "random") -> Self:
-        """A layer in place of `conv`, with the envelope of `spec`.
-
-        Raises:
-            ValueError: init is not "random".
-        """
-        if init != "random":
-            raise ValueError(f"init={init!r}: expected 'random'; no other start is available for the envelope")
+    def in_place_of(cls, conv: PlainConv, spec: EnvelopeSpec) -> Self:
+        """A layer in place of `conv`, with the envelope of `spec`."""
         return cls(**plain_arguments(conv, conv.kernel_size), **spec.model_dump(exclude={"method"}))
+
+    @classmethod
+    @torch.no_grad()
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+        """Take over kernels and biases; envelopes start as deltas to 1e-6, unless `initial_sigma` says otherwise."""
+        require_weights(convs)
+        for layer, conv in zip(layers, convs, strict=True):
+            layer.weight.copy_(conv.weight)
+            copy_bias_(layer, conv)
+            if layer.initial_sigma is None:
+                layer.geometry["sigma"].fill_(_inverse_softplus(NEARLY_DELTA_VARIANCE))
+
+    def fit_error(self, conv: PlainConv) -> float:
+        """Relative difference of the kernel with the envelope folded in and that of `conv`, dilation spread out."""
+        return relative_error(dense_kernel(self), spread_taps(conv.weight, conv.dilation))
+
+    def to_conv_like(self, conv: PlainConv) -> PlainConv | None:
+        """A copy of `conv` with this layer's weights; None where the envelopes smooth by more than 1e-5."""
+        if self.fit_error(self) > NEGLIGIBLE:
+            return None
+        plain = copy.deepcopy(conv)
+        plain.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight.requires_grad)
+        plain.bias = None if self.bias is None else copy.deepcopy(self.bias)
+        return plain.train(self.training)
+
+    def receptive_field(self) -> tuple[int, ...]:
+        """Pixels of the input that an output depends on outside training, per spatial dimension."""
+        spread = (1, 1) if self.order == "before" else self.stride
+        sizes = zip(self.kernel_size, self.dilation, spread, strict=True)
+        return tuple((k - 1) * d + 1 + (self.inference_size - 1) * s for k, d, s in sizes)
 
     def to_conv(self) -> nn.Module:
         """Two depthwise convolutions and the convolution, in their order, with `inference_size`.

@@ -15,7 +15,7 @@ from .gaussian import envelope_filter, fold_envelope, spread_taps
 if TYPE_CHECKING:
     from .envelope import GaussianEnvelopeConv2d
 
-__all__ = ["all_delta", "dense_conv", "plain_convs"]
+__all__ = ["all_delta", "dense_conv", "dense_kernel", "plain_convs"]
 
 #: below this sigma squared, exp(-1 / (2 sigma^2)) underflows to 0: the filter is a delta and so is its gradient 0
 DELTA_VARIANCE = {torch.float32: 1 / 208, torch.float64: 1 / 1500}
@@ -43,11 +43,21 @@ def dense_conv(layer: GaussianEnvelopeConv2d) -> nn.Module:
     """The layer as one convolution; `GaussianEnvelopeConv2d.to_dense_conv` says what holds."""
     if _is_plain(layer):
         return _conv(layer, layer.weight, layer.bias, layer.stride)
-    spread = (1, 1) if layer.order == "before" else layer.stride
-    with torch.no_grad():
-        kernel = fold_envelope(spread_taps(layer.weight, layer.dilation), _taps_per_kernel(layer), spread)
-    margins = [layer.inference_size // 2 * distance for distance in spread]
-    return _conv(layer, kernel, layer.bias, layer.stride, padding=_dense_padding(layer, margins), dilation=1)
+    margins = [layer.inference_size // 2 * distance for distance in _spread(layer)]
+    return _conv(
+        layer, dense_kernel(layer), layer.bias, layer.stride, padding=_dense_padding(layer, margins), dilation=1
+    )
+
+
+@torch.no_grad()
+def dense_kernel(layer: GaussianEnvelopeConv2d) -> Tensor:
+    """(C_out, C_in/groups, H, W): the convolution's kernel, its dilation spread out, with the envelope folded in."""
+    return fold_envelope(spread_taps(layer.weight, layer.dilation), _taps_per_kernel(layer), _spread(layer))
+
+
+def _spread(layer: GaussianEnvelopeConv2d) -> tuple[int, ...]:
+    """Pixels of the input between neighbours in the smoothed image."""
+    return (1, 1) if layer.order == "before" else layer.stride
 
 
 def _dense_padding(layer: GaussianEnvelopeConv2d, margins: Sequence[int]) -> str | tuple[int, ...]:

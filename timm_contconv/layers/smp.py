@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .base import ConstructedConv, plain_arguments
 from .compilation import CompileMode
-from .replacement import ConvReplacement, PlainConv
+from .least_squares import Geometry, fit_separately, pixels_by_energy
+from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
 from .spec import KernelSize, LayerSpec
 
 __all__ = ["SmpConv1d", "SmpConv2d", "SmpSpec", "point_basis", "small_kernel_sizes", "smp_kernel", "smp_sum_kernel"]
@@ -84,6 +85,57 @@ def smp_sum_kernel(weight: Tensor, coordinate: Tensor, radius: Tensor, kernel_si
 def _weighted_sum(weight: Tensor, basis: Tensor) -> Tensor:
     """One matrix product per set of points: (C_out, C_in/groups, m) and (P, m, K) to (P, -1, K)."""
     return torch.bmm(weight.reshape(basis.shape[0], -1, weight.shape[-1]), basis)
+
+
+def fit_points(
+    targets: Tensor, kernel_size: Sequence[int], count: int, normalize: bool, radii: tuple[float, float]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Points common to n kernels, and weights for each, that come near the kernels in least squares.
+
+    Points start on the pixels that matter most. Where there are enough for all pixels that are not 0, each reaches
+    its own alone, which is exact.
+
+    Args:
+        targets: (P, n, *size); each of the P problems has points of its own.
+        kernel_size: D ints, at least the targets' size; the targets lie at its centre.
+        count: m points.
+        normalize: as in the layer.
+        radii: smallest and largest radius.
+
+    Returns:
+        {"coordinate": (P, m, D), "radius": (P, m)} and weights (P, m, n), all float64 on the CPU.
+    """
+    targets = targets.detach().double().cpu()
+    size = targets.shape[2:]
+    margins = torch.tensor([margin(old, new) for old, new in zip(size, kernel_size, strict=True)])
+    last = torch.tensor([max(k - 1, 1) for k in kernel_size], dtype=torch.float64)
+    pixels = pixels_by_energy(targets, len(size), count) + margins
+    spacing = 2 / last.max().item()
+    used = int((targets != 0).any(1).flatten(1).sum(1).max())
+    radius = (0.99 if count >= used else 1.5) * spacing
+    start = {
+        "coordinate": (2 * pixels - torch.tensor(kernel_size) + 1) / last,
+        "radius": torch.full(pixels.shape[:2], min(max(radius, radii[0]), radii[1]), dtype=torch.float64),
+    }
+
+    def equations(wanted: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        basis = point_basis(geometry["coordinate"], geometry["radius"].clamp(*radii), kernel_size)
+        if normalize:
+            basis = basis / (basis > 0).sum(1, keepdim=True).clamp(min=1)
+        inside = _centre(basis.unflatten(-1, tuple(kernel_size)), size).flatten(2)
+        return basis @ basis.mT, inside @ wanted.flatten(2).mT
+
+    numbers = count * max(count, math.prod(kernel_size))
+    geometry, weight = fit_separately(equations, targets, start, dict.fromkeys(start, spacing), numbers)
+    geometry["radius"].clamp_(*radii)
+    return geometry, weight
+
+
+def _centre(kernel: Tensor, size: Sequence[int]) -> Tensor:
+    """The middle of a kernel: (..., *K) to (..., *size)."""
+    for axis, length in enumerate(size, start=kernel.ndim - len(size)):
+        kernel = kernel.narrow(axis, margin(length, kernel.shape[axis]), length)
+    return kernel
 
 
 def _pixels(size: int, like: Tensor) -> Tensor:
@@ -232,16 +284,43 @@ class _SmpConv(ConstructedConv):
             self.radius.clamp_(self.min_radius, LARGEST_RADIUS)
 
     @classmethod
-    def from_conv(cls, conv: PlainConv, spec: SmpSpec, init: Literal["fit", "random"] = "random") -> Self:
+    def in_place_of(cls, conv: PlainConv, spec: SmpSpec) -> Self:
         """An SMP layer in place of `conv`, with the kernel of `spec`.
 
         Raises:
-            ValueError: init is not "random"; the kernel can't be centred on the old one.
+            ValueError: the kernel can't be centred on the old one.
         """
-        if init != "random":
-            raise ValueError(f"init={init!r}: expected 'random'; no other start is available for SMP")
         settings = spec.model_dump(exclude={"method", "kernel_size"})
         return cls(**plain_arguments(conv, spec.sizes(cls.ndim)), **settings)
+
+    @classmethod
+    @torch.no_grad()
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+        """Exact where there is a point per pixel of the old kernel, else the least squares found."""
+        require_weights(convs)
+        first = layers[0]
+        kernels = torch.stack([first._for_points(kernel) for kernel in kernels_inside(convs, first.kernel_size)], 1)
+        targets = kernels.reshape(first.coordinate.shape[0], -1, *kernels.shape[3:])
+        radii = (first.min_radius, LARGEST_RADIUS)
+        geometry, weight = fit_points(targets, first.kernel_size, first.kernel_count, first.normalize, radii)
+        for name, value in geometry.items():
+            first.geometry[name].copy_(value)
+        by_layer = weight.mT.reshape(*kernels.shape[:3], -1)
+        for index, (layer, conv) in enumerate(zip(layers, convs, strict=True)):
+            layer.point_weight.copy_(by_layer[:, index])
+            if layer.bias is not None:
+                layer.bias.zero_()
+            copy_bias_(layer, conv)
+            if layer.small_weight is not None:
+                layer.small_weight.copy_(_centre(centred(conv.weight, layer.kernel_size), layer.small_weight.shape[2:]))
+
+    def _for_points(self, kernel: Tensor) -> Tensor:
+        """A kernel less what the small kernel takes over."""
+        if self.small_kernel is None:
+            return kernel
+        rest = centred(kernel, self.kernel_size).clone()
+        _centre(rest, self.small_kernel).zero_()
+        return _centre(rest, kernel.shape[2:])
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, kernel_count={self.kernel_count}, points={self.points}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -80,14 +80,23 @@ class SmpConvBn2d(ConvReplacement):
         return total
 
     @classmethod
-    def from_conv(cls, conv: PlainConv, spec: SmpSpec, init: Literal["fit", "random"] = "random") -> Self:
+    def in_place_of(cls, conv: PlainConv, spec: SmpSpec) -> Self:
         """Both branches in place of `conv`; the small one has the spec's small_kernel.
 
         Raises:
-            ValueError: as `SmpConv2d.from_conv`.
+            ValueError: as `SmpConv2d.in_place_of`.
         """
         branch = spec.model_copy(update={"small_kernel": None})
-        return cls(SmpConv2d.from_conv(conv, branch, init), spec.small_kernel)
+        return cls(SmpConv2d.in_place_of(conv, branch), spec.small_kernel)
+
+    @classmethod
+    @torch.no_grad()
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+        """The large branch takes over the kernel, the small one starts at zero; as exact in eval mode as SMP is."""
+        SmpConv2d.fit_([layer.conv for layer in layers], convs)
+        for layer in layers:
+            if layer.small_conv is not None:
+                layer.small_conv.weight.zero_()
 
 
 def _small_conv(conv: SmpConv2d, sizes: Sequence[int], **like: Any) -> nn.Conv2d:

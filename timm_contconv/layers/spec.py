@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from .replacement import ConvReplacement, PlainConv
+from .replacement import ConvReplacement, Init, PlainConv
 
 __all__ = ["KernelSize", "LayerSpec"]
 
@@ -56,6 +56,6 @@ class LayerSpec(BaseModel):
         """
         return self
 
-    def build(self, conv: PlainConv, init: Literal["fit", "random"]) -> ConvReplacement:
+    def build(self, conv: PlainConv, init: Init) -> ConvReplacement:
         """The layer that stands in for `conv`."""
         return self.layers[len(conv.kernel_size)].from_conv(conv, self, init=init)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..layers import ConstructedConv, ConvReplacement
 from ..layers.compilation import CompileMode, check_compile_mode
-from ..layers.replacement import PlainConv, share_geometry
+from ..layers.replacement import Init, PlainConv, check_init, share_geometry
+from .fit import fit_errors, warm_start
 from .record import PatchRecord, get_record, set_record
 from .rewire import Rewired, move_stem_pool, revert
 from .select import Selector, obstacle, select_convolutions, stages
@@ -29,8 +31,9 @@ def patch(
     patch: str | Path | Mapping[str, Any] | PatchSpec,
     *,
     select: Selector | Sequence[Selector] | None = None,
-    init: Literal["random"] = "random",
+    init: Init = "fit",
     compile: CompileMode = "auto",
+    progress: bool | None = None,
     **layer_overrides: Any,
 ) -> Model:
     """Replace convolutions of a model, in place, by those of a method.
@@ -44,8 +47,10 @@ def patch(
         select: which convolutions, instead of the recipe's own choice: "depthwise", "strided", "all", globs of
             module names ("stages.2.*"), predicates (name, convolution) -> bool, or a list of these; "!" excludes.
             Only exclusions: the recipe's choice less these.
-        init: "random" draws the new layers' parameters as the method's paper does.
+        init: "fit" starts from the kernels that are replaced: exactly, where the method can, else as near as it
+            gets (`tcc.report` tells how near). "random" draws all parameters as the method's paper does.
         compile: "auto" compiles kernel construction on CUDA only; True, False.
+        progress: whether a progress bar shows the fit; None shows it on a terminal.
         **layer_overrides: other values for settings of the recipe's layer, as `kernel_size=11`.
 
     Returns:
@@ -53,11 +58,11 @@ def patch(
 
     Raises:
         ValueError: unknown recipe or setting, a value out of range, a selection that matches nothing or nothing
-            that the method can replace, a model that is patched already, or an init other than "random".
+            that the method can replace, a model that is patched already, an unknown init, or "fit" for a model on
+            the meta device.
         TypeError: model is not a module; patch or a selector is of a wrong type.
     """
-    if init != "random":
-        raise ValueError(f"init={init!r}: expected 'random'; starting from the replaced kernels is not available")
+    check_init(init)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected a module, as timm.create_model returns one")
     check_compile_mode(compile)
@@ -67,7 +72,7 @@ def patch(
     _require_unpatched(model)
     rewired = move_stem_pool(model) if spec.stem_pool == "to_stage" else ()
     try:
-        _replace(model, spec, _selectors(spec, select), init, compile, rewired)
+        _replace(model, spec, _selectors(spec, select), init, compile, rewired, progress)
     except BaseException:
         revert(model, rewired)
         raise
@@ -78,9 +83,10 @@ def _replace(
     model: nn.Module,
     spec: PatchSpec,
     selectors: Sequence[Selector],
-    init: Literal["random"],
+    init: Init,
     compile: CompileMode,
     rewired: tuple[Rewired, ...],
+    progress: bool | None,
 ) -> None:
     """Replace what the selectors choose and record it; on any error the model's modules are what they were."""
     selected = select_convolutions(model, selectors)
@@ -90,7 +96,9 @@ def _replace(
     layer_spec = spec.layer.resolve([[chosen[name] for name in group] for group in groups])
     spec = spec.model_copy(update={"layer": layer_spec})
 
-    replacements = {name: spec.layer_at(stage_of[name]).build(conv, init) for name, conv in chosen.items()}
+    replacements = {name: spec.layer_at(stage_of[name]).build(conv, "random") for name, conv in chosen.items()}
+    if init == "fit":
+        warm_start(groups, chosen, replacements, progress)
     for name, conv in chosen.items():
         _carry_over(conv, replacements[name])
         if isinstance(layer := replacements[name], ConstructedConv):
@@ -107,7 +115,8 @@ def _replace(
         shared = [[replacements[name] for name in group] for group in groups if len(group) > 1]
         for layers, (home, attribute) in zip(shared, record.homes, strict=True):
             share_geometry(layers, model.get_submodule(home), attribute)
-        set_record(model, record)
+        errors = fit_errors(chosen, replacements) if init == "fit" else {}
+        set_record(model, dataclasses.replace(record, fit_errors=errors))
         exempt_from_weight_decay(model)
     except BaseException:
         remove_traces(model, record)

@@ -25,6 +25,7 @@ class PatchRecord:
         left_alone: selected convolutions that were not replaced, and why.
         homes: modules that hold a shared geometry: (module name, attribute).
         rewired: what else was changed in the model, with the old values.
+        fit_errors: relative error of each replaced kernel at the start, by name; empty for a random start.
         architecture: the registered name that the model was built by; None for a model patched by hand.
     """
 
@@ -33,6 +34,7 @@ class PatchRecord:
     left_alone: dict[str, str] = field(default_factory=dict)
     homes: tuple[tuple[str, str], ...] = ()
     rewired: tuple[Rewired, ...] = ()
+    fit_errors: dict[str, float] = field(default_factory=dict)
     architecture: str | None = None
 
 

@@ -31,6 +31,8 @@ class PatchRow:
         before, after: the layers, as text.
         parameters_before, parameters_after: numbers of parameters; a shared geometry counts in its own row.
         multiply_adds_before, multiply_adds_after: for one sample; None without an input size.
+        receptive_field_before, receptive_field_after: pixels of the input that an output depends on, per spatial
+            dimension; None where there is no convolution.
         fit_error: ||new kernel - old kernel|| / ||old kernel|| at the start; None for a random start.
     """
 
@@ -41,6 +43,8 @@ class PatchRow:
     parameters_after: int
     multiply_adds_before: int | None = None
     multiply_adds_after: int | None = None
+    receptive_field_before: tuple[int, ...] | None = None
+    receptive_field_after: tuple[int, ...] | None = None
     fit_error: float | None = None
 
 
@@ -82,6 +86,7 @@ class PatchReport:
         if self.multiply_adds_published is not None and self.multiply_adds_published != self.multiply_adds_after:
             footer += f"\n(published: {_short(self.multiply_adds_published)})"
         table.add_column("multiply-adds", footer=footer, justify="right")
+        table.add_column("receptive field", justify="right")
         table.add_column("fit error", justify="right")
         for row in self.rows:
             table.add_row(
@@ -90,6 +95,7 @@ class PatchReport:
                 row.after,
                 _change(row.parameters_before, row.parameters_after),
                 _change(row.multiply_adds_before, row.multiply_adds_after),
+                _sizes_change(row.receptive_field_before, row.receptive_field_after),
                 "" if row.fit_error is None else f"{row.fit_error:.1e}",
             )
         for name, reason in self.left_alone.items():
@@ -122,7 +128,7 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
     merged = merge(copy.deepcopy(model).to("meta"), inplace=True)
     after, outputs = _count_multiply_adds(merged, input_size, record.replaced)
     existed = dict(original.named_modules())
-    rows = [_row(model, n, existed.get(n), old_outputs.get(n), outputs.get(n)) for n in record.replaced]
+    rows = [_row(model, record, n, existed.get(n), old_outputs.get(n), outputs.get(n)) for n in record.replaced]
     rows += [_home_row(model, record, home, attribute) for home, attribute in record.homes]
     rows += [_module_row(model, change) for change in record.rewired if change.is_module]
     spared = sum(_spared(model.get_submodule(name), output) for name, output in outputs.items())
@@ -163,6 +169,7 @@ def _spared(layer: nn.Module, output: tuple[int, ...]) -> int:
 
 def _row(
     model: nn.Module,
+    record: PatchRecord,
     name: str,
     conv: nn.Module | None,
     old_output: tuple[int, ...] | None,
@@ -181,7 +188,15 @@ def _row(
         - sum(p.numel() for key, m in layer.named_children() if key != "geometry" for p in m.parameters()),
         multiply_adds_before=None if pixels is None else pixels * weights,
         multiply_adds_after=None if output is None else layer.multiply_adds(output),
+        receptive_field_before=None if conv is None else _receptive_field(conv),
+        receptive_field_after=layer.receptive_field(),
+        fit_error=record.fit_errors.get(name),
     )
+
+
+def _receptive_field(conv: nn.Module) -> tuple[int, ...]:
+    sizes = zip(conv.kernel_size, conv.dilation, strict=True)  # type: ignore[arg-type]
+    return tuple((k - 1) * d + 1 for k, d in sizes)
 
 
 def _home_row(model: nn.Module, record: PatchRecord, home: str, attribute: str) -> PatchRow:
@@ -209,6 +224,13 @@ def _change(before: int | None, after: int | None) -> str:
     if before is None or after is None:
         return ""
     return f"{_short(before)} -> {_short(after)}"
+
+
+def _sizes_change(before: tuple[int, ...] | None, after: tuple[int, ...] | None) -> str:
+    if after is None:
+        return ""
+    texts = ["×".join(map(str, sizes)) for sizes in (before, after) if sizes is not None]
+    return " -> ".join(texts)
 
 
 def _short(number: int) -> str:

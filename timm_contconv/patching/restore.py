@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers import ConvReplacement
 from .record import get_record, require_record
@@ -64,15 +62,12 @@ def unpatch(model: Model) -> Model:
     restored: dict[str, nn.Module] = {}
     too_large: list[str] = []
     for name, original in record.replaced.items():
-        merged = model.get_submodule(name).to_dense_conv()  # type: ignore[operator]
-        kernel = _crop(merged.weight.detach(), original.weight.shape[2:])
-        if kernel is None:
-            too_large.append(f"{name} ({merged.kernel_size} into {original.kernel_size})")
-            continue
-        conv = copy.deepcopy(original)
-        conv.weight = nn.Parameter(kernel, requires_grad=merged.weight.requires_grad)
-        conv.bias = merged.bias
-        restored[name] = with_hooks(model.get_submodule(name), conv.train(merged.training))
+        layer = cast(ConvReplacement, model.get_submodule(name))
+        conv = layer.to_conv_like(original)
+        if conv is None:
+            too_large.append(f"{name} ({layer.receptive_field()} into {original.kernel_size})")
+        else:
+            restored[name] = with_hooks(layer, conv)
     if too_large:
         raise ValueError(
             "these constructed kernels reach beyond the original size: "
@@ -104,16 +99,3 @@ def _outermost_layers(model: nn.Module) -> dict[str, ConvReplacement]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ConvReplacement)}
     parts = {id(part) for layer in layers.values() for part in layer.modules() if part is not layer}
     return {name: layer for name, layer in layers.items() if id(layer) not in parts}
-
-
-def _crop(kernel: Tensor, size: Sequence[int]) -> Tensor | None:
-    """The centre of a kernel, (..., *size), or None where something lies outside of it."""
-    starts = [(full - small) // 2 for full, small in zip(kernel.shape[2:], size, strict=True)]
-    if min(starts) < 0:
-        padding = [amount for start in reversed(starts) for amount in (-start, -start)]
-        return nn.functional.pad(kernel, padding) if max(starts) <= 0 else None
-    cropped = kernel
-    for dim, (start, small) in enumerate(zip(starts, size, strict=True), start=2):
-        cropped = cropped.narrow(dim, start, small)
-    outside = kernel.abs().sum(dtype=torch.float64) - cropped.abs().sum(dtype=torch.float64)
-    return cropped.clone() if outside <= 1e-6 * kernel.abs().sum(dtype=torch.float64) else None
