@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["all_delta", "dense_conv", "dense_kernel", "plain_convs"]
 
+CONV_ATTRIBUTES = (
+    *("in_channels", "out_channels", "kernel_size", "stride"),
+    *("padding", "dilation", "groups", "padding_mode"),
+)
 #: below this sigma squared, exp(-1 / (2 sigma^2)) underflows to 0: the filter is a delta and so is its gradient 0
 DELTA_VARIANCE = {torch.float32: 1 / 208, torch.float64: 1 / 1500}
 
@@ -34,9 +38,13 @@ def plain_convs(layer: GaussianEnvelopeConv2d) -> nn.Module:
     taken, left = layer.split_stride()
     passes = [_pass(layer, axis, stride) for axis, stride in enumerate(taken)]
     if layer.order == "before":
-        return nn.Sequential(*passes, _conv(layer, layer.weight, layer.bias, left)).train(layer.training)
-    passes[1].bias = _copied(layer.bias)
-    return nn.Sequential(_conv(layer, layer.weight, None, left), *passes).train(layer.training)
+        steps = nn.Sequential(*passes, _conv(layer, layer.weight, layer.bias, left))
+    else:
+        passes[1].bias = _copied(layer.bias)
+        steps = nn.Sequential(_conv(layer, layer.weight, None, left), *passes)
+    for name in CONV_ATTRIBUTES:  # models read these off what they hold as a convolution
+        setattr(steps, name, getattr(layer, name))
+    return steps.train(layer.training)
 
 
 def dense_conv(layer: GaussianEnvelopeConv2d) -> nn.Module:

@@ -30,6 +30,9 @@ SMALLEST_RADIUS = 1e-4  # lower end of the clipping in the released CIFAR and se
 LARGEST_RADIUS = 1.0  # upper end, in all released code
 INITIAL_WEIGHT_STD = 0.02  # released ImageNet code
 LARGEST_COUNT = 16384  # a quarter of the pixels of the largest kernel that a specification may ask for
+# of the distance between pixels: a point this far off the middle of its pixel has a gradient, and with this radius it
+# reaches no other pixel
+OFF_CENTRE, ALONE = 0.05, 0.9
 SEQUENCE_COUNT = 30  # points per kernel of a sequence (section 4.2)
 
 
@@ -112,9 +115,9 @@ def fit_points(
     pixels = pixels_by_energy(targets, len(size), count) + margins
     spacing = 2 / last.max().item()
     used = int((targets != 0).any(1).flatten(1).sum(1).max())
-    radius = (0.99 if count >= used else 1.5) * spacing
+    radius = (ALONE if count >= used else 1.5) * spacing
     start = {
-        "coordinate": (2 * pixels - torch.tensor(kernel_size) + 1) / last,
+        "coordinate": (2 * pixels - torch.tensor(kernel_size) + 1) / last + OFF_CENTRE * spacing,
         "radius": torch.full(pixels.shape[:2], min(max(radius, radii[0]), radii[1]), dtype=torch.float64),
     }
 

@@ -33,7 +33,7 @@ def warm_start(
     """
     columns = (TextColumn("fitting kernels"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = not (sys.stderr.isatty() if progress is None else progress)
-    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
         task = bar.add_task("fit", total=len(convs))
         for group in groups:
             members = [layers[name] for name in group]

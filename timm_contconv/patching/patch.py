@@ -16,6 +16,7 @@ from ..layers.compilation import CompileMode, check_compile_mode
 from ..layers.replacement import Init, PlainConv, check_init, share_geometry
 from .fit import fit_errors, warm_start
 from .record import PatchRecord, get_record, set_record
+from .reparameterize import blocks_that_fold, folding_obstacle
 from .rewire import Rewired, move_stem_pool, revert
 from .select import Selector, obstacle, select_convolutions, stages
 from .spec import PatchSpec, as_patch_spec
@@ -31,6 +32,7 @@ def patch(
     patch: str | Path | Mapping[str, Any] | PatchSpec,
     *,
     select: Selector | Sequence[Selector] | None = None,
+    min_kernel_size: int | None = None,
     init: Init = "fit",
     compile: CompileMode = "auto",
     progress: bool | None = None,
@@ -47,6 +49,8 @@ def patch(
         select: which convolutions, instead of the recipe's own choice: "depthwise", "strided", "all", globs of
             module names ("stages.2.*"), predicates (name, convolution) -> bool, or a list of these; "!" excludes.
             Only exclusions: the recipe's choice less these.
+        min_kernel_size: leave out convolutions whose kernel is smaller along every dimension, in pixels. Default:
+            as the recipe says, which is all.
         init: "fit" starts from the kernels that are replaced: exactly, where the method can, else as near as it
             gets (`tcc.report` tells how near). "random" draws all parameters as the method's paper does.
         compile: "auto" compiles kernel construction on CUDA only; True, False.
@@ -69,6 +73,8 @@ def patch(
     spec = as_patch_spec(patch)
     if layer_overrides:
         spec = spec.with_layer(**layer_overrides)
+    if min_kernel_size is not None:
+        spec = PatchSpec.from_dict({**spec.to_dict(), "min_kernel_size": min_kernel_size})
     _require_unpatched(model)
     rewired = move_stem_pool(model) if spec.stem_pool == "to_stage" else ()
     try:
@@ -89,14 +95,16 @@ def _replace(
     progress: bool | None,
 ) -> None:
     """Replace what the selectors choose and record it; on any error the model's modules are what they were."""
-    selected = select_convolutions(model, selectors)
+    selected = select_convolutions(model, selectors, spec.min_kernel_size)
     stage_of = dict(zip(selected, stages(model, list(selected)), strict=True))
     chosen, left_alone = _replaceable(spec, selected, stage_of)
-    groups = _groups(spec, chosen, stage_of)
-    layer_spec = spec.layer.resolve([[chosen[name] for name in group] for group in groups])
-    spec = spec.model_copy(update={"layer": layer_spec})
-
-    replacements = {name: spec.layer_at(stage_of[name]).build(conv, "random") for name, conv in chosen.items()}
+    resolved, replacements = _build(spec, chosen, stage_of)
+    obstacles = _folding_obstacles(model, replacements)
+    if obstacles:
+        left_alone |= obstacles
+        chosen = _without(chosen, left_alone, spec)
+        resolved, replacements = _build(spec, chosen, stage_of)
+    spec, groups = resolved, _groups(resolved, chosen, stage_of)
     if init == "fit":
         warm_start(groups, chosen, replacements, progress)
     for name, conv in chosen.items():
@@ -166,10 +174,38 @@ def _replaceable(
             chosen[name] = plain
         else:
             left_alone[name] = reason
-    if not chosen:
+    return _without(chosen, left_alone, spec), left_alone
+
+
+def _without(chosen: Mapping[str, PlainConv], left_alone: Mapping[str, str], spec: PatchSpec) -> dict[str, PlainConv]:
+    remaining = {name: conv for name, conv in chosen.items() if name not in left_alone}
+    if not remaining:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in left_alone.items())
         raise ValueError(f"{spec.layer.method} can replace none of the selected convolutions:\n{reasons}")
-    return chosen, left_alone
+    return remaining
+
+
+def _build(
+    spec: PatchSpec, chosen: Mapping[str, PlainConv], stage_of: Mapping[str, int]
+) -> tuple[PatchSpec, dict[str, ConvReplacement]]:
+    """The spec with everything filled in for these convolutions, and a layer for each."""
+    groups = _groups(spec, chosen, stage_of)
+    layer_spec = spec.layer.resolve([[chosen[name] for name in group] for group in groups])
+    spec = spec.model_copy(update={"layer": layer_spec})
+    return spec, {name: spec.layer_at(stage_of[name]).build(conv, "random") for name, conv in chosen.items()}
+
+
+def _folding_obstacles(model: nn.Module, replacements: Mapping[str, ConvReplacement]) -> dict[str, str]:
+    """Replacements that would keep their block from re-parameterising itself, and why; not looked at without values."""
+    obstacles: dict[str, str] = {}
+    for name, inside in blocks_that_fold(model, replacements).items():
+        block = model.get_submodule(name)
+        if any(parameter.is_meta for parameter in block.parameters()):
+            continue
+        reason = folding_obstacle(block, {key.removeprefix(f"{name}."): replacements[key] for key in inside})
+        if reason is not None:
+            obstacles |= dict.fromkeys(inside, reason)
+    return obstacles
 
 
 def _groups(spec: PatchSpec, chosen: Mapping[str, PlainConv], stage_of: Mapping[str, int]) -> list[list[str]]:

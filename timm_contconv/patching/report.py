@@ -157,7 +157,7 @@ def _count_multiply_adds(
         module.register_forward_hook(lambda _, __, y, name=name: outputs.__setitem__(name, tuple(y.shape[2:])))
     sample = torch.empty(1, *input_size, device="meta", dtype=next(shadow.parameters()).dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow.eval()(sample)
+        shadow.requires_grad_(False).eval()(sample)
     return counter.get_total_flops() // 2, outputs
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import io
 from collections.abc import Callable, Sequence
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -37,13 +41,16 @@ def find_convolutions(model: nn.Module) -> dict[str, _ConvNd]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
 
 
-def select_convolutions(model: nn.Module, selectors: Selector | Sequence[Selector]) -> dict[str, _ConvNd]:
+def select_convolutions(
+    model: nn.Module, selectors: Selector | Sequence[Selector], min_kernel_size: int = 1
+) -> dict[str, _ConvNd]:
     """The convolutions that any selector names, less those that a "!" selector names.
 
     Args:
         model: any module.
         selectors: "depthwise" (one input channel per group, kernel larger than 1), "strided" (a stride above 1),
             "all", globs over module names, predicates (name, convolution) -> bool, or a sequence of these.
+        min_kernel_size: convolutions whose kernel is smaller along every dimension are left out.
 
     Raises:
         TypeError: a selector is neither a string nor callable.
@@ -55,10 +62,12 @@ def select_convolutions(model: nn.Module, selectors: Selector | Sequence[Selecto
     included = [s for s in listed if not (isinstance(s, str) and s.startswith("!"))]
     excluded = [s[1:] for s in listed if isinstance(s, str) and s.startswith("!")]
     for name, conv in convolutions.items():
-        if any(_matches(s, name, conv) for s in included) and not any(_matches(s, name, conv) for s in excluded):
+        wanted = any(_matches(s, name, conv) for s in included) and not any(_matches(s, name, conv) for s in excluded)
+        if wanted and max(conv.kernel_size) >= min_kernel_size:
             chosen[name] = conv
     if not chosen:
-        raise ValueError(f"select={selectors!r} matches no convolution. {_describe(convolutions)}")
+        limit = f" with min_kernel_size={min_kernel_size}" if min_kernel_size > 1 else ""
+        raise ValueError(f"select={selectors!r}{limit} matches no convolution. {_describe(convolutions)}")
     return chosen
 
 
@@ -66,10 +75,10 @@ def obstacle(conv: _ConvNd) -> str | None:
     """Why no method can stand in for this module, or None where nothing speaks against it."""
     if conv.transposed:
         return "transposed convolution"
-    if type(conv) not in PLAIN_TYPES:
-        return f"{type(conv).__name__} computes its convolution in a way of its own"
     if parametrize.is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is computed from other parameters (parametrization, weight norm or pruning)"
+    if type(conv) not in PLAIN_TYPES:
+        return f"{type(conv).__name__} computes its convolution in a way of its own"
     if isinstance(conv.padding, str) and conv.padding not in ("same", "valid"):
         return f"padding {conv.padding!r}"
     return None
@@ -97,14 +106,19 @@ def _matches(selector: Selector, name: str, conv: _ConvNd) -> bool:
     return fnmatch.fnmatchcase(name, selector)
 
 
-def _describe(convolutions: dict[str, _ConvNd], shown: int = 12) -> str:
+def _describe(convolutions: dict[str, _ConvNd], shown: int = 20) -> str:
+    """What there is to select, as text: the presets with their counts and a table of names."""
     if not convolutions:
         return "The model has no convolution."
     counts = ", ".join(f"{p!r} ({sum(map(rule, convolutions.values()))})" for p, rule in PRESETS.items())
-    rows = [
-        f"  {name}: {conv.in_channels}->{conv.out_channels}, kernel {conv.kernel_size}, stride {conv.stride},"
-        f" groups {conv.groups}"
-        for name, conv in list(convolutions.items())[:shown]
-    ]
+    table = Table("name", "channels", "kernel", "stride", "groups", "preset", box=box.SIMPLE)
+    for name, conv in list(convolutions.items())[:shown]:
+        presets = ", ".join(preset for preset, rule in PRESETS.items() if preset != "all" and rule(conv))
+        sizes = ("×".join(map(str, size)) for size in (conv.kernel_size, conv.stride))
+        table.add_row(name, f"{conv.in_channels} -> {conv.out_channels}", *sizes, str(conv.groups), presets)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     more = [f"  ... and {len(convolutions) - shown} more"] if len(convolutions) > shown else []
-    return "\n".join([f"There are: {counts}; by name or glob:", *rows, *more])
+    return "\n".join([f"There are: {counts}; by name or glob:", *lines, *more])

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from .. import layers
 from ..data import data_folder
 from ..layers import LayerSpec
+from ..layers.spec import LARGEST_KERNEL
 
 __all__ = ["PatchSpec", "as_patch_spec", "list_patches", "load_patch"]
 
@@ -37,6 +38,7 @@ class PatchSpec(BaseModel):
         by_stage: settings of the layer that differ by stage of the model: one table per stage, in order; the last
             one holds for all stages after it.
         select: which convolutions: "depthwise", "strided", "all", or globs of module names; "!" excludes.
+        min_kernel_size: convolutions whose kernel is smaller than this along every dimension are left out.
         share: "stage" gives layers of a stage with the same parameter shapes one set of positions and widths.
         stem_pool: "to_stage" takes the max-pool out of a ResNet's stem; its first stage strides instead.
         description: one line for people.
@@ -51,6 +53,7 @@ class PatchSpec(BaseModel):
     layer: Annotated[AnyLayerSpec, Field(discriminator="method" if len(layers.SPECS) > 1 else None)]
     by_stage: Annotated[tuple[dict[str, Any], ...], Field(max_length=100)] = ()
     select: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=10_000)]
+    min_kernel_size: Annotated[int, Field(ge=1, le=LARGEST_KERNEL)] = 1
     share: Literal["stage"] | None = None
     stem_pool: Literal["to_stage"] | None = None
     description: _Text = ""
@@ -84,7 +87,10 @@ class PatchSpec(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` gives the spec back."""
-        return self.model_dump(mode="json", exclude_none=True, exclude=set() if self.models else {"models"})
+        unset = {"models"} if not self.models else set()
+        if self.min_kernel_size == 1:
+            unset.add("min_kernel_size")
+        return self.model_dump(mode="json", exclude_none=True, exclude=unset)
 
     def to_toml(self) -> str:
         """The spec as a recipe file."""
