@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..ops import conv as convolve
 from .compilation import CompileMode, check_compile_mode, construct_compiled, should_compile
+from .once import interpolation_of
 from .replacement import ConvReplacement, PlainConv
 
 __all__ = ["ConstructedConv", "plain_arguments"]
@@ -105,6 +106,22 @@ class ConstructedConv(ConvReplacement):
     def kernel_inputs(self) -> Mapping[str, Tensor]:
         """The parameters that the kernel is constructed from, by argument name of `kernel_function()`."""
 
+    def interpolation_function(self) -> Callable[..., dict[str, Tensor]] | None:
+        """A pure function from the geometry to what layers that share it can share, None where that is nothing."""
+        return None
+
+    def interpolated_kernel_function(self) -> Callable[..., Tensor]:
+        """`kernel_function()` of the inputs other than the geometry and of what `interpolation_function()` gave."""
+        raise NotImplementedError(f"{type(self).__name__} has no interpolation_function")
+
+    def interpolate(self) -> dict[str, Tensor] | None:
+        """What `interpolation_function` computes from this layer's geometry; None where there is no such function."""
+        function = self.interpolation_function()
+        geometry = dict(self.geometry.items())
+        if function is None or not all(isinstance(value, Tensor) for value in geometry.values()):  # torch.fx
+            return None
+        return self._computed(function, geometry)
+
     def construct(self) -> Tensor:
         """Construct the dense kernel.
 
@@ -114,17 +131,23 @@ class ConstructedConv(ConvReplacement):
         Returns:
             (C_out, C_in/groups, *kernel_size), differentiable with respect to the parameters.
         """
-        inputs = self.kernel_inputs()
+        inputs = dict(self.kernel_inputs())
+        function = self.kernel_function()
+        interpolation = interpolation_of(self)
+        if interpolation is not None:
+            function = self.interpolated_kernel_function()
+            inputs = {key: value for key, value in inputs.items() if key not in self.geometry} | interpolation
+        return self._computed(function, inputs).to(next(self.parameters()).dtype)
+
+    def _computed(self, function: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Any:
+        """The function in the precision of kernel construction, compiled where that is wanted."""
         reference = next(self.parameters())  # not out of inputs: under torch.fx those are proxies
         exact = torch.float64 if reference.dtype == torch.float64 else torch.float32
         with _without_autocast(reference.device.type):
             arguments = {name: value.to(exact) for name, value in inputs.items()}
-            function = self.kernel_function()
             if should_compile(self.compile_mode, reference.device):
-                kernel = construct_compiled(function, arguments)
-            else:
-                kernel = function(**arguments)
-        return kernel.to(reference.dtype)
+                return construct_compiled(function, arguments)
+            return function(**arguments)
 
     @property
     def weight(self) -> Tensor:

@@ -10,7 +10,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -54,7 +54,7 @@ def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel. What lies outside of the kernel is lost.
     """
-    return _sum_of_products(weight, _bilinear_factors(position, None, kernel_size))
+    return interpolated_kernel(weight, **bilinear_interpolation(position, kernel_size))
 
 
 def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -69,8 +69,7 @@ def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
     """
-    factors = _triangle_factors(position, sigma, kernel_size)
-    return _sum_of_products(weight / _mass(factors), factors)
+    return interpolated_kernel(weight, **triangle_interpolation(position, sigma, kernel_size))
 
 
 def gauss_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -85,8 +84,7 @@ def gauss_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: S
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
     """
-    factors = _gauss_factors(position, sigma, kernel_size)
-    return _sum_of_products(weight / _mass(factors), factors)
+    return interpolated_kernel(weight, **gauss_interpolation(position, sigma, kernel_size))
 
 
 def repulsion(position: Tensor) -> Tensor:
@@ -104,24 +102,37 @@ def repulsion(position: Tensor) -> Tensor:
     return (1 - distance).relu().sum() / max(1, distance.numel())
 
 
-def _bilinear_factors(position: Tensor, sigma: None, kernel_size: Sequence[int]) -> list[Tensor]:
-    """Interpolation of every element along every axis: D tensors (..., m, K_d), from (D, ..., m) positions."""
-    return [_hat(_distance(position[d], size)) for d, size in enumerate(kernel_size)]
+def bilinear_interpolation(position: Tensor, kernel_size: Sequence[int]) -> dict[str, Tensor]:
+    """How far every element reaches every pixel along every axis: factors (..., m, K_d) named "axis0", "axis1", ..."""
+    return _named([_hat(_distance(position[d], size)) for d, size in enumerate(kernel_size)])
 
 
-def _triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> list[Tensor]:
-    """As `_bilinear_factors`, before normalisation."""
+def triangle_interpolation(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> dict[str, Tensor]:
+    """As `bilinear_interpolation`, with the normalisation of Eq. 11 as "mass" (..., m)."""
     widths = TRIANGLE_MIN_WIDTH + sigma.abs()
-    return [(widths[d].unsqueeze(-1) - _distance(position[d], size).abs()).relu() for d, size in enumerate(kernel_size)]
+    factors = [
+        (widths[d].unsqueeze(-1) - _distance(position[d], size).abs()).relu() for d, size in enumerate(kernel_size)
+    ]
+    return {**_named(factors), "mass": _mass(factors)}
 
 
-def _gauss_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> list[Tensor]:
-    """As `_bilinear_factors`, before normalisation."""
+def gauss_interpolation(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> dict[str, Tensor]:
+    """As `triangle_interpolation`."""
     widths = GAUSS_MIN_WIDTH + sigma.abs()
-    return [
+    factors = [
         torch.exp(-0.5 * (_distance(position[d], size) / widths[d].unsqueeze(-1)).square())
         for d, size in enumerate(kernel_size)
     ]
+    return {**_named(factors), "mass": _mass(factors)}
+
+
+def interpolated_kernel(weight: Tensor, mass: Tensor | None = None, **factors: Tensor) -> Tensor:
+    """The dense kernel of elements whose interpolation is known, which does not depend on their weights."""
+    return _sum_of_products(weight if mass is None else weight / mass, list(factors.values()))
+
+
+def _named(factors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"axis{d}": factor for d, factor in enumerate(factors)}
 
 
 def _distance(position: Tensor, size: int) -> Tensor:
@@ -256,12 +267,27 @@ class _DclsConv(ConstructedConv):
         return {"weight": self.element_weight, **self.geometry}
 
     def kernel_function(self) -> Callable[..., Tensor]:
-        function = KERNEL_FUNCTIONS[self.interpolation]
-        moving = tuple(self.kernel_size[d] for d in self.position_dims)
-        if len(moving) == self.ndim:
-            return functools.partial(function, kernel_size=moving)
+        return self._along_moving_axes(
+            functools.partial(KERNEL_FUNCTIONS[self.interpolation], kernel_size=self._moving)
+        )
+
+    def interpolation_function(self) -> Callable[..., dict[str, Tensor]]:
+        return functools.partial(INTERPOLATIONS[self.interpolation], kernel_size=self._moving)
+
+    def interpolated_kernel_function(self) -> Callable[..., Tensor]:
+        return self._along_moving_axes(functools.partial(interpolated_kernel))
+
+    @property
+    def _moving(self) -> tuple[int, ...]:
+        """The kernel's size along the axes that elements move along."""
+        return tuple(self.kernel_size[d] for d in self.position_dims)
+
+    def _along_moving_axes(self, function: functools.partial[Tensor]) -> Callable[..., Tensor]:
+        if len(self.position_dims) == self.ndim:
+            return function
+        settings = tuple(function.keywords.items())
         return functools.partial(
-            _partly_dense_kernel, function=function, kernel_size=moving, position_dims=self.position_dims
+            _partly_dense_kernel, function=function.func, settings=settings, position_dims=self.position_dims
         )
 
     def constrain_(self) -> None:
@@ -301,7 +327,7 @@ class _DclsConv(ConstructedConv):
         """Exact for "bilinear" with an element per pixel of the old kernel, else the least squares found."""
         require_weights(convs)
         first = layers[0]
-        moving = tuple(first.kernel_size[d] for d in first.position_dims)
+        moving = first._moving
         kernels = [first._moving_last(kernel) for kernel in kernels_inside(convs, first.kernel_size)]
         targets = torch.stack(kernels, -len(moving) - 1)
         geometry, weight = fit_elements(
@@ -339,10 +365,10 @@ class DclsConv3d(_DclsConv):
     ndim = 3
 
 
-FACTORS: dict[str, Callable[..., list[Tensor]]] = {
-    "bilinear": _bilinear_factors,
-    "triangle": _triangle_factors,
-    "gauss": _gauss_factors,
+INTERPOLATIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "bilinear": bilinear_interpolation,
+    "triangle": triangle_interpolation,
+    "gauss": gauss_interpolation,
 }
 KERNEL_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "bilinear": bilinear_kernel,
@@ -430,10 +456,12 @@ def fit_elements(
         start["sigma"] = torch.full_like(start["position"], max(INITIAL_SIGMA[interpolation], SMALLEST_START_SIGMA))
 
     def equations(wanted: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        sigma = geometry["sigma"].movedim(-1, 0) if "sigma" in geometry else None
-        factors = FACTORS[interpolation](geometry["position"].movedim(-1, 0), sigma, kernel_size)
-        if sigma is not None:
-            factors[0] = factors[0] / _mass(factors).unsqueeze(-1)
+        axes_first = {name: value.movedim(-1, 0) for name, value in geometry.items()}
+        reach = INTERPOLATIONS[interpolation](**axes_first, kernel_size=kernel_size)
+        mass = reach.pop("mass", None)
+        factors = list(reach.values())
+        if mass is not None:
+            factors[0] = factors[0] / mass.unsqueeze(-1)
         gram = functools.reduce(operator.mul, [factor @ factor.mT for factor in factors])
         inside = [f[..., m : m + k] for f, m, k in zip(factors, margins, wanted.shape[2:], strict=True)]
         return gram, _outer(inside) @ wanted.flatten(2).mT
@@ -444,12 +472,12 @@ def fit_elements(
 
 def _partly_dense_kernel(
     function: Callable[..., Tensor],
-    kernel_size: Sequence[int],
+    settings: tuple[tuple[str, Any], ...],
     position_dims: Sequence[int],
     **inputs: Tensor,
 ) -> Tensor:
     """A kernel whose elements move along `position_dims` only: the dense dimensions act as more channels."""
-    kernel = function(**inputs, kernel_size=kernel_size)
+    kernel = function(**inputs, **dict(settings))
     return kernel.movedim(tuple(range(-len(position_dims), 0)), tuple(2 + d for d in position_dims))
 
 

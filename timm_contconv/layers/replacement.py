@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .once import compute_once
+
 __all__ = [
     "ConvReplacement",
     "Init",
@@ -234,3 +236,5 @@ def share_geometry(layers: Sequence[ConvReplacement], home: nn.Module, name: str
         del layer._modules["geometry"]
         layer.__dict__["geometry"] = geometry  # past nn.Module.__setattr__: a reference, not a registration
     home.add_module(name, geometry)
+    if home is not layers[0]:
+        compute_once(home)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from ..layers import ConvReplacement
+from ..layers.once import compute_separately
 from .record import PatchRecord, set_record
 
 __all__ = ["exempt_from_weight_decay", "geometry_homes", "remove_traces", "swap", "with_hooks"]
@@ -75,6 +76,7 @@ def remove_traces(model: nn.Module, record: PatchRecord | None) -> None:
         return
     for home, attribute in record.homes:
         model.get_submodule(home)._modules.pop(attribute, None)
+        compute_separately(model.get_submodule(home))
     set_record(model, None)
     model.__dict__.pop("no_weight_decay", None)
 
