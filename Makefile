@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow check format wheel clean
+.PHONY: demo test slow zoo check format wheel clean
 
 # The stamp is newer than pyproject.toml when the environment is up to date.
 $(VENV)/.installed: pyproject.toml
@@ -21,6 +21,10 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
+
+# Every family of timm with every method: about an hour; writes docs/zoo.md.
+zoo: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.zoo
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
