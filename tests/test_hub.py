@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -23,11 +25,22 @@ def assert_same_logits(model, other, x):
 
 
 def hand_patched(**options) -> nn.Module:
-    model = timm.create_model("mobilenetv3_small_050", num_classes=7, **options)
-    return tcc.patch(model, "dcls_gauss", kernel_size=9)
+    model = timm.create_model("test_efficientnet", num_classes=7, **options)
+    return tcc.patch(model, "dcls_gauss", kernel_size=9, init="random")
 
 
-@pytest.mark.parametrize("name", ["test_convnext_dcls", "test_convnext_dcls_triangle", "test_convnext_dcls_gauss"])
+NAMED = [
+    *("test_convnext_dcls", "test_convnext_dcls_triangle", "test_convnext_dcls_gauss", "test_convnext_smp"),
+    *("test_convnext_flex", "test_resnet_genv", "test_resnet_cc"),
+]
+
+
+def test_every_method_is_among_the_named():
+    methods = {tcc.load_patch(name.split("_", 2)[2]).layer.method for name in NAMED}
+    assert methods == {tcc.load_patch(recipe).layer.method for recipe in tcc.list_patches()}
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_named_model_round_trip(name, tmp_path, x):
     model = timm.create_model(name, num_classes=7)
     tcc.save_pretrained(model, tmp_path / "model")
@@ -36,10 +49,12 @@ def test_named_model_round_trip(name, tmp_path, x):
     assert_same_logits(model, tcc.from_pretrained(tmp_path / "model"), x)
 
 
-def test_a_network_of_a_papers_own_round_trip(tmp_path, x):
-    model = timm.create_model("smpconv_tiny", num_classes=7)
+@pytest.mark.parametrize("name", ["smpconv_tiny", "flexnet3", "ccnet"])
+def test_a_network_of_a_papers_own_round_trip(name, tmp_path):
+    model = timm.create_model(name, num_classes=7)
     card = (tcc.save_pretrained(model, tmp_path / "model") / "README.md").read_text()
-    assert "smpconv_tiny: " in card
+    assert f"{name}: " in card
+    x = torch.randn(1, *model.pretrained_cfg["input_size"])
     assert_same_logits(model, tcc.from_pretrained(tmp_path / "model"), x)
 
 
@@ -48,6 +63,19 @@ def test_named_model_with_other_settings_round_trip(tmp_path):
     tcc.save_pretrained(model, tmp_path / "model")
     x = torch.randn(1, 1, 64, 64)
     assert_same_logits(model, timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True), x)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_hand_patched_models_of_other_classes_and_channels_in_half_precision(name, tmp_path):
+    """As in the named ones, by hand: one channel, 5 classes, float16 in the file."""
+    test, base, recipe = name.split("_", 2)
+    model = tcc.patch(timm.create_model(f"{test}_{base}", num_classes=5, in_chans=1), recipe, init="random").half()
+    folder = tcc.save_pretrained(model, tmp_path / "model")
+    assert json.loads((folder / "config.json").read_text())["architecture"] == "contconv"
+    x = torch.randn(1, 1, 32, 32)
+    for loaded in (tcc.from_pretrained(folder), timm.create_model(f"local-dir:{folder}", pretrained=True)):
+        assert loaded.num_classes == 5
+        assert_same_logits(model.float(), loaded, x)
 
 
 def test_hand_patched_model_round_trip(tmp_path, x):
@@ -65,7 +93,7 @@ def test_hand_patched_model_round_trip(tmp_path, x):
 
 def test_predicates_are_saved_as_the_names_that_they_chose(tmp_path, x):
     model = timm.create_model("mobilenetv3_small_050", num_classes=7)
-    tcc.patch(model, "dcls", select=lambda name, conv: conv.groups > 1 and conv.kernel_size[0] == 5)
+    tcc.patch(model, "dcls", init="random", select=lambda name, conv: conv.groups > 1 and conv.kernel_size[0] == 5)
     tcc.save_pretrained(model, tmp_path / "model")
     assert_same_logits(model, tcc.from_pretrained(tmp_path / "model"), x)
 
@@ -78,7 +106,7 @@ def test_a_loaded_model_adapts_to_other_classes_and_channels(tmp_path):
 
 def test_a_named_model_that_was_patched_anew_is_saved_with_its_new_patch(tmp_path, x):
     model = timm.create_model("test_convnext_dcls", num_classes=7, patch_args={"kernel_size": 7})
-    tcc.patch(tcc.unpatch(model), "dcls_gauss")
+    tcc.patch(tcc.unpatch(model), "dcls_gauss", init="random")
     tcc.save_pretrained(model, tmp_path / "model")
     assert_same_logits(model, tcc.from_pretrained(tmp_path / "model"), x)
 
@@ -108,7 +136,7 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(tmp_path,
 def test_a_failed_save_leaves_the_old_folder(tmp_path, x, monkeypatch):
     model = hand_patched()
     tcc.save_pretrained(model, tmp_path / "model")
-    monkeypatch.setattr(tcc.hub, "_write_card", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(tcc.hub, "write_card", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         tcc.save_pretrained(hand_patched(), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -130,9 +158,14 @@ def test_what_can_not_be_saved_is_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    return tcc.save_pretrained(hand_patched(), tmp_path_factory.mktemp("saved") / "model")
+
+
 @pytest.fixture
-def saved(tmp_path):
-    return tcc.save_pretrained(hand_patched(), tmp_path / "model")
+def saved(saved_once, tmp_path):
+    return Path(shutil.copytree(saved_once, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.99])

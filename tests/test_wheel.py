@@ -25,17 +25,22 @@ def test_wheel_contains_recipes_and_weights_folders(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "timm_contconv/patches/dcls_gauss.toml" in names
     assert "timm_contconv/hub/convnext_tiny_dcls.zenodo_in1k/weight.toml" in names
+    assert "timm_contconv/hub/test_convnext_dcls_gauss.digits/model.safetensors" in names
     assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/"))]
 
 
-def test_wheel_in_a_fresh_environment_lists_the_recipes(wheel, tmp_path):
+def test_wheel_in_a_fresh_environment_lists_the_recipes_and_loads_its_weights(wheel, tmp_path):
     """Installed without dependencies; those of this environment are lent to it, its own package is not."""
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
     lent = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
-    code = "import timm_contconv as t; print(t.__file__); print(*t.list_patches())"
+    code = (
+        "import timm, timm_contconv as t; print(t.__file__); print(*t.list_patches())\n"
+        "print(timm.create_model('test_convnext_dcls_gauss.digits', pretrained=True).pretrained_cfg['file'])"
+    )
     output = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, env=lent, cwd=tmp_path)
-    location, recipes = output.stdout.splitlines()[-2:]
+    location, recipes, weights = output.stdout.splitlines()[-3:]
     assert location.startswith(str(tmp_path))
+    assert weights.startswith(str(tmp_path))
     assert {"dcls", "dcls_triangle", "dcls_gauss"} <= set(recipes.split())

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-import warnings
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import timm
+import torch
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import save_file
 from timm.models._hub import load_cfg_from_json, save_config_for_hf
-from timm.models._input import get_model_args
-from torch import nn
+from timm.models._input import get_model_args, get_model_input_config
+from torch import Tensor, nn
 
+from .download import download
 from .layers import ConvReplacement
+from .model_card import CardFacts, write_card
 from .models.patched import HAND_PATCHED, PATCHED
-from .patching import PatchSpec, report
 from .patching.record import PatchRecord, get_record, require_record
+from .untrusted import WEIGHTS, check_config, check_weights, memory_bound
 
-__all__ = ["from_pretrained", "save_pretrained"]
+__all__ = ["from_pretrained", "save_pretrained", "verify_folder", "write_folder"]
 
-WEIGHTS, CONFIG, CARD, PICTURE = "model.safetensors", "config.json", "README.md", "kernels.png"
+CONFIG = "config.json"
+#: what timm's architectures raise for arguments that make no sense to them
+BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
@@ -44,53 +49,156 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
         ValueError: the model is not patched (merged models too), or is not a timm model.
         FileExistsError: the folder holds something other than a saved model.
     """
-    record = None if _is_own_architecture(model) else require_record(model)
-    if not hasattr(model, "pretrained_cfg"):
-        raise ValueError(
-            f"model: this {type(model).__name__} was not made by timm, which could not rebuild it; save its"
-            " state_dict() with safetensors and its patch with tcc.report(model).patch"
-        )
+    _saveable_record(model)
     folder = Path(folder)
     _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         staged = Path(temporary) / "model"
         staged.mkdir()
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, staged / WEIGHTS, {"format": "pt"})
-        _write_config(model, record, staged / CONFIG)
-        _write_card(model, record, folder.name, staged)
+        write_folder(model, staged, CardFacts(folder.name, f"local-dir:{folder.name}"))
         if folder.exists():
             folder.rename(Path(temporary) / "replaced")
         staged.rename(folder)
     return folder
 
 
-def from_pretrained(folder: str | Path, **kwargs: Any) -> nn.Module:
-    """Load a model that `save_pretrained` wrote.
+def write_folder(model: nn.Module, folder: Path, facts: CardFacts) -> None:
+    """Write a model's files into an empty folder, with a card that says `facts`.
+
+    Raises:
+        ValueError: as `save_pretrained`, or `facts` makes no valid metadata.
+    """
+    record = _saveable_record(model)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
+    _write_config(model, record, folder / CONFIG)
+    write_card(model, record, facts, folder)
+
+
+def from_pretrained(
+    id_or_folder: str | Path,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a model that `save_pretrained` or `push_to_hub` wrote.
+
+    Files from the Hub are of one commit and have the hashes that the Hub announces. Only `model.safetensors` is
+    loaded, never a pickle; the configuration is checked before anything is built from it. Without network, or
+    with HF_HUB_OFFLINE=1, what is in the Hub's cache is taken.
 
     Args:
-        folder: path of the folder, or the name of a repository on the Hugging Face Hub ("user/name").
+        id_or_folder: path of a folder, or the name of a repository on the Hugging Face Hub ("user/name").
+        revision: branch, tag or commit of the repository; "main" if None.
+        token: as huggingface_hub takes it: None for the one of `hf auth login`.
+        cache_dir: instead of the Hub's cache.
         **kwargs: arguments of `timm.create_model`, as num_classes.
 
     Raises:
         FileNotFoundError: the folder has no config.json or no model.safetensors.
+        HfHubHTTPError, OSError: the Hub said no, or did not answer; the message says what to do.
         ValueError: the configuration asks for something unknown or out of range, or the weights are damaged.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        if path.is_absolute() or len(path.parts) != 2:
-            raise FileNotFoundError(f"folder={str(folder)!r}: no such folder, and not a Hub repository (user/name)")
-        return timm.create_model(f"hf-hub:{folder}", pretrained=True, **kwargs)
+    folder = Path(id_or_folder)
+    if not folder.is_dir():
+        if folder.is_absolute() or len(folder.parts) != 2:
+            name = str(id_or_folder)
+            raise FileNotFoundError(f"id_or_folder={name!r}: no such folder, and not a Hub repository (user/name)")
+        folder = _download(str(id_or_folder), revision, token=token, cache_dir=cache_dir)
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r}: {str(folder)!r} is a folder, which has no revisions; leave it out")
     for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"folder={str(folder)!r}: has no {name}; tcc.save_pretrained writes one")
-    _check_config(path / CONFIG)
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"id_or_folder={str(id_or_folder)!r}: has no {name}; tcc.save_pretrained writes one"
+            )
+    architecture = check_config(folder / CONFIG)["architecture"]
+    weights = check_weights(folder / WEIGHTS)
     try:
-        with safetensors.safe_open(path / WEIGHTS, framework="pt"):
-            pass
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS}: damaged or cut short ({error}); copy or download it again") from None
-    return timm.create_model(f"local-dir:{path}", pretrained=True, **kwargs)
+        with memory_bound(weights):
+            return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+    except BUILD_ERRORS as error:
+        raise ValueError(
+            f"{folder / CONFIG}: timm can't build {architecture} from it, or its weights do not fit:"
+            f" {type(error).__name__}: {error}"
+        ) from error
+
+
+@torch.no_grad()
+def verify_folder(folder: Path, model: nn.Module) -> None:
+    """Load a folder back and compare parameters, buffers and logits with the model's.
+
+    Raises:
+        ValueError: something differs, or the model's logits are not finite.
+    """
+    parameter = next(model.parameters())
+    size = get_model_input_config(model)["input_size"]
+    images = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
+    with _evaluating(model):
+        expected = model(images).float()
+    if not expected.isfinite().all():
+        raise ValueError("model: its logits are not finite for an ordinary image; train it again before publishing")
+    loaded = from_pretrained(folder)
+    _require_same_values(loaded.state_dict(), model.state_dict())
+    ours = dict(model.named_parameters()) | dict(model.named_buffers())
+    for key, value in (*loaded.named_parameters(), *loaded.named_buffers()):
+        value.data = value.data.to(ours[key].device, ours[key].dtype)
+    actual = loaded.eval()(images).float()
+    tolerance = torch.finfo(parameter.dtype).eps ** 0.5
+    if (actual - expected).abs().max() > tolerance * expected.abs().max():
+        raise ValueError(
+            "model: loaded back from its files it gives other logits, so that it holds something that they do not: a"
+            " hook, or an attribute that was changed by hand"
+        )
+
+
+def _require_same_values(loaded: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    for key, value in saved.items():
+        if not torch.equal(loaded[key].cpu(), value.cpu().to(loaded[key].dtype)):
+            raise ValueError(f"{key}: what was loaded back is not what the model holds; its dtype is {value.dtype}")
+
+
+def _download(repo_id: str, revision: str | None, **options: Any) -> Path:
+    """The folder in the Hub's cache that holds configuration and weights of one commit."""
+    config = download(repo_id, CONFIG, revision, **options)
+    commit = config.parent.name
+    try:
+        return download(repo_id, WEIGHTS, commit, **options).parent
+    except RemoteEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id}: has no {WEIGHTS}, and pickle files are not loaded from a repository. If you trust its authors,"
+            " download one and name it: timm.create_model(NAME, pretrained=True,"
+            " pretrained_cfg_overlay=dict(file=PATH))"
+        ) from error
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and every module in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _saveable_record(model: nn.Module) -> PatchRecord | None:
+    """The record of a model that can be saved; None for the papers' own networks.
+
+    Raises:
+        ValueError: the model is not patched, or was not made by timm.
+    """
+    record = None if _is_own_architecture(model) else require_record(model)
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError(
+            f"model: this {type(model).__name__} was not made by timm, which could not rebuild it; save its"
+            " state_dict() with safetensors and its patch with tcc.report(model).patch"
+        )
+    return record
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -129,66 +237,3 @@ def _hand_patched_args(model: nn.Module, record: PatchRecord) -> dict[str, Any]:
         saved = {key: arguments.pop(key) for key in ("base", "base_args", "patch")}
         base, arguments = saved["base"], {**saved["base_args"], **arguments}
     return {"base": base, "base_args": arguments, "patch": record.spec.to_dict()}
-
-
-def _check_config(path: Path) -> None:
-    """Refuse a configuration that names an unknown architecture or patch, before anything is built."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
-    architecture = config.get("architecture") if isinstance(config, dict) else None
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise ValueError(f"{path}: architecture={architecture!r}: expected the name of a registered model")
-    if architecture == HAND_PATCHED:
-        PatchSpec.from_dict(config.get("model_args", {}).get("patch", {}), source=f"{path.name}: model_args.patch")
-
-
-def _write_card(model: nn.Module, record: PatchRecord | None, name: str, folder: Path) -> None:
-    """A model card with what the patch changed and, with matplotlib, a picture of kernels."""
-    picture = ""
-    if find_spec("matplotlib") is None:
-        warnings.warn("the model card has no picture of kernels: install timm_contconv[viz]", stacklevel=3)
-    else:
-        from .viz import save_kernel_figure
-
-        save_kernel_figure(model, folder / PICTURE)
-        picture = f"\n![Learned kernels]({PICTURE})\n"
-    method = next(module.method for module in model.modules() if isinstance(module, ConvReplacement))
-    (folder / CARD).write_text(
-        f"""---
-library_name: timm
-pipeline_tag: image-classification
-tags:
-- timm
-- timm_contconv
-- {method}
----
-# {name}
-
-{_summary(model, record)}
-
-```python
-import timm, timm_contconv
-
-model = timm.create_model("local-dir:{name}", pretrained=True)
-```
-{picture}{_table(model, record)}""",
-        encoding="utf-8",
-    )
-
-
-def _summary(model: nn.Module, record: PatchRecord | None) -> str:
-    if record is None:
-        name = model.__dict__["pretrained_cfg"]["architecture"]
-        return f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters."
-    changes = report(model)
-    what = record.spec.description or record.spec.layer.method
-    return f"{what}: {changes.parameters_before:,} parameters before the patch,\n{changes.parameters_after:,} after."
-
-
-def _table(model: nn.Module, record: PatchRecord | None) -> str:
-    if record is None:
-        return ""
-    rows = "\n".join(f"| {r.name} | {r.before} | {r.after} | {r.parameters_after} |" for r in report(model).rows)
-    return f"\n| layer | before | after | parameters |\n|---|---|---|---|\n{rows}\n"

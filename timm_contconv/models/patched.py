@@ -7,12 +7,12 @@ import functools
 import sys
 import tomllib
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from timm.models import (
-    build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
     is_model,
@@ -20,27 +20,20 @@ from timm.models import (
     register_model,
 )
 from timm.models._features import FeatureGetterNet
-from timm.models._pretrained import PretrainedCfg
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import nn
 
 from ..convert import to_native
 from ..data import data_folder
 from ..patching import PatchSpec, list_patches, load_patch, patch
 from ..patching.record import get_record, set_record
+from ..untrusted import LARGEST_MODEL, WEIGHTS, MemoryBound, check_arguments
+from .build import build_model_with_cfg
 
 __all__ = ["HAND_PATCHED", "PATCHED", "PatchedArchitecture", "contconv"]
 
 #: registered name of a model that was patched by hand
 HAND_PATCHED = "contconv"
-#: arguments that say where weights come from or how a model is wrapped: not part of an architecture
-_BUILD_ARGUMENTS = frozenset(
-    (
-        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
-        *("checkpoint_path", "cache_dir", "features_only", "out_indices", "feature_cls", "feature_cfg", "pruned"),
-    )
-)
-#: bound on every number of an architecture that a stranger's configuration asks for
-_LARGEST_ARGUMENT = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +75,7 @@ def _build(
 
 def _feature_cfg(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
     """How the base extracts features: from modules at its top or one Sequential deep, else from its forward."""
-    with torch.device("meta"):
+    with torch.device("meta"), MemoryBound(LARGEST_MODEL):
         model = model_entrypoint(base)(pretrained=False, **base_args)
     modules = [item["module"] for item in model.feature_info]
     config: dict[str, Any] = {"out_indices": tuple(range(len(modules)))}
@@ -137,21 +130,7 @@ def _checked_base(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
     """The base's arguments, if it is a timm architecture and they describe no more than an architecture."""
     if not isinstance(base, str) or not is_model(base) or base == HAND_PATCHED:
         raise ValueError(f"base={base!r}: expected the name of a timm architecture")
-    for key, value in base_args.items():
-        if key in _BUILD_ARGUMENTS:
-            raise ValueError(f"base_args.{key}: not an argument of an architecture")
-        _check_plain(f"base_args.{key}", value)
-    return dict(base_args)
-
-
-def _check_plain(key: str, value: Any) -> None:
-    if isinstance(value, list | tuple):
-        for item in value:
-            _check_plain(key, item)
-    elif isinstance(value, int | float) and abs(value) > _LARGEST_ARGUMENT:
-        raise ValueError(f"{key}={value}: expected at most {_LARGEST_ARGUMENT}")
-    elif value is not None and not isinstance(value, str | bool | int | float):
-        raise ValueError(f"{key}={value!r}: expected a number, a string, true, false, or a list of these")
+    return check_arguments(base_args, "base_args")
 
 
 def _architectures() -> dict[str, PatchedArchitecture]:
@@ -188,13 +167,21 @@ def _default_cfgs(architectures: Mapping[str, PatchedArchitecture]) -> dict[str,
         weight = tomllib.loads(path.read_text(encoding="utf-8"))
         if weight["architecture"] in architectures:
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in weight["pretrained_cfg"].items()}
+            if (path.parent / WEIGHTS).is_file():  # small enough to come with the package
+                values["file"] = str(path.parent / WEIGHTS)
             untrained = configs[weight["architecture"]]
             configs[f"{weight['architecture']}.{weight['tag']}"] = dataclasses.replace(untrained, **values)
     return configs
 
 
+def _only_by_tag(default: DefaultCfg) -> DefaultCfg:
+    """Weights for other classes than the architecture's 1000 are had by their tag alone, not by the bare name."""
+    tags = sorted(default.tags, key=lambda tag: default.cfgs[tag].num_classes != 1000)  # stable
+    return dataclasses.replace(default, tags=deque(tags))
+
+
 PATCHED = _architectures()
-default_cfgs = generate_default_cfgs(_default_cfgs(PATCHED))
+default_cfgs = {k: _only_by_tag(v) for k, v in generate_default_cfgs(_default_cfgs(PATCHED)).items()}
 for _architecture in PATCHED.values():
     _create = register_model(_entrypoint(_architecture, load_patch(_architecture.recipe)))
     setattr(sys.modules[__name__], _architecture.name, _create)

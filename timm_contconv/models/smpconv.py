@@ -17,12 +17,13 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..convert import to_native
 from ..layers import SmpConv2d, SmpConvBn2d
+from .build import build_model_with_cfg
 
 __all__ = ["ConvFfn", "LargeKernelBlock", "SmpConvNet", "SmpConvStage", "smpconv_base", "smpconv_tiny"]
 

@@ -155,9 +155,9 @@ def _count_multiply_adds(
     for name in set(names) & dict(shadow.named_modules()).keys():
         module = shadow.get_submodule(name)
         module.register_forward_hook(lambda _, __, y, name=name: outputs.__setitem__(name, tuple(y.shape[2:])))
-    sample = torch.empty(1, *input_size, device="meta", dtype=next(shadow.parameters()).dtype)
+    sample = torch.empty(1, *input_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow.requires_grad_(False).eval()(sample)
+        shadow.requires_grad_(False).eval().float()(sample)  # one dtype: recorded convolutions keep that of patching
     return counter.get_total_flops() // 2, outputs
 
 

@@ -1,0 +1,116 @@
+"""`contconv publish`: a weight of hub/ to the Hugging Face Hub: load, convert, verify, upload, record."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import timm
+from huggingface_hub import HfApi
+from rich.console import Console
+from timm.models import set_pretrained_download_progress
+from timm.models._hub import get_cache_dir
+from torch import nn
+
+from ..download import explain_errors
+from ..push import push_to_hub
+from ..untrusted import WEIGHTS
+from ..weights import TRAINING, Publication, Weight, record_publication
+
+__all__ = ["run"]
+
+
+def run(
+    console: Console,
+    folder: Path,
+    *,
+    file: Path | None = None,
+    repo_id: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> None:
+    """Publish a weight and record it in its folder.
+
+    Args:
+        console: where to print.
+        folder: of hub/, with a weight.toml.
+        file: the weights, instead of downloading them; a pickle is loaded as weights only, without running code.
+        repo_id: where to; "USER/ARCHITECTURE.TAG" if None, for the user of the token.
+        private, revision, create_pr: as `push_to_hub`.
+
+    Raises:
+        ValueError, OSError: what is wrong and what to do.
+    """
+    weight = Weight.load(folder)
+    if repo_id is None:
+        with explain_errors("--repo-id was not given, and your name was not found", None):
+            repo_id = f"{HfApi().whoami()['name']}/{weight.name}"
+    console.print(f"{weight.name}: loading and converting", highlight=False)
+    model, source = _load(weight, folder, file)
+    digest = _sha256(source)
+    console.print(f"{source}: SHA-256 {digest}", highlight=False, soft_wrap=True)
+    console.print(f"verifying, then publishing as {repo_id}", highlight=False)
+    info = push_to_hub(
+        model,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        license=weight.pretrained_cfg.get("license"),
+        datasets=weight.datasets,
+        eval_results=weight.eval_results(),
+        text=_provenance(weight, folder, source, digest),
+    )
+    url = info.pr_url or info.commit_url
+    today = datetime.datetime.now(datetime.UTC).date()
+    record = record_publication(
+        folder, Publication(repo_id=repo_id, commit=info.oid, url=url, day=today, source_sha256=digest)
+    )
+    console.print(f"published: {url}\nrecorded in {record}", highlight=False, soft_wrap=True)
+
+
+def _load(weight: Weight, folder: Path, file: Path | None) -> tuple[nn.Module, Path]:
+    """The model with its weights, and the file that they are from."""
+    packaged = folder / WEIGHTS
+    config = {key: tuple(v) if isinstance(v, list) else v for key, v in weight.pretrained_cfg.items()}
+    config |= {"architecture": weight.architecture, "tag": weight.tag}
+    if file is None and packaged.is_file():
+        file = packaged
+    if file is not None:
+        if not file.is_file():
+            raise FileNotFoundError(f"--file={str(file)!r}: no such file")
+        config |= {"url": None, "file": str(file)}
+        return _create(weight, config), file
+    url = weight.pretrained_cfg.get("url")
+    if not url:
+        raise ValueError(f"{weight.name}: there is no URL to download it from; get the file and pass --file")
+    set_pretrained_download_progress(True)
+    return _create(weight, config), Path(get_cache_dir()) / Path(urlsplit(url).path).name
+
+
+def _create(weight: Weight, config: dict[str, object]) -> nn.Module:
+    untagged = {key: None for key in ("hf_hub_id", "file") if key not in config}
+    return timm.create_model(weight.architecture, pretrained=True, pretrained_cfg_overlay={**untagged, **config})
+
+
+def _provenance(weight: Weight, folder: Path, source: Path, digest: str) -> str:
+    """For the card: where the weights are from, who measured the results, how they were trained."""
+    origin = weight.pretrained_cfg.get("origin_url")
+    where = weight.pretrained_cfg.get("url") or weight.source or f"hub/{folder.name}"
+    paragraphs = [
+        weight.pretrained_cfg.get("description", ""),
+        f"Converted from {source.name} ({where}; SHA-256 {digest})" + (f", released at {origin}." if origin else "."),
+        *(f"{r.dataset}: {r.metric} {r.value} %, measured by {r.by}." for r in weight.results),
+    ]
+    training = folder / TRAINING
+    if training.is_file():
+        paragraphs.append(f"Training arguments:\n\n```yaml\n{training.read_text(encoding='utf-8').strip()}\n```")
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
