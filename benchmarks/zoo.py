@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import statistics
 import warnings
@@ -111,7 +112,7 @@ def wake(model: nn.Module) -> None:
 
 
 def output(model: nn.Module, images: Tensor) -> Tensor:
-    """The tensor that a model returns; the last feature map of a feature extractor, the first field of another output."""
+    """The tensor that a model returns: the last feature map of a feature extractor, the first field of another."""
     out = model(images)
     while not isinstance(out, Tensor):
         if isinstance(out, list):
@@ -132,12 +133,15 @@ def new_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
+def families() -> list[str]:
+    """Modules of timm itself that register architectures."""
+    return [family for family in timm.list_modules() if importlib.util.find_spec(f"timm.models.{family}") is not None]
+
+
 def smallest(family: str, rule: Callable[[_ConvNd], bool]) -> str | None:
     """The model of a family with the fewest parameters among those that have such a convolution."""
     sizes = {}
     for name in timm.list_models(module=family):
-        if name in tcc.models.patched.PATCHED:
-            continue
         with torch.device("meta"):
             model = timm.create_model(name)
         if any(isinstance(module, _ConvNd) and rule(module) for module in model.modules()):
@@ -209,29 +213,42 @@ def _cell(outcome: Outcome) -> str:
     return f"{outcome.replaced} ({outcome.fit_error:.0e})" if outcome.fit_error is not None else "0"
 
 
+def read_results() -> dict[str, list[Outcome]]:
+    """What earlier runs found, by family."""
+    if not RESULTS.is_file():
+        return {}
+    recorded = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return {family: [Outcome(**outcome) for outcome in outcomes] for family, outcomes in recorded.items()}
+
+
+def write_results(results: dict[str, list[Outcome]]) -> None:
+    """Record what was found, and write the page."""
+    ordered = {family: results[family] for family in sorted(results)}
+    plain = {family: [dataclasses.asdict(outcome) for outcome in found] for family, found in ordered.items()}
+    RESULTS.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    outcomes = [outcome for found in ordered.values() for outcome in found]
+    without = [family for family, found in ordered.items() if not found]
+    PAGE.write_text(page(outcomes, without, timm.__version__), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", action="append", help="only these, and write nothing")
+    parser.add_argument("--family", action="append", help="only these; the others' results stay")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning, module="timm")
-    outcomes, without, failed = [], [], []
-    for family in track(arguments.family or timm.list_modules(), description="families"):
+    results, failed = read_results(), []
+    for family in track(arguments.family or families(), description="families"):
         try:
-            found = visit(family)
+            results[family] = visit(family)
         except Exception as error:  # one family's failure is a line of the outcome, not the end of the run
             failed.append(f"{family}: {type(error).__name__}: {error}")
             print(failed[-1], flush=True)
             continue
-        outcomes += found
-        if not found:
-            without.append(family)
-        print(*found, sep="\n", flush=True)
-    print(f"{len(outcomes)} patches, {len(failed)} failures")
+        print(*results[family], sep="\n", flush=True)
+        write_results(results)
+    print(f"{len(results)} families, {len(failed)} failures")
     if failed:
         raise SystemExit("\n".join(failed))
-    if not arguments.family:
-        RESULTS.write_text(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1))
-        PAGE.write_text(page(outcomes, without, timm.__version__), encoding="utf-8")
 
 
 if __name__ == "__main__":
