@@ -2,46 +2,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from ..layers import ConvReplacement
 
-__all__ = ["param_groups"]
+__all__ = ["param_groups", "split_geometry"]
+
+Group = dict[str, Any]
 
 
-def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    *,
+    layer_decay: float | None = None,
+    position_lr_scale: float | None = None,
+) -> list[Group]:
     """Parameter groups as timm's optimiser factory makes them, with what the methods' papers ask for.
 
     No weight decay on biases, one-dimensional parameters, what `model.no_weight_decay()` names, and geometry
-    parameters (positions, widths, radii, masks). Geometry parameters have the `lr_scale` of their method.
+    parameters (positions, widths, radii, masks), whose learning rate is relative to that of the weights.
 
     Args:
         model: any model; each trainable parameter is in exactly one group.
         lr: learning rate of the weights.
         weight_decay: of the parameters that are decayed.
+        layer_decay: the learning rate of a layer relative to that of the next, as `timm.optim` has it. Geometry
+            that several layers share goes with the last of them.
+        position_lr_scale: learning rate of the geometry relative to that of the weights of the same layer; None
+            takes each method's own (five for DCLS).
 
     Returns:
         Groups {"params", "param_names", "lr", "weight_decay", "lr_scale"}. timm's schedulers multiply lr by
         lr_scale; with another scheduler, do so yourself: `for g in groups: g["lr"] *= g.pop("lr_scale")`.
     """
-    scales = {
-        id(parameter): module.geometry_lr_scale
-        for module in model.modules()
-        if isinstance(module, ConvReplacement)
-        for parameter in module.geometry.values()
-    }
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        scale = scales.get(id(parameter), 1.0)
-        free = id(parameter) in scales or parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
-        decay = 0.0 if free else weight_decay
-        empty = {"params": [], "param_names": [], "lr": lr, "weight_decay": decay, "lr_scale": scale}
-        group = groups.setdefault((decay, scale), empty)
-        group["params"].append(parameter)
-        group["param_names"].append(name)
-    return list(groups.values())
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+    else:
+        groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        {
+            "params": group["params"],
+            "param_names": [names[id(parameter)] for parameter in group["params"]],
+            "lr": lr,
+            "weight_decay": group["weight_decay"],
+            "lr_scale": group.get("lr_scale", 1.0),
+        }
+        for group in split_geometry(groups, model, position_lr_scale)
+    ]
+
+
+def split_geometry(groups: Iterable[Group], model: nn.Module, lr_scale: float | None = None) -> list[Group]:
+    """Take the geometry parameters out of groups, into groups without weight decay and with their own lr_scale.
+
+    Args:
+        groups: groups of the model's parameters; other keys than "params", "weight_decay" and "lr_scale" are kept.
+        model: the model.
+        lr_scale: factor on the groups' own lr_scale; None takes each method's `geometry_lr_scale`.
+
+    Returns:
+        New groups; each parameter is in exactly one, as before.
+    """
+    groups = list(groups)
+    layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
+    factors = {
+        id(parameter): layer.geometry_lr_scale if lr_scale is None else lr_scale
+        for layer in layers
+        for parameter in layer.geometry.values()
+    }
+    depths = _scale_of_users(groups, layers)
+    split: list[Group] = []
+    for group in groups:
+        if rest := [parameter for parameter in group["params"] if id(parameter) not in factors]:
+            split.append({**group, "params": rest})
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if id(parameter) in factors:
+                depth = depths.get(id(parameter), group.get("lr_scale", 1.0))
+                by_scale.setdefault(depth * factors[id(parameter)], []).append(parameter)
+        split += [
+            {**group, "params": parameters, "weight_decay": 0.0, "lr_scale": scale}
+            for scale, parameters in by_scale.items()
+        ]
+    return split
+
+
+def _scale_of_users(groups: Sequence[Group], layers: Iterable[ConvReplacement]) -> Mapping[int, float]:
+    """The largest lr_scale of the layers that use a geometry, by parameter.
+
+    Shared geometry is registered where no `group_matcher` looks for it, which would give it the scale of the head.
+    """
+    geometry = {id(parameter) for layer in layers for parameter in layer.geometry.values()}
+    scales = {
+        id(parameter): group["lr_scale"]
+        for group in groups
+        if "lr_scale" in group
+        for parameter in group["params"]
+        if id(parameter) not in geometry
+    }
+    found: dict[int, float] = {}
+    for layer in layers:
+        if own := [scales[id(parameter)] for parameter in layer.parameters() if id(parameter) in scales]:
+            for parameter in layer.geometry.values():
+                found[id(parameter)] = max(found.get(id(parameter), 0.0), *own)
+    return found

@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..layers import ConvReplacement
+from .whole import edit_whole_parameters, whole_parameters
 
-__all__ = ["constrain_", "penalty"]
+__all__ = ["constrain_", "constrain_layers_", "mean_penalty", "penalty"]
 
 
 def penalty(model: nn.Module) -> Tensor:
     """The methods' regularisers, a scalar to add to the loss with a factor of your choice.
 
     For DCLS, how close a kernel's elements are to one another (0 to 1, mean over layers); the released training
-    code adds its square from epoch 20 on.
+    code adds its square from epoch 20 on. Under FSDP2 the parameters are gathered for it.
 
     Returns:
         The mean over the layers that have a regulariser; 0 where none has.
     """
-    penalties = [layer.penalty() for layer in model.modules() if isinstance(layer, ConvReplacement)]
-    present = [value for value in penalties if value is not None]
-    return torch.stack(present).mean() if present else torch.zeros(())
+    return mean_penalty(_layers(model))
 
 
 def constrain_(model: nn.Module) -> None:
-    """Clamp, in place, the parameters that a method keeps in a range. Call it after each optimiser step."""
-    for layer in model.modules():
-        if isinstance(layer, ConvReplacement):
+    """Clamp, in place, the parameters that a method keeps in a range. Call it after each optimiser step.
+
+    Under DDP every process clamps equal parameters; under FSDP2 they are gathered, clamped and cut up again.
+    """
+    constrain_layers_(_layers(model))
+
+
+def mean_penalty(layers: Sequence[ConvReplacement]) -> Tensor:
+    """`penalty` of these layers."""
+    with_penalty = [layer for layer in layers if type(layer).penalty is not ConvReplacement.penalty]
+    with whole_parameters(with_penalty):
+        penalties = [value for layer in with_penalty if (value := layer.penalty()) is not None]
+    return torch.stack(penalties).mean() if penalties else torch.zeros(())
+
+
+def constrain_layers_(layers: Sequence[ConvReplacement]) -> None:
+    """`constrain_` for these layers."""
+    constrained = [layer for layer in layers if type(layer).constrain_ is not ConvReplacement.constrain_]
+    with edit_whole_parameters(constrained):
+        for layer in constrained:
             layer.constrain_()
+
+
+def _layers(model: nn.Module) -> list[ConvReplacement]:
+    return [module for module in model.modules() if isinstance(module, ConvReplacement)]

@@ -1,0 +1,53 @@
+"""Learning rates of positions in timm's optimiser factory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import timm.optim
+from timm.optim import _optim_factory
+from torch import nn
+
+from .groups import split_geometry
+
+__all__ = ["scale_positions"]
+
+FUNCTIONS = ("param_groups_weight_decay", "param_groups_layer_decay")
+
+
+def scale_positions(lr_scale: float) -> Callable[[], None]:
+    """Let timm's optimiser factory give geometry parameters groups of their own, without weight decay.
+
+    Their lr_scale is `lr_scale` times that of the other parameters of the same layer (1 without layer decay). timm's
+    schedulers multiply the learning rate by it.
+
+    Args:
+        lr_scale: more than 0; 5 for DCLS (Khalfaoui-Hassani et al. 2023, Appendix C).
+
+    Returns:
+        A function that undoes it.
+
+    Raises:
+        ValueError: lr_scale is out of range.
+    """
+    if not lr_scale > 0:
+        raise ValueError(f"lr_scale={lr_scale}: expected more than 0")
+    places = [(module, name, getattr(module, name)) for module in (timm.optim, _optim_factory) for name in FUNCTIONS]
+    for module, name, function in places:
+        setattr(module, name, _with_geometry_split(function, lr_scale))
+
+    def undo() -> None:
+        for module, name, function in places:
+            setattr(module, name, function)
+
+    return undo
+
+
+def _with_geometry_split(function: Callable[..., Any], lr_scale: float) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def grouped(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return split_geometry(function(model, *args, **kwargs), model, lr_scale)
+
+    return grouped
