@@ -1,0 +1,271 @@
+"""FlexNet: residual networks without pooling, whose convolutions learn their size (Romero et al. 2022, Fig. 10).
+
+Named by their blocks: the paper's FlexNet-16, which counts layers, is the one that it calls FlexNet-7 elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..convert import to_native
+from ..layers import FlexConv2d
+from .build import build_model_with_cfg
+
+__all__ = ["FlexBlock", "FlexNet", "flexnet3", "flexnet5", "flexnet7"]
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+class FlexStem(nn.Module):
+    """FlexConv, batch norm, ReLU: (N, C_in, H, W) to (N, C_out, H, W)."""
+
+    def __init__(self, in_chs: int, out_chs: int, kernel_size: int, **flex: Any) -> None:
+        super().__init__()
+        self.conv = FlexConv2d(in_chs, out_chs, kernel_size, **flex)
+        self.norm = nn.BatchNorm2d(out_chs, **_placement(self.conv))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":  # convolutions of so few channels take half the time there
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.norm(self.conv(x)).relu()
+
+
+class FlexBlock(nn.Module):
+    """Two FlexConvs, each with batch norm, beside a shortcut: (N, C_in, H, W) to (N, C_out, H, W).
+
+    Args:
+        in_chs, out_chs: channels; where they differ the shortcut is a 1×1 convolution.
+        kernel_size: of the FlexConvs, before their masks.
+        dropout: probability, after the first ReLU.
+        drop_path: stochastic depth.
+        **flex: other arguments of `FlexConv2d`.
+    """
+
+    def __init__(
+        self, in_chs: int, out_chs: int, kernel_size: int, dropout: float = 0.2, drop_path: float = 0.0, **flex: Any
+    ) -> None:
+        super().__init__()
+        self.conv1 = FlexConv2d(in_chs, out_chs, kernel_size, **flex)
+        dd = _placement(self.conv1)
+        self.norm1 = nn.BatchNorm2d(out_chs, **dd)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = FlexConv2d(out_chs, out_chs, kernel_size, **flex)
+        self.norm2 = nn.BatchNorm2d(out_chs, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.shortcut: nn.Module = nn.Identity() if in_chs == out_chs else nn.Conv2d(in_chs, out_chs, 1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(self.norm1(self.conv1(x)).relu())
+        y = self.drop_path(self.norm2(self.conv2(y)))
+        return (y + self.shortcut(x)).relu()
+
+
+class FlexNet(nn.Module):
+    """FlexNet (Romero et al. 2022, appendix D.1).
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: outputs of the head; 0 for none.
+        global_pool: pooling before the head, as in timm; "" for none.
+        img_size: of the training images; kernels are as large, or one larger where that is even. Images of other
+            sizes are taken, too; `tcc.at_resolution` turns the kernels to another resolution.
+        dim: channels of the stem.
+        width_factors: channels of the blocks relative to the stem's.
+        dropout: probability in the blocks.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        flex_args: other arguments of `FlexConv2d`.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        global_pool: str = "avg",
+        img_size: int = 32,
+        dim: int = 24,
+        width_factors: Sequence[float] = (1, 1, 1.5, 1.5, 1.5, 2, 2),
+        dropout: float = 0.2,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        flex_args: dict[str, Any] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if not width_factors:
+            raise ValueError(f"width_factors={width_factors!r}: expected one factor per block, at least one")
+        if img_size < 1:
+            raise ValueError(f"img_size={img_size}: expected a positive int, in pixels")
+        dd = {"device": device, "dtype": dtype}
+        flex = {**(flex_args or {}), **dd}
+        kernel_size = img_size + 1 - img_size % 2
+        dims = [int(dim * factor) for factor in width_factors]
+        rates = calculate_drop_path_rates(drop_path_rate, len(dims))
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.stem = FlexStem(in_chans, dim, kernel_size, **flex)
+        widths = zip((dim, *dims), dims, rates, strict=False)
+        self.blocks = nn.Sequential(*(FlexBlock(i, o, kernel_size, dropout, rate, **flex) for i, o, rate in widths))
+        self.feature_info = [{"num_chs": d, "reduction": 1, "module": f"blocks.{i}"} for i, d in enumerate(dims)]
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self._init_classifier()
+
+    def _init_classifier(self) -> None:
+        if isinstance(self.head.fc, nn.Linear):  # as the released code
+            nn.init.kaiming_normal_(self.head.fc.weight)
+            nn.init.zeros_(self.head.fc.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the masks' parameters."""
+        return {name for name, _ in self.named_parameters() if ".geometry." in name}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that group parameters by depth."""
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks' activations again in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for another number of classes (0 for none), with other pooling if given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self._init_classifier()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features after the blocks, all at the resolution of the images.
+
+        Args:
+            x: (N, in_chans, H, W).
+            indices: the last n blocks if an int, all if None, else those.
+            norm: there is no final norm: True changes nothing.
+            stop_early: leave out the blocks after the last that is asked for.
+            output_fmt: only "NCHW".
+            intermediates_only: return only the list.
+
+        Returns:
+            The final features and a list of intermediate ones, or the list.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW'")
+        take, last_taken = feature_take_indices(len(self.blocks), indices)
+        intermediates = []
+        x = self.stem(x)
+        for index, block in enumerate(self.blocks[: last_taken + 1] if stop_early else self.blocks):
+            x = block(x)
+            if index in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the given intermediate features do not need; returns their indices."""
+        take, last_taken = feature_take_indices(len(self.blocks), indices)
+        shortened = last_taken < len(self.blocks) - 1
+        self.blocks = self.blocks[: last_taken + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) to (N, num_features, H, W)."""
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooling and classifier, or pooling only."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _placement(conv: FlexConv2d) -> dict[str, Any]:
+    return {"device": conv.output_bias.device, "dtype": conv.output_bias.dtype}
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    """The authors' checkpoints are files of their repository: load one with pretrained_cfg_overlay={"file": path}."""
+    return {
+        "num_classes": 10, "input_size": (3, 32, 32), "pool_size": None,
+        "crop_pct": 1.0, "interpolation": "bilinear",
+        "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
+        "first_conv": "stem.conv", "classifier": "head.fc",
+        "paper_ids": "arXiv:2110.08059", "origin_url": "https://github.com/rjbruin/flexconv",
+        "paper_name": "FlexConv: Continuous Kernel Convolutions with Differentiable Kernel Sizes",
+        **kwargs,
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs({"flexnet3": _cfg(), "flexnet5": _cfg(), "flexnet7": _cfg()})
+
+
+def _create_flexnet(variant: str, pretrained: bool, **kwargs: Any) -> FlexNet:
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["width_factors"]))))
+    return build_model_with_cfg(
+        FlexNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=to_native,
+        feature_cfg={"out_indices": out_indices, "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+@register_model
+def flexnet3(pretrained: bool = False, **kwargs: Any) -> FlexNet:
+    """FlexNet-3: 0.27 M parameters, 90.4 % on CIFAR-10 in the paper (Table 6)."""
+    arguments: dict[str, Any] = {"dim": 24, "width_factors": (1, 1.5, 2)}
+    return _create_flexnet("flexnet3", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def flexnet5(pretrained: bool = False, **kwargs: Any) -> FlexNet:
+    """FlexNet-5: 0.44 M parameters, 91.0 % on CIFAR-10 in the paper (Table 6)."""
+    arguments: dict[str, Any] = {"dim": 22, "width_factors": (1, 1.5, 1.5, 2, 2)}
+    return _create_flexnet("flexnet5", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def flexnet7(pretrained: bool = False, **kwargs: Any) -> FlexNet:
+    """FlexNet-7, or FlexNet-16 by its layers: 0.67 M parameters, 92.2 % on CIFAR-10 in the paper (Table 3)."""
+    arguments: dict[str, Any] = {"dim": 24, "width_factors": (1, 1, 1.5, 1.5, 1.5, 2, 2)}
+    return _create_flexnet("flexnet7", pretrained, **{**arguments, **kwargs})
