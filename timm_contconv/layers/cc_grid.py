@@ -1,0 +1,139 @@
+"""The projected grid of CC layers and its neighbours (Shocher et al. 2020, Blocks 1 and 2), in exact integers.
+
+A scale is a fraction p/q. Then every position on the projected grid is a multiple of 1/(2p), and nothing depends on
+how floating point rounds where a position lies halfway between two pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Axis", "Ratio", "Rounding", "Scale", "as_ratio", "distances", "output_size", "projected_grid", "ratios"]
+
+Scale = float | Fraction | Sequence[float | Fraction]
+Rounding = Literal["ceil", "floor", "round"]
+#: numerator and denominator of a scale
+Ratio = tuple[int, int]
+
+#: a scale is taken as the nearest fraction with at most this denominator, less than 1e-12 away
+LARGEST_DENOMINATOR = 10**6
+#: bounds on a scale
+SMALLEST_SCALE, LARGEST_SCALE = Fraction(1, 256), Fraction(256)
+
+
+class Axis(NamedTuple):
+    """How one spatial dimension is resized.
+
+    Attributes:
+        size, out_size: pixels before and after.
+        numerator, denominator: p and q of the scale p/q, in lowest terms.
+        support: pixels that the kernel reaches.
+    """
+
+    size: int
+    out_size: int
+    numerator: int
+    denominator: int
+    support: int
+
+    def position(self, n: int) -> int:
+        """2p · g_n of the paper's Eq. 2: where output pixel n lies in the input, in units of 1/(2p) pixels."""
+        return 2 * n * self.denominator + self.numerator * (self.size - 1) - self.denominator * (self.out_size - 1)
+
+    def first(self, n: int) -> int:
+        """The first of the `support` neighbours of output pixel n: ceil(g_n - support/2)."""
+        return -((self.numerator * self.support - self.position(n)) // (2 * self.numerator))
+
+    @property
+    def period(self) -> int:
+        """Output pixels after which the distances to the neighbours repeat."""
+        return self.numerator
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """Pixels that neighbours lie outside of the input, before and after it; negative where none comes near."""
+        return -self.first(0), self.first(self.out_size - 1) + self.support - self.size
+
+
+def projected_grid(axis: Axis) -> Tensor:
+    """Sub-pixel positions of the output pixels in the input (Eq. 2).
+
+    Returns:
+        (out_size,) in float64; pixel centres of the input are the integers from 0.
+    """
+    return _positions(axis, torch.arange(axis.out_size)).double() / (2 * axis.numerator)
+
+
+def distances(axis: Axis, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Neighbours of output pixels and the distances of these from them (Block 2).
+
+    Args:
+        axis: the dimension.
+        start, stop: output pixels start..stop-1.
+
+    Returns:
+        first: (stop - start,) index of each pixel's first neighbour; others follow it.
+        distance: (stop - start, support) g_n - m, in float64.
+    """
+    position, unit = _positions(axis, torch.arange(start, stop, device=device)), 2 * axis.numerator
+    first = -torch.div(axis.numerator * axis.support - position, unit, rounding_mode="floor")
+    neighbours = first.unsqueeze(1) + torch.arange(axis.support, device=device)
+    return first, (position.unsqueeze(1) - unit * neighbours).double() / unit
+
+
+def _positions(axis: Axis, n: Tensor) -> Tensor:
+    """`Axis.position` of several output pixels."""
+    return 2 * axis.denominator * n + axis.position(0)
+
+
+def output_size(size: int, ratio: Ratio, rounding: Rounding) -> int:
+    """Size of the output: size · scale, rounded to whole pixels; at least one."""
+    p, q = ratio
+    if rounding == "ceil":
+        pixels = -(-size * p // q)
+    elif rounding == "floor":
+        pixels = size * p // q
+    else:
+        pixels = (2 * size * p + q) // (2 * q)
+    return max(pixels, 1)
+
+
+def as_ratio(name: str, value: float | Fraction) -> Ratio:
+    """A scale as a fraction in lowest terms.
+
+    Raises:
+        ValueError: it is not a number from 1/256 to 256.
+    """
+    try:
+        scale = Fraction(value).limit_denominator(LARGEST_DENOMINATOR)
+    except (TypeError, ValueError, OverflowError):
+        scale = Fraction(0)
+    if isinstance(value, bool) or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(f"{name}={value!r}: expected a number from 1/256 to 256, or one for each of two dimensions")
+    return scale.numerator, scale.denominator
+
+
+def ratios(name: str, value: Scale) -> tuple[Ratio, Ratio]:
+    """A scale for both dimensions, or one for each, as fractions.
+
+    Raises:
+        ValueError: as `as_ratio`; or there are not two.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != 2:
+            raise ValueError(f"{name}={value!r}: expected a number, or one for each of two dimensions")
+        return as_ratio(name, value[0]), as_ratio(name, value[1])
+    ratio = as_ratio(name, value)
+    return ratio, ratio
+
+
+def fraction(numerator: int, denominator: int) -> Ratio:
+    """The ratio of two sizes in lowest terms."""
+    divisor = math.gcd(numerator, denominator)
+    return numerator // divisor, denominator // divisor

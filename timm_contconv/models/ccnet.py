@@ -1,0 +1,311 @@
+"""CC-Net and its baseline: the classifiers of Shocher et al. 2020, "Verifying Shift-Equivariance".
+
+Eight convolutions and three fully connected layers, all with ReLUs. The baseline halves the image twice, in its second
+and its last convolution; CC-Net resizes a little in each layer from the second on, to the same size in the end. The
+paper gives neither widths nor kernel sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import SelectAdaptivePool2d, get_device_dtype, to_2tuple
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..layers import ContinuousConv2d
+from .build import build_model_with_cfg
+
+__all__ = ["CcNet", "CcNetHead", "CcNetLayer", "ccnet", "ccnet_baseline"]
+
+BASELINE_STRIDES = (1, 2, 1, 1, 1, 1, 1, 2)
+#: six layers that resize make the baseline's 1/4
+CC_SCALE = 0.25 ** (1 / 6)
+CC_SCALES = (None, *(CC_SCALE,) * 6, 1.0)
+# where the map is the image's size, half and a quarter of it
+BASELINE_FEATURES = (0, 6, 7)
+CC_FEATURES = (0, 3, 7)
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+class CcNetLayer(nn.Module):
+    """A convolution and a ReLU, (N, C_in, H, W) to (N, C_out, H', W').
+
+    Args:
+        in_chs, out_chs: channels.
+        kernel_size: of the convolution, or the support of the CC layer.
+        scale: of a CC layer; None for a plain convolution.
+        stride: of a plain convolution.
+    """
+
+    def __init__(
+        self, in_chs: int, out_chs: int, kernel_size: int, scale: float | None, stride: int = 1, **dd: Any
+    ) -> None:
+        super().__init__()
+        self.conv: nn.Module
+        if scale is None:
+            self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, **dd)
+        else:
+            self.conv = ContinuousConv2d(in_chs, out_chs, kernel_size, scale=scale, rounding="round", **dd)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
+class CcNetHead(nn.Module):
+    """Two fully connected layers with ReLUs, and the classifier.
+
+    Args:
+        in_features: channels of the map.
+        pixels: of the map.
+        hidden: units of the two layers.
+        num_classes: outputs; 0 for none.
+        global_pool: "flatten" gives all pixels to the first layer, as in the paper; timm's poolings; "" for none, which
+            goes with num_classes=0.
+        drop_rate: dropout before the classifier.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        pixels: int,
+        hidden: Sequence[int],
+        num_classes: int,
+        global_pool: str = "flatten",
+        drop_rate: float = 0.0,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.pixels, self.hidden = in_features, pixels, tuple(hidden)
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, global_pool, **dd)
+
+    def reset(self, num_classes: int, global_pool: str | None = None, **dd: Any) -> None:
+        """Another number of classes, and other pooling if given, which also makes the first layer anew."""
+        if global_pool is not None:
+            self._reset_pool(global_pool, **dd)
+        if num_classes and not self.global_pool:
+            raise ValueError(f"global_pool='', num_classes={num_classes}: a classifier needs 'flatten' or a pooling")
+        self.fc: nn.Module = nn.Linear(self.num_features, num_classes, **dd) if num_classes else nn.Identity()
+
+    def _reset_pool(self, global_pool: str, **dd: Any) -> None:
+        self.global_pool = global_pool
+        self.pool: nn.Module
+        self.mlp: nn.Module
+        if not global_pool:
+            self.pool, self.mlp, self.num_features = nn.Identity(), nn.Identity(), self.in_features
+            return
+        if global_pool == "flatten":
+            self.pool, inputs = nn.Flatten(), self.in_features * self.pixels
+        else:
+            pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+            self.pool, inputs = pool, self.in_features * pool.feat_mult()
+        first, second = self.hidden
+        self.mlp = nn.Sequential(
+            nn.Linear(inputs, first, **dd), nn.ReLU(inplace=True), nn.Linear(first, second, **dd), nn.ReLU(inplace=True)
+        )
+        self.num_features = second
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.mlp(self.pool(x)))
+        return x if pre_logits else self.fc(x)
+
+
+class CcNet(nn.Module):
+    """Eight convolutions, plain or CC, and three fully connected layers.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: outputs; 0 for none.
+        global_pool: "flatten" as in the paper, for images of `img_size`; with a pooling, for images of any size.
+        scales: of the layers; None for a plain convolution.
+        strides: of the plain convolutions.
+        features: indices of the three layers whose maps are intermediate features.
+        dims: channels of the convolutions, one int or one per layer.
+        hidden: units of the first two fully connected layers.
+        kernel_size: of all convolutions.
+        img_size: height and width of the images, multiples of 4.
+        drop_rate: dropout before the classifier.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: img_size is not of multiples of 4, or the layers' settings differ in number.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        global_pool: str = "flatten",
+        scales: Sequence[float | None] = CC_SCALES,
+        strides: Sequence[int] = (1,) * len(CC_SCALES),
+        features: Sequence[int] = CC_FEATURES,
+        dims: int | Sequence[int] = 64,
+        hidden: Sequence[int] = (256, 128),
+        kernel_size: int = 3,
+        img_size: int | tuple[int, int] = 32,
+        drop_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        widths = [dims] * len(scales) if isinstance(dims, int) else list(dims)
+        if not len(scales) == len(strides) == len(widths):
+            raise ValueError(f"scales={scales}, strides={strides}, dims={dims}: expected one each per layer")
+        sides = to_2tuple(img_size)
+        if any(side < 4 or side % 4 for side in sides):
+            raise ValueError(f"img_size={img_size}: expected multiples of 4")
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.grad_checkpointing = False
+        self.layers = nn.Sequential(
+            *(
+                CcNetLayer(ins, outs, kernel_size, scale, stride, **dd)
+                for ins, outs, scale, stride in zip([in_chans, *widths], widths, scales, strides, strict=False)
+            )
+        )
+        self.feature_info = [
+            {"num_chs": widths[index], "reduction": 2**i, "module": f"layers.{index}"}
+            for i, index in enumerate(features)
+        ]
+        self.num_features = widths[-1]
+        self.head = CcNetHead(widths[-1], sides[0] * sides[1] // 16, hidden, num_classes, global_pool, drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the internal nets' hidden layers."""
+        return {name for name, _ in self.named_parameters() if ".geometry." in name}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that group parameters by depth."""
+        return {"stem": r"^layers\.0", "blocks": [(r"^layers\.(\d+)", None), (r"^head\.mlp", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the layers' activations again in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for another number of classes (0 for none), with other pooling if given."""
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.num_classes = num_classes
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of the image's size, half and a quarter of it.
+
+        Args:
+            x: (N, in_chans, H, W).
+            indices: the last n of the three if an int, all if None, else those.
+            norm: has no effect; there is no norm.
+            stop_early: leave out the layers after the last that is asked for.
+            output_fmt: only "NCHW".
+            intermediates_only: return only the list.
+
+        Returns:
+            The final features and a list of intermediate ones, or the list.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW'")
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        wanted = {self._feature_layer(i) for i in take}
+        intermediates = []
+        for index, layer in enumerate(self.layers[: self._feature_layer(last) + 1] if stop_early else self.layers):
+            x = layer(x)
+            if index in wanted:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def _feature_layer(self, index: int) -> int:
+        return int(self.feature_info[index]["module"].split(".")[1])
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the given intermediate features do not need; returns their indices."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        kept = self._feature_layer(last) + 1
+        shortened = kept < len(self.layers)
+        self.layers = self.layers[:kept]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) to (N, dims[-1], H/4, W/4)."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.layers, x)
+        return self.layers(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The fully connected layers, or all but the classifier."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """He et al. 2015, for ReLUs: there are no norms. A CC layer's kernel has the same variance as a plain one's."""
+    if isinstance(module, ContinuousConv2d):
+        with torch.no_grad():
+            module.internal_weight.mul_(6**0.5)
+    elif isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+    if isinstance(bias := getattr(module, "bias", None), Tensor):
+        nn.init.zeros_(bias)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 10, "input_size": (3, 32, 32), "pool_size": (8, 8), "fixed_input_size": True,
+        "crop_pct": 1.0, "interpolation": "bicubic", "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
+        "first_conv": "layers.0.conv", "classifier": "head.fc",
+        "paper_ids": "arXiv:2006.11120", "paper_name": "From Discrete to Continuous Convolution Layers",
+        **kwargs,
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs({"ccnet": _cfg(), "ccnet_baseline": _cfg()})
+
+
+def _create_ccnet(variant: str, pretrained: bool, **kwargs: Any) -> CcNet:
+    return build_model_with_cfg(
+        CcNet, variant, pretrained, feature_cfg={"out_indices": (0, 1, 2), "flatten_sequential": True}, **kwargs
+    )
+
+
+@register_model
+def ccnet(pretrained: bool = False, **kwargs: Any) -> CcNet:
+    """CC-Net: a plain convolution, six CC layers with scale (1/4)^(1/6) and one with scale 1."""
+    return _create_ccnet("ccnet", pretrained, **kwargs)
+
+
+@register_model
+def ccnet_baseline(pretrained: bool = False, **kwargs: Any) -> CcNet:
+    """The paper's baseline net: plain convolutions with strides 1, 2, 1, 1, 1, 1, 1, 2."""
+    plain = (None,) * len(BASELINE_STRIDES)
+    arguments: dict[str, Any] = {"scales": plain, "strides": BASELINE_STRIDES, "features": BASELINE_FEATURES}
+    return _create_ccnet("ccnet_baseline", pretrained, **{**arguments, **kwargs})
