@@ -12,13 +12,17 @@ Importing this package registers its architectures with timm.
 from . import models
 from .hub import from_pretrained, save_pretrained
 from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
-from .train import constrain_, param_groups, penalty
+from .push import push_to_hub
+from .scales import cc_scales, scale_ensemble
+from .train import at_resolution, constrain_, param_groups, penalty
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PatchReport",
     "PatchSpec",
+    "at_resolution",
+    "cc_scales",
     "constrain_",
     "from_pretrained",
     "list_patches",
@@ -28,7 +32,9 @@ __all__ = [
     "param_groups",
     "patch",
     "penalty",
+    "push_to_hub",
     "report",
     "save_pretrained",
+    "scale_ensemble",
     "unpatch",
 ]

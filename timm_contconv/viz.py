@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .layers import ConstructedConv, DclsConv2d, GaussianEnvelopeConv2d
+from .layers import ConstructedConv, ContinuousConv2d, DclsConv2d, FlexConv1d, FlexConv2d, GaussianEnvelopeConv2d
 from .layers.gaussian import envelope_filter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["envelope_figure", "kernel_figure", "save_kernel_figure"]
+__all__ = ["continuous_kernel_figure", "envelope_figure", "frequency_figure", "kernel_figure", "save_kernel_figure"]
 
 
 def kernel_figure(model: nn.Module, layers: int = 4, channels: int = 6) -> Figure:
@@ -50,12 +50,54 @@ def kernel_figure(model: nn.Module, layers: int = 4, channels: int = 6) -> Figur
 
 
 def save_kernel_figure(model: nn.Module, path: str | Path, layers: int = 4, channels: int = 6) -> Path:
-    """Write `kernel_figure` to a file, in the format that its suffix names; of a model with envelopes, those."""
+    """Write `kernel_figure` to a file, in the format that its suffix names.
+
+    Of a model with envelopes, those; of one with CC layers, `continuous_kernel_figure`.
+    """
     constructed = any(isinstance(module, ConstructedConv) for module in model.modules())
     envelopes = any(isinstance(module, GaussianEnvelopeConv2d) for module in model.modules())
-    figure = envelope_figure(model) if envelopes and not constructed else kernel_figure(model, layers, channels)
+    if any(isinstance(module, ContinuousConv2d) for module in model.modules()):
+        figure = continuous_kernel_figure(model, layers, channels)
+    else:
+        figure = envelope_figure(model) if envelopes and not constructed else kernel_figure(model, layers, channels)
     figure.savefig(path, dpi=120)
     return Path(path)
+
+
+def continuous_kernel_figure(model: nn.Module, layers: int = 4, channels: int = 6, samples: int = 200) -> Figure:
+    """Draw the continuous kernels of CC layers, sampled densely, as Shocher et al. 2020, Fig. 3.
+
+    A pixel of a picture is a distance of a neighbour from a point on the projected grid, from half the support below
+    and right of it to half above and left, as the pixels of a kernel follow one another. Dots are where the layer's
+    `weight` samples it.
+
+    Args:
+        model: a model that holds `ContinuousConv2d` layers, or one of these.
+        layers: rows of the picture: so many layers, evenly spread over the model.
+        channels: columns: the first so many output channels of each, for the first input channel.
+        samples: along each axis.
+
+    Raises:
+        ValueError: the model holds no `ContinuousConv2d`.
+    """
+    from matplotlib.figure import Figure
+
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, ContinuousConv2d)]
+    if not found:
+        raise ValueError(f"model: this {type(model).__name__} holds no ContinuousConv2d to draw")
+    count = min(layers, len(found))
+    rows = [found[index] for index in torch.linspace(0, len(found) - 1, count).round().int().tolist()]
+    columns = min(channels, min(layer.out_channels for _, layer in rows))
+    figure = Figure(figsize=(1.7 * columns, 1.9 * count), layout="constrained")
+    axes = figure.subplots(count, columns, squeeze=False)
+    for (name, layer), line in zip(rows, axes, strict=True):
+        kernels, offsets = layer.sampled_kernel(samples, columns).float().cpu(), layer.weight_distances()
+        for channel, axis in enumerate(line):
+            _draw_kernel(axis, kernels[channel])
+            dots = [(size / 2 - d) * samples / size - 0.5 for d, size in zip(offsets, layer.kernel_size, strict=True)]
+            axis.plot(*torch.meshgrid(dots[1], dots[0], indexing="xy"), "k.", markersize=2.5)
+        line[0].set_title(name, loc="left", fontsize=8)
+    return figure
 
 
 def envelope_figure(model: nn.Module) -> Figure:
@@ -83,6 +125,35 @@ def envelope_figure(model: nn.Module) -> Figure:
     widths.set_ylim(0, 1.1 * max(float(layer.sigma.detach().max()) for _, layer in found))
     curves.set(xlabel="pixels", title="(b) envelopes: mean σ, largest σ dotted")
     curves.legend(fontsize=7)
+    return figure
+
+
+def frequency_figure(model: nn.Module) -> Figure:
+    """Draw the highest frequency of every FlexConv beside what its grid can show (Romero et al. 2022, Eq. 22 and 24).
+
+    Bars are the MAGNet's part and the mask's; a line marks the Nyquist frequency. In cycles per unit, of which a
+    kernel spans two: kernels that stay under the line can be sampled at higher resolutions without aliasing.
+
+    Raises:
+        ValueError: the model holds no FlexConv.
+    """
+    from matplotlib.figure import Figure
+
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, FlexConv1d | FlexConv2d)]
+    if not found:
+        raise ValueError(f"model: this {type(model).__name__} holds no FlexConv to draw")
+    figure = Figure(figsize=(2.5 + 0.35 * len(found), 3.5), layout="constrained")
+    axis = figure.subplots()
+    places = range(len(found))
+    magnets = [layer.max_frequency(mask=False) for _, layer in found]
+    masks = [layer.max_frequency() - magnet for (_, layer), magnet in zip(found, magnets, strict=True)]
+    axis.bar(places, magnets, label="MAGNet")
+    axis.bar(places, masks, bottom=magnets, label="mask")
+    nyquist = [layer.nyquist_frequency for _, layer in found]
+    axis.hlines(nyquist, [p - 0.5 for p in places], [p + 0.5 for p in places], "black", label="Nyquist")
+    axis.set_xticks(places, [name for name, _ in found], rotation=60, ha="right", fontsize=7)
+    axis.set(ylabel="cycles per unit", title="highest frequency of the kernels")
+    axis.legend(fontsize=7)
     return figure
 
 

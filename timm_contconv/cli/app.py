@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import timm
 import torch
@@ -13,8 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import patching
+from ..hub import save_pretrained
+from ..layers.replacement import Init
 from ..models.patched import PATCHED
+from ..train import training_hooks
 from . import demo as demo_command
+from . import publish as publish_command
+from .run import run_script
 
 __all__ = ["app"]
 
@@ -51,16 +58,39 @@ def patch(
     model: Annotated[str, typer.Argument(help="A timm model.")],
     recipe: Annotated[str, typer.Argument(help="A recipe, or the path of a .toml.")],
     select: Annotated[list[str] | None, typer.Option(help="What to replace instead of the recipe's choice.")] = None,
+    min_kernel_size: Annotated[int | None, typer.Option(help="Leave out kernels smaller than this.")] = None,
+    init: Annotated[str, typer.Option(help="'fit' starts from the replaced kernels, 'random' does not.")] = "fit",
+    pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained weights.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only tell what would change: no weights are made or saved.")] = False,
+    input_size: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Channels, height and width to count multiply-adds for.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Patch a timm model and print what changes."""
+    """Patch a timm model, print what changes, and save it where asked to."""
     if not timm.is_model(model):
         raise _refused(ValueError(f"MODEL={model!r}: timm has no such model; timm.list_models() lists all"))
+    if dry_run and save is not None:
+        raise _refused(ValueError(f"--save {save}: not together with --dry-run, which saves nothing"))
     try:
-        with torch.device("meta"):
-            patched = patching.patch(timm.create_model(model), recipe, select=select)
-    except (ValueError, FileNotFoundError) as error:
+        with torch.device("meta") if dry_run else nullcontext():
+            patched = patching.patch(
+                timm.create_model(model, pretrained=pretrained and not dry_run),
+                recipe,
+                select=select,
+                min_kernel_size=min_kernel_size,
+                init="random" if dry_run else cast(Init, init),
+            )
+        if save is not None:
+            save_pretrained(patched, save)
+    except (ValueError, OSError) as error:
         raise _refused(error) from None
-    console.print(patching.report(patched))
+    report = patching.report(patched, input_size)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        console.print(report)
 
 
 @app.command()
@@ -70,6 +100,56 @@ def demo(
 ) -> None:
     """Train a plain and a DCLS model on real digits; patch, merge, save, load; draw learned kernels."""
     demo_command.run(console, output, epochs)
+
+
+@app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
+def run(
+    context: typer.Context,
+    script: Annotated[
+        Path,
+        typer.Argument(metavar="SCRIPT", exists=True, dir_okay=False, help="As timm's train.py; its arguments follow."),
+    ],
+    position_lr_scale: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of positions, widths, radii and masks, relative to the weights' (DCLS: 5)."),
+    ] = None,
+    penalty: Annotated[
+        float, typer.Option(metavar="FACTOR", min=0, help="Add FACTOR * tcc.penalty(model) to the script's loss.")
+    ] = 0.0,
+    penalty_power: Annotated[
+        int, typer.Option(min=1, help="Raise the penalty to that power first (2 in the released DCLS code).")
+    ] = 1,
+) -> None:
+    """Run a script with the plugin imported and the methods' constraints after each optimiser step.
+
+    Options go ahead of SCRIPT: everything after it is the script's own.
+    """
+    if position_lr_scale is not None and not position_lr_scale > 0:
+        raise _refused(ValueError(f"--position-lr-scale={position_lr_scale}: expected more than 0"))
+    with training_hooks(position_lr_scale, penalty, penalty_power):
+        status = run_script(script, context.args)
+    sys.exit(status)
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A folder of hub/, as hub/convnext_tiny_dcls.zenodo_in1k.")],
+    file: Annotated[Path | None, typer.Option(help="The weights, instead of downloading them.")] = None,
+    repo_id: Annotated[str | None, typer.Option(help="Where to; your own USER/ARCHITECTURE.TAG if not given.")] = None,
+    private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Propose the commit as a pull request.")] = False,
+) -> None:
+    """Load a weight of hub/, convert it, verify it, and publish it on the Hugging Face Hub.
+
+    The token is that of `hf auth login`, or HF_TOKEN.
+    """
+    try:
+        publish_command.run(
+            console, folder, file=file, repo_id=repo_id, private=private, revision=revision, create_pr=create_pr
+        )
+    except (ValueError, OSError) as error:
+        raise _refused(error) from None
 
 
 def _refused(error: Exception) -> typer.Exit:

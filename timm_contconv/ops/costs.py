@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
 __all__ = ["predict"]
@@ -10,9 +9,8 @@ __all__ = ["predict"]
 _FILE = Path(__file__).with_name("costs.json")
 
 
-@lru_cache(maxsize=1)
-def _rows() -> dict[str, dict[str, list[float]]]:
-    return json.loads(_FILE.read_text(encoding="utf-8"))["seconds"]
+# Read at import: torch.compile traces the choice of an algorithm, and can't read files.
+_ROWS: dict[str, dict[str, list[float]]] = json.loads(_FILE.read_text(encoding="utf-8"))["seconds"]
 
 
 def predict(key: str, features: Callable[[str], tuple[float, ...]]) -> dict[str, float]:
@@ -26,5 +24,5 @@ def predict(key: str, features: Callable[[str], tuple[float, ...]]) -> dict[str,
         Seconds by algorithm; empty where nothing was measured.
     """
     return {
-        name: sum(c * f for c, f in zip(row, features(name), strict=True)) for name, row in _rows().get(key, {}).items()
+        name: sum(c * f for c, f in zip(row, features(name), strict=True)) for name, row in _ROWS.get(key, {}).items()
     }

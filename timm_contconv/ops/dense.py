@@ -227,7 +227,8 @@ def dense_features(
     pairs = x[0] * weight[0] * weight[1]
     if name == "pytorch":
         return (1.0, pairs * math.prod(weight[2:]) * math.prod(output_size(x[2:], weight[2:], stride, padding)))
-    # The transforms' true lengths are a little larger; this is what torch.compile can trace in no time.
-    plane = math.prod(max(n + p, k) for n, k, p in zip(x[2:], weight[2:], padding, strict=True))
+    # The transforms' true lengths are a little larger; this (a list, no generator) is what torch.compile can
+    # trace in no time.
+    plane = math.prod([max(n + p, k) for n, k, p in zip(x[2:], weight[2:], padding, strict=True)])
     transforms = (x[0] * (x[1] + weight[0]) + weight[0] * weight[1]) * plane
     return (1.0, transforms * math.log2(plane), pairs * plane)
