@@ -310,3 +310,13 @@ def test_gaussian_derivatives_of_the_comparison_are_derivatives():
     basis = jet.basis().detach()
     assert (basis.T @ expected).abs().max() == pytest.approx(1, abs=1e-9)
     assert basis.shape == (81, 55)
+
+
+def test_the_report_shows_each_layers_highest_frequency_and_what_the_mask_leaves():
+    model = tcc.patch(timm.create_model("test_convnext"), "flex")
+    report = tcc.report(model)
+    for row in report.rows:
+        layer = model.get_submodule(row.name)
+        assert row.max_frequency == pytest.approx(0.5 * layer.max_frequency() / layer.nyquist_frequency)
+        assert row.receptive_field_after == layer.to_conv().kernel_size
+    assert "cycles/pixel" in str(report)

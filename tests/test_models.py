@@ -99,7 +99,7 @@ def test_default_config_is_complete(name):
     classifiers = (config.classifier,) if isinstance(config.classifier, str) else config.classifier
     for classifier in classifiers:
         assert f"{classifier}.weight" in model.state_dict()
-    assert f"{config.first_conv}.weight" in model.state_dict()
+    assert model.get_submodule(config.first_conv).weight.shape[1] == config.input_size[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

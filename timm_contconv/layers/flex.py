@@ -352,6 +352,14 @@ class _FlexConv(ConstructedConv):
         """The highest frequency that the grid can show (Eq. 24), in cycles per unit; the kernel spans two units."""
         return (min(self.kernel_size) - 1) / 4
 
+    def highest_frequency(self) -> float | None:
+        """`max_frequency()` in cycles per pixel."""
+        return None if self.sine_weight.is_meta else self.max_frequency() * 2 / max(min(self.kernel_size) - 1, 1)
+
+    def receptive_field(self) -> tuple[int, ...]:
+        """Pixels of the kernel that are convolved with."""
+        return tuple(stop - first for first, stop in self.crop())
+
     @torch.no_grad()
     def max_frequency(self, mask: bool = True) -> float:
         """f+ (Eq. 21 and 22): the highest frequency of the kernel, in cycles per unit; the kernel spans two units.

@@ -132,6 +132,13 @@ class ConvReplacement(nn.Module):
         sizes: tuple[int, ...] = self.kernel_size  # type: ignore[assignment]
         return sizes
 
+    def highest_frequency(self) -> float | None:
+        """The highest frequency of the kernel in cycles per pixel, of which pixels can show 0.5.
+
+        None for a method whose kernels are not band-limited, or without values.
+        """
+        return None
+
     @abstractmethod
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         """Multiply-adds for one sample with an output of `output_size` pixels."""

@@ -33,6 +33,8 @@ class PatchRow:
         multiply_adds_before, multiply_adds_after: for one sample; None without an input size.
         receptive_field_before, receptive_field_after: pixels of the input that an output depends on, per spatial
             dimension; None where there is no convolution.
+        max_frequency: the highest frequency of the kernel in cycles per pixel, of which pixels can show 0.5; None
+            where a method's kernels are not band-limited.
         fit_error: ||new kernel - old kernel|| / ||old kernel|| at the start; None for a random start.
     """
 
@@ -45,6 +47,7 @@ class PatchRow:
     multiply_adds_after: int | None = None
     receptive_field_before: tuple[int, ...] | None = None
     receptive_field_after: tuple[int, ...] | None = None
+    max_frequency: float | None = None
     fit_error: float | None = None
 
 
@@ -87,6 +90,9 @@ class PatchReport:
             footer += f"\n(published: {_short(self.multiply_adds_published)})"
         table.add_column("multiply-adds", footer=footer, justify="right")
         table.add_column("receptive field", justify="right")
+        band_limited = any(row.max_frequency is not None for row in self.rows)
+        if band_limited:
+            table.add_column("cycles/pixel", justify="right")
         table.add_column("fit error", justify="right")
         for row in self.rows:
             table.add_row(
@@ -96,6 +102,7 @@ class PatchReport:
                 _change(row.parameters_before, row.parameters_after),
                 _change(row.multiply_adds_before, row.multiply_adds_after),
                 _sizes_change(row.receptive_field_before, row.receptive_field_after),
+                *(["" if row.max_frequency is None else f"{row.max_frequency:.2f}"] if band_limited else []),
                 "" if row.fit_error is None else f"{row.fit_error:.1e}",
             )
         for name, reason in self.left_alone.items():
@@ -190,6 +197,7 @@ def _row(
         multiply_adds_after=None if output is None else layer.multiply_adds(output),
         receptive_field_before=None if conv is None else _receptive_field(conv),
         receptive_field_after=layer.receptive_field(),
+        max_frequency=layer.highest_frequency(),
         fit_error=record.fit_errors.get(name),
     )
 
