@@ -35,7 +35,7 @@ RECIPES = {
 }
 RESULTS = Path(__file__).parent / "results" / "zoo.json"
 PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
-SMALL = 96  # pixels of an image, where the model takes any
+SMALL = 128  # pixels of an image, where the model takes any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,17 +236,17 @@ def main() -> None:
     parser.add_argument("--family", action="append", help="only these; the others' results stay")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning, module="timm")
-    results, failed = read_results(), []
+    failed = []
     for family in track(arguments.family or families(), description="families"):
         try:
-            results[family] = visit(family)
+            found = visit(family)
         except Exception as error:  # one family's failure is a line of the outcome, not the end of the run
             failed.append(f"{family}: {type(error).__name__}: {error}")
             print(failed[-1], flush=True)
             continue
-        print(*results[family], sep="\n", flush=True)
-        write_results(results)
-    print(f"{len(results)} families, {len(failed)} failures")
+        print(*found, sep="\n", flush=True)
+        write_results(read_results() | {family: found})  # read anew: several processes may share the families
+    print(f"{len(failed)} failures")
     if failed:
         raise SystemExit("\n".join(failed))
 
