@@ -387,3 +387,8 @@ def test_bfloat16_training_on_digits_is_within_noise_of_float32(digits):
 def test_bfloat16_training_on_digits_learns_as_float32_does(digits):
     """Two passes over the data; the noise of a seed is about a percent (benchmarks/bfloat16_digits.py)."""
     assert abs(benchmark.difference(digits, seed=0, epochs=2)) < 0.03
+
+
+def test_a_learning_rate_scale_of_zero_is_refused():
+    with pytest.raises(ValueError, match="position_lr_scale=0: expected more than 0"):
+        tcc.param_groups(timm.create_model("test_convnext_dcls"), 1e-3, 0.05, position_lr_scale=0)

@@ -40,7 +40,14 @@ def param_groups(
     Returns:
         Groups {"params", "param_names", "lr", "weight_decay", "lr_scale"}. timm's schedulers multiply lr by
         lr_scale; with another scheduler, do so yourself: `for g in groups: g["lr"] *= g.pop("lr_scale")`.
+
+    Raises:
+        ValueError: position_lr_scale is not above 0.
     """
+    if position_lr_scale is not None and not position_lr_scale > 0:
+        raise ValueError(
+            f"position_lr_scale={position_lr_scale}: expected more than 0; freeze positions with requires_grad_(False)"
+        )
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
