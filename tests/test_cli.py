@@ -28,7 +28,7 @@ def test_list_names_recipes_and_models():
 
 def test_show_prints_a_recipe_as_toml():
     result = contconv("show", "dcls_gauss")
-    assert '[layer]\nmethod = "dcls"\ninterpolation = "gauss"\nkernel_size = 23' in result.output
+    assert '[layer]\nmethod = "dcls"\nkernel_size = 23\ninterpolation = "gauss"' in result.output
 
 
 def test_show_prints_what_a_model_changes():

@@ -20,7 +20,7 @@ from .base import ConstructedConv, plain_arguments
 from .compilation import CompileMode
 from .least_squares import Geometry, fit_separately, pixels_by_energy
 from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
-from .spec import KernelSize, LayerSpec
+from .spec import KernelSpec
 
 __all__ = [
     "DclsConv1d",
@@ -377,7 +377,7 @@ KERNEL_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class DclsSpec(LayerSpec):
+class DclsSpec(KernelSpec):
     """Settings of a DCLS layer.
 
     Attributes:
@@ -392,22 +392,8 @@ class DclsSpec(LayerSpec):
 
     method: Literal["dcls"] = "dcls"
     interpolation: Interpolation
-    kernel_size: KernelSize
     kernel_count: Annotated[int, Field(ge=1, le=4096)] | None = None
     position_dims: tuple[Annotated[int, Field(ge=0, le=2)], ...] | None = None
-
-    def sizes(self, ndim: int) -> tuple[int, ...]:
-        """kernel_size, one int per dimension."""
-        return (self.kernel_size,) * ndim if isinstance(self.kernel_size, int) else self.kernel_size
-
-    def refusal(self, conv: PlainConv) -> str | None:
-        reason = super().refusal(conv)
-        if reason is None:
-            try:
-                plain_arguments(conv, self.sizes(len(conv.kernel_size)))
-            except ValueError as error:
-                return str(error)
-        return reason
 
     def resolve(self, groups: Sequence[Sequence[PlainConv]]) -> Self:
         """Compute kernel_count by the parameter rule of Appendix C, positions and widths counted once a group."""

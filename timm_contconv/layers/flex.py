@@ -24,7 +24,7 @@ from .flex_crop import Crop, crop_to_mask, is_inside, margins, pad_to_crop, slic
 from .flex_fit import fit_magnet_
 from .magnet import ENVELOPE_CUT, check_magnet, filter_frequencies, magnet_features, magnet_shapes, reset_magnet_
 from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, require_weights
-from .spec import KernelSize, LayerSpec
+from .spec import KernelSpec
 
 __all__ = ["FlexConv1d", "FlexConv2d", "FlexSpec", "flex_kernel", "gaussian_mask"]
 
@@ -507,13 +507,12 @@ class FlexConv2d(_FlexConv):
     ndim = 2
 
 
-class FlexSpec(LayerSpec):
+class FlexSpec(KernelSpec):
     """Settings of a FlexConv. Names, meanings and defaults are those of the layer's arguments."""
 
     layers: ClassVar[dict[int, type[ConvReplacement]]] = {1: FlexConv1d, 2: FlexConv2d}
 
     method: Literal["flex"] = "flex"
-    kernel_size: KernelSize
     hidden_channels: Annotated[int, Field(ge=1, le=1024)] = 32
     hidden_layers: Annotated[int, Field(ge=1, le=16)] = 3
     input_scale: Annotated[float, Field(gt=0, le=1e4)] = INPUT_SCALE
@@ -522,19 +521,6 @@ class FlexSpec(LayerSpec):
     threshold: Annotated[float, Field(ge=0, lt=1)] = THRESHOLD
     penalize_mask: bool = False
     crop_every: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-
-    def sizes(self, ndim: int) -> tuple[int, ...]:
-        """kernel_size, one int per dimension."""
-        return (self.kernel_size,) * ndim if isinstance(self.kernel_size, int) else self.kernel_size
-
-    def refusal(self, conv: PlainConv) -> str | None:
-        reason = super().refusal(conv)
-        if reason is None:
-            try:
-                plain_arguments(conv, self.sizes(len(conv.kernel_size)))
-            except ValueError as error:
-                return str(error)
-        return reason
 
 
 def _grid(crop: tuple[int, int], size: int, like: Tensor) -> Tensor:

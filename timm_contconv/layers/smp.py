@@ -20,7 +20,7 @@ from .base import ConstructedConv, plain_arguments
 from .compilation import CompileMode
 from .least_squares import Geometry, fit_separately, pixels_by_energy
 from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
-from .spec import KernelSize, LayerSpec
+from .spec import KernelSize, KernelSpec
 
 __all__ = ["SmpConv1d", "SmpConv2d", "SmpSpec", "point_basis", "small_kernel_sizes", "smp_kernel", "smp_sum_kernel"]
 
@@ -351,13 +351,12 @@ class SmpConv2d(_SmpConv):
     ndim = 2
 
 
-class SmpSpec(LayerSpec):
+class SmpSpec(KernelSpec):
     """Settings of an SMP layer. Names, meanings and defaults are those of the layer's arguments."""
 
     layers: ClassVar[dict[int, type[ConvReplacement]]] = {1: SmpConv1d, 2: SmpConv2d}
 
     method: Literal["smp"] = "smp"
-    kernel_size: KernelSize
     kernel_count: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] | None = None
     points: Points = "filter"
     normalize: bool = True
@@ -366,20 +365,9 @@ class SmpSpec(LayerSpec):
     min_radius: Annotated[float, Field(ge=SMALLEST_RADIUS, le=LARGEST_RADIUS)] = SMALLEST_RADIUS
     small_kernel: KernelSize | None = None
 
-    def sizes(self, ndim: int) -> tuple[int, ...]:
-        """kernel_size, one int per dimension."""
-        return (self.kernel_size,) * ndim if isinstance(self.kernel_size, int) else self.kernel_size
-
-    def refusal(self, conv: PlainConv) -> str | None:
-        reason = super().refusal(conv)
-        if reason is None:
-            try:
-                sizes = self.sizes(len(conv.kernel_size))
-                plain_arguments(conv, sizes)
-                small_kernel_sizes(self.small_kernel, sizes, causal=False)
-            except ValueError as error:
-                return str(error)
-        return reason
+    def check_kernel(self, conv: PlainConv, sizes: tuple[int, ...]) -> None:
+        super().check_kernel(conv, sizes)
+        small_kernel_sizes(self.small_kernel, sizes, causal=False)
 
 
 def _kernel_count(count: int | None, kernel_size: Sequence[int]) -> int:

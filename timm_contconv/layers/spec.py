@@ -7,9 +7,10 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from .base import plain_arguments
 from .replacement import ConvReplacement, Init, PlainConv
 
-__all__ = ["KernelSize", "LayerSpec"]
+__all__ = ["KernelSize", "KernelSpec", "LayerSpec"]
 
 LARGEST_KERNEL = 255
 
@@ -59,3 +60,30 @@ class LayerSpec(BaseModel):
     def build(self, conv: PlainConv, init: Init) -> ConvReplacement:
         """The layer that stands in for `conv`."""
         return self.layers[len(conv.kernel_size)].from_conv(conv, self, init=init)
+
+
+class KernelSpec(LayerSpec):
+    """Settings of a method that puts a kernel of another size about the centre of the one that it replaces.
+
+    Attributes:
+        kernel_size: size of the new kernel in pixels, one int for all dimensions or one each.
+    """
+
+    kernel_size: KernelSize
+
+    def sizes(self, ndim: int) -> tuple[int, ...]:
+        """kernel_size, one int per dimension."""
+        return (self.kernel_size,) * ndim if isinstance(self.kernel_size, int) else self.kernel_size
+
+    def refusal(self, conv: PlainConv) -> str | None:
+        reason = super().refusal(conv)
+        if reason is None:
+            try:
+                self.check_kernel(conv, self.sizes(len(conv.kernel_size)))
+            except ValueError as error:
+                return str(error)
+        return reason
+
+    def check_kernel(self, conv: PlainConv, sizes: tuple[int, ...]) -> None:
+        """Raise ValueError where a kernel of these sizes has no place in `conv`."""
+        plain_arguments(conv, sizes)
