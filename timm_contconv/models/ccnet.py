@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, get_device_dtype, to_2tuple
+from timm.layers import SelectAdaptivePool2d, to_2tuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import ContinuousConv2d
 from .build import build_model_with_cfg
+from .classifier import Classifier, require_nchw
 
 __all__ = ["CcNet", "CcNetHead", "CcNetLayer", "ccnet", "ccnet_baseline"]
 
@@ -117,7 +118,7 @@ class CcNetHead(nn.Module):
         return x if pre_logits else self.fc(x)
 
 
-class CcNet(nn.Module):
+class CcNet(Classifier):
     """Eight convolutions, plain or CC, and three fully connected layers.
 
     Args:
@@ -180,11 +181,6 @@ class CcNet(nn.Module):
         self.apply(_init_weights)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the internal nets' hidden layers."""
-        return {name for name, _ in self.named_parameters() if ".geometry." in name}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters by depth."""
         return {"stem": r"^layers\.0", "blocks": [(r"^layers\.(\d+)", None), (r"^head\.mlp", (99999,))]}
@@ -194,15 +190,8 @@ class CcNet(nn.Module):
         """Compute the layers' activations again in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for another number of classes (0 for none), with other pooling if given."""
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
-        self.num_classes = num_classes
+        super().reset_classifier(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
@@ -227,8 +216,7 @@ class CcNet(nn.Module):
         Returns:
             The final features and a list of intermediate ones, or the list.
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW'")
+        require_nchw(output_fmt)
         take, last = feature_take_indices(len(self.feature_info), indices)
         wanted = {self._feature_layer(i) for i in take}
         intermediates = []
@@ -258,13 +246,6 @@ class CcNet(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.layers, x)
         return self.layers(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The fully connected layers, or all but the classifier."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..convert import to_native
 from ..layers import FlexConv2d
 from .build import build_model_with_cfg
+from .classifier import Classifier, require_nchw
 
 __all__ = ["FlexBlock", "FlexNet", "flexnet3", "flexnet5", "flexnet7"]
 
@@ -68,7 +69,7 @@ class FlexBlock(nn.Module):
         return (y + self.shortcut(x)).relu()
 
 
-class FlexNet(nn.Module):
+class FlexNet(Classifier):
     """FlexNet (Romero et al. 2022, appendix D.1).
 
     Args:
@@ -132,11 +133,6 @@ class FlexNet(nn.Module):
             nn.init.zeros_(self.head.fc.bias)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the masks' parameters."""
-        return {name for name, _ in self.named_parameters() if ".geometry." in name}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters by depth."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
@@ -146,15 +142,8 @@ class FlexNet(nn.Module):
         """Compute the blocks' activations again in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for another number of classes (0 for none), with other pooling if given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        super().reset_classifier(num_classes, global_pool)
         self._init_classifier()
 
     def forward_intermediates(
@@ -179,8 +168,7 @@ class FlexNet(nn.Module):
         Returns:
             The final features and a list of intermediate ones, or the list.
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW'")
+        require_nchw(output_fmt)
         take, last_taken = feature_take_indices(len(self.blocks), indices)
         intermediates = []
         x = self.stem(x)
@@ -209,13 +197,6 @@ class FlexNet(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pooling and classifier, or pooling only."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _placement(conv: FlexConv2d) -> dict[str, Any]:

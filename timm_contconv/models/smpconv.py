@@ -15,7 +15,6 @@ from timm.layers import (
     ConvNormAct,
     DropPath,
     calculate_drop_path_rates,
-    get_device_dtype,
 )
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..convert import to_native
 from ..layers import SmpConv2d, SmpConvBn2d
 from .build import build_model_with_cfg
+from .classifier import Classifier, require_nchw
 
 __all__ = ["ConvFfn", "LargeKernelBlock", "SmpConvNet", "SmpConvStage", "smpconv_base", "smpconv_tiny"]
 
@@ -112,7 +112,7 @@ class SmpConvStage(nn.Module):
         return self.blocks(x)
 
 
-class SmpConvNet(nn.Module):
+class SmpConvNet(Classifier):
     """SMPConv's ImageNet network (Kim and Park 2023, section 4.3).
 
     Args:
@@ -168,11 +168,6 @@ class SmpConvNet(nn.Module):
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the points' coordinates and radii."""
-        return {name for name, _ in self.named_parameters() if ".geometry." in name}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters by depth."""
         blocks = [
@@ -188,16 +183,6 @@ class SmpConvNet(nn.Module):
         for stage in self.stages:
             assert isinstance(stage, SmpConvStage)
             stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for another number of classes (0 for none), with other pooling if given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
 
     def forward_intermediates(
         self,
@@ -221,8 +206,7 @@ class SmpConvNet(nn.Module):
         Returns:
             The final features and a list of intermediate ones, or the list.
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW'")
+        require_nchw(output_fmt)
         take, last_taken = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
@@ -254,13 +238,6 @@ class SmpConvNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, dims[-1], H/32, W/32)."""
         return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pooling and classifier, or pooling only."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
