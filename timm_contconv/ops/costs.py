@@ -1,4 +1,4 @@
-"""The recorded cost rule: seconds per unit of work, as benchmarks/depthwise_fit.py measured them (costs.json)."""
+"""The recorded cost rules: seconds per unit of work, as benchmarks/depthwise_fit.py and dense_fit.py measured them."""
 
 import json
 from collections.abc import Callable
@@ -6,15 +6,16 @@ from pathlib import Path
 
 __all__ = ["predict"]
 
-_FILE = Path(__file__).with_name("costs.json")
-
-
 # Read at import: torch.compile traces the choice of an algorithm, and can't read files.
-_ROWS: dict[str, dict[str, list[float]]] = json.loads(_FILE.read_text(encoding="utf-8"))["seconds"]
+_ROWS: dict[str, dict[str, list[float]]] = {
+    key: row
+    for name in ("costs.json", "dense_costs.json")
+    for key, row in json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))["seconds"].items()
+}
 
 
 def predict(key: str, features: Callable[[str], tuple[float, ...]]) -> dict[str, float]:
-    """Seconds that each algorithm is expected to take, on the machine that the file names.
+    """Seconds that each algorithm is expected to take, on the machine that its file names.
 
     Args:
         key: the kind of work: device, dimensions, dtype, layout and pass.

@@ -1,22 +1,26 @@
-"""Convolution with long kernels between all channels of a group, by FFT, as custom operators."""
+"""Convolution with large kernels between all channels of a group, by discrete Fourier transforms: custom operators."""
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autocast
+from . import autocast, dense_dft, dense_fft
 from .costs import predict
-from .fft import Axis, axes_of, compute_dtype, gradient_spectrum, image_spectrum, inverse, spatial, transform
+from .fft import axes_of
 from .problem import as_format, new_tensor, output_size
 
 __all__ = ["dense_cost_key", "dense_features", "fft_conv", "is_cheaper_by_fft"]
 
-# Below this many taps nobody wins by FFT, and the question costs more than the answer is worth.
-_FEWEST_TAPS = 64
+# Below this many taps, by spatial dimensions, nobody wins by transforms, and the question costs more than the answer
+# is worth.
+_FEWEST_TAPS = {1: 65, 2: 25, 3: 65}
+# The longest line that is transformed by a matrix product.
+_LONGEST_LINE = 192
 
 
 def fft_conv(
@@ -27,10 +31,10 @@ def fft_conv(
     padding: int | Sequence[int] = 0,
     groups: int = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv1d`, `conv2d` or `conv3d` by real FFTs, for kernels about as long as the input.
+    """`torch.nn.functional.conv1d`, `conv2d` or `conv3d` by discrete Fourier transforms, for large kernels.
 
-    Transforms run in float32 (float64 for float64). Differentiable to any order, and one operator in compiled and
-    exported graphs.
+    On the CPU, transforms of images of up to about 128 pixels a side are matrix products, others are FFTs. They run in
+    float32 (float64 for float64). Differentiable to any order, and one operator in compiled and exported graphs.
 
     Args:
         x: (N, C_in, *size).
@@ -55,16 +59,13 @@ def fft_conv(
 
 
 # ------------------------------------------------------------------------------------------------- operators
-# In each, spectra are grouped as (groups, frequencies, rows, columns), so that channels meet in matrix products.
 
 
 @torch.library.custom_op("timm_contconv::fft_conv", mutates_args=())
 def _convolve(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> Tensor:
-    axes = axes_of(x.shape[2:], weight.shape[2:], stride, padding)
-    images, kernels = _grouped(image_spectrum(x, axes), groups, 1), _grouped(_kernel_spectrum(weight, axes), groups, 0)
-    products = images @ kernels.mT.conj_physical()
-    wanted = [slice(0, (a.outputs - 1) * a.stride + 1, a.stride) for a in axes]
-    return as_format(inverse(_ungrouped(products, axes, 1), axes)[spatial(wanted)], x)
+    if _is_exact(x) and _by_matrices(x.shape[2:], weight.shape[2:], stride, padding, groups):
+        return as_format(dense_dft.output(x, weight, stride, padding), x)
+    return as_format(dense_fft.output(x, weight, stride, padding, groups), x)
 
 
 @torch.library.custom_op("timm_contconv::fft_conv_input_gradient", mutates_args=())
@@ -76,11 +77,9 @@ def _input_gradient(
     padding: Sequence[int],
     groups: int,
 ) -> Tensor:
-    axes = axes_of(input_size, weight.shape[2:], stride, padding)
-    kernels = _grouped(_kernel_spectrum(weight, axes), groups, 0)
-    products = _grouped(gradient_spectrum(grad, axes), groups, 1) @ kernels
-    wanted = [slice(a.left, a.left + a.size) for a in axes]
-    return as_format(inverse(_ungrouped(products, axes, 1), axes)[spatial(wanted)], grad)
+    if _is_exact(grad) and _by_matrices(input_size, weight.shape[2:], stride, padding, groups):
+        return as_format(dense_dft.input_gradient(grad, weight, input_size, stride, padding), grad)
+    return as_format(dense_fft.input_gradient(grad, weight, input_size, stride, padding, groups), grad)
 
 
 @torch.library.custom_op("timm_contconv::fft_conv_weight_gradient", mutates_args=())
@@ -92,29 +91,23 @@ def _weight_gradient(
     padding: Sequence[int],
     groups: int,
 ) -> Tensor:
-    axes = axes_of(x.shape[2:], kernel_size, stride, padding)
-    grads = _grouped(gradient_spectrum(grad, axes), groups, 1).conj_physical()
-    products = grads.mT @ _grouped(image_spectrum(x, axes), groups, 1)
-    out = x.new_zeros((grad.shape[1], x.shape[1] // groups, *kernel_size))
-    taps = inverse(_ungrouped(products, axes, 0), axes)[spatial([slice(0, a.taps) for a in axes])]
-    out[spatial([slice(a.first_tap, a.first_tap + a.taps) for a in axes])] = taps.to(x.dtype)
-    return out
+    if _is_exact(x) and _by_matrices(x.shape[2:], kernel_size, stride, padding, groups):
+        return dense_dft.weight_gradient(grad, x, kernel_size, stride, padding)
+    return dense_fft.weight_gradient(grad, x, kernel_size, stride, padding, groups)
 
 
-def _kernel_spectrum(weight: Tensor, axes: list[Axis]) -> Tensor:
-    used = weight[spatial([slice(a.first_tap, a.first_tap + a.taps) for a in axes])]
-    return transform(used.to(compute_dtype(weight.dtype)), axes)
+def _by_matrices(
+    size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
+) -> bool:
+    """Whether transforms are matrix products, where those are exact."""
+    if len(size) != 2 or groups != 1:
+        return False
+    return max([a.shortest for a in axes_of(size, kernel_size, stride, padding)]) <= _LONGEST_LINE
 
 
-def _grouped(spectrum: Tensor, groups: int, axis: int) -> Tensor:
-    """(A, B, *frequencies) with the groups blocks of `axis` as (groups, frequencies, A, B), A or B per group."""
-    return spectrum.flatten(2).unflatten(axis, (groups, -1)).movedim((axis, -1), (0, 1))
-
-
-def _ungrouped(products: Tensor, axes: list[Axis], axis: int) -> Tensor:
-    """The inverse of `_grouped`."""
-    frequencies = [*(a.length for a in axes[:-1]), axes[-1].length // 2 + 1]
-    return products.movedim((0, 1), (axis, -1)).flatten(axis, axis + 1).unflatten(-1, frequencies)
+def _is_exact(x: Tensor) -> bool:
+    """Whether matrix products have the precision that transforms need: bfloat16 or TF32 inside would ruin them."""
+    return x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
 
 
 @_convolve.register_fake
@@ -201,13 +194,21 @@ def is_cheaper_by_fft(
     False where nothing was recorded, which today is every device but the CPU.
     """
     taps = math.prod(weight.shape[2:])
-    if taps <= _FEWEST_TAPS or x.device.type != "cpu" or x.ndim != weight.ndim or not x.numel():
+    if taps < _FEWEST_TAPS[weight.ndim - 2] or x.device.type != "cpu" or x.ndim != weight.ndim or not x.numel():
         return False
-    costs = predict(
-        dense_cost_key(weight.ndim - 2),
-        lambda name: dense_features(name, x.shape, weight.shape, stride, padding, groups),
-    )
-    return bool(costs) and min(costs, key=costs.__getitem__) == "fft"
+    choose = _is_cheaper if torch.compiler.is_compiling() else _cached_is_cheaper
+    return choose(tuple(x.shape), tuple(weight.shape), stride, padding, groups)
+
+
+def _is_cheaper(
+    x: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], groups: int
+) -> bool:
+    ours = "dft" if _by_matrices(x[2:], weight[2:], stride, padding, groups) else "fft"
+    costs = predict(dense_cost_key(len(x) - 2), lambda name: dense_features(name, x, weight, stride, padding, groups))
+    return ours in costs and costs[ours] < costs["pytorch"]
+
+
+_cached_is_cheaper = lru_cache(maxsize=4096)(_is_cheaper)
 
 
 def dense_cost_key(dims: int) -> str:
@@ -223,10 +224,12 @@ def dense_features(
     padding: tuple[int, ...],
     groups: int,
 ) -> tuple[float, ...]:
-    """Amounts of work of "pytorch" or "fft", for shapes x (N, C_in, *size) and weight (C_out, C_in/groups, ...)."""
+    """Amounts of work of "pytorch", "fft" or "dft", for x (N, C_in, *size), weight (C_out, C_in/groups, *kernel)."""
     pairs = x[0] * weight[0] * weight[1]
     if name == "pytorch":
         return (1.0, pairs * math.prod(weight[2:]) * math.prod(output_size(x[2:], weight[2:], stride, padding)))
+    if name == "dft":
+        return (1.0, *dense_dft.multiply_adds(x, weight, stride, padding))
     # The transforms' true lengths are a little larger; this (a list, no generator) is what torch.compile can
     # trace in no time.
     plane = math.prod([max(n + p, k) for n, k, p in zip(x[2:], weight[2:], padding, strict=True)])

@@ -46,9 +46,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Axis:
-    """One spatial axis: the taps that meet the image, and a circular length at which nothing collides.
+    """One spatial axis: the taps that meet the image, and the shortest circular line on which nothing collides.
 
-    The image stands at `left` .. `left + size` of a line of `length`. Tap t of `taps` meets output i at place
+    The image stands at `left` .. `left + size` of the line. Tap t of `taps` meets output i at place
     `stride * i + t`. What runs past the end of the line wraps into the empty `left` places at its start.
     """
 
@@ -58,7 +58,7 @@ class Axis:
     first_tap: int
     taps: int
     outputs: int
-    length: int
+    shortest: int
 
     @classmethod
     def of(cls, size: int, kernel: int, stride: int, padding: int) -> "Axis":
@@ -67,7 +67,12 @@ class Axis:
         first = min(max(0, padding - reach), kernel - 1)
         taps = max(1, min(kernel, size + padding) - first)
         left = padding - first
-        return cls(size, stride, left, first, taps, outputs, fast_length(max(size + left, taps, reach + 1)))
+        return cls(size, stride, left, first, taps, outputs, max(size + left, taps, reach + 1))
+
+    @property
+    def length(self) -> int:
+        """A length of at least `shortest` that FFTs are fast at."""
+        return fast_length(self.shortest)
 
 
 def axes_of(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[Axis]:

@@ -1,0 +1,86 @@
+"""Convolutions between all channels by discrete Fourier transforms, against PyTorch's in float64."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from timm_contconv import ops
+from timm_contconv.ops import dense_dft, dense_fft
+from timm_contconv.ops.dense import is_cheaper_by_fft
+
+from .memory import peak_allocation
+
+
+@st.composite
+def cases(draw):
+    """x, weight, stride and padding of any two-dimensional convolution."""
+    pair = lambda low, high: tuple(draw(st.lists(st.integers(low, high), min_size=2, max_size=2)))  # noqa: E731
+    size, kernel, stride, padding = pair(1, 14), pair(1, 11), pair(1, 3), pair(0, 7)
+    assume(all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel, strict=True)))
+    n, c_in, c_out = (draw(st.integers(1, 4)) for _ in range(3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((n, c_in, *size), (c_out, c_in, *kernel)))
+    form = draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))
+    return x.contiguous(memory_format=form), weight, stride, padding
+
+
+def passes(x, weight, stride, padding):
+    """PyTorch's output, a gradient of it, and the gradients of x and weight."""
+    leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = F.conv2d(*leaves, None, stride, padding)
+    grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).sin().view_as(y)
+    return y.detach(), grad, *torch.autograd.grad(y, leaves, grad)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_transforms_by_matrices_are_exact(case):
+    x, weight, stride, padding = case[0].double(), case[1].double(), *case[2:]
+    y, grad, to_x, to_weight = passes(x, weight, stride, padding)
+    torch.testing.assert_close(dense_dft.output(x, weight, stride, padding), y)
+    torch.testing.assert_close(dense_dft.input_gradient(grad, weight, x.shape[2:], stride, padding), to_x)
+    torch.testing.assert_close(dense_dft.weight_gradient(grad, x, weight.shape[2:], stride, padding), to_weight)
+
+
+@pytest.mark.parametrize("kernel", [9, 33])
+def test_in_float32_they_are_as_exact_as_ffts(kernel):
+    x, weight = torch.randn(2, 8, 32, 32), torch.randn(8, 8, kernel, kernel)
+    one, half = (1, 1), (kernel // 2,) * 2
+    y, grad, to_x, to_weight = passes(x.double(), weight.double(), one, half)
+    arguments = {
+        "output": (x, weight),
+        "input_gradient": (grad.float(), weight, x.shape[2:]),
+        "weight_gradient": (grad.float(), x, weight.shape[2:]),
+    }
+    for exact, (name, tensors) in zip((y, to_x, to_weight), arguments.items(), strict=True):
+        by_matrices = (getattr(dense_dft, name)(*tensors, one, half) - exact).norm() / exact.norm()
+        by_ffts = (getattr(dense_fft, name)(*tensors, one, half, 1) - exact).norm() / exact.norm()
+        assert by_matrices < max(3 * by_ffts, 1e-6), name
+
+
+def test_a_lower_precision_of_matrix_products_does_not_reach_transforms():
+    x, weight = torch.randn(2, 8, 32, 32), torch.randn(8, 8, 9, 9)
+    before, expected = torch.get_float32_matmul_precision(), F.conv2d(x.double(), weight.double(), padding=4)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        got = ops.fft_conv(x, weight, padding=4)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (got - expected).norm() / expected.norm() < 1e-6
+
+
+def test_large_kernels_take_transforms_and_small_ones_do_not():
+    x, one = torch.randn(8, 24, 32, 32), (1, 1)
+    for kernel, expected in ((3, False), (9, True), (33, True)):
+        assert is_cheaper_by_fft(x, torch.empty(24, 24, kernel, kernel), one, (kernel // 2,) * 2, 1) is expected
+
+
+def test_memory_stays_below_two_activations_and_two_kernels():
+    """Spectra of kernels would be twenty times as large as kernels."""
+    x, weight = torch.randn(8, 96, 32, 32), torch.randn(96, 96, 9, 9)
+    bound = 2 * (2 * x.nbytes + 4 * weight.nbytes)
+    assert peak_allocation(lambda: ops.fft_conv(x, weight, padding=4)) < bound
+    spectrum = 96 * 96 * 36 * 19 * 8
+    assert bound < spectrum
