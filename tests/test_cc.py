@@ -471,15 +471,25 @@ def test_a_kept_kernel_is_never_stale(scale: float, how: str) -> None:
     torch.testing.assert_close(after, copy.deepcopy(layer)(x))
 
 
-def test_a_large_kept_kernel_follows_averages_of_weights() -> None:
-    layer, x = build(0.5, channels=(32, 32)), images(1, 32, 8, 8)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at", ["contiguous", "in the middle of a buffer", "transposed"])
+def test_a_large_kept_kernel_follows_every_number(dtype: torch.dtype, at: str) -> None:
+    layer, x = build(0.5, channels=(31, 31)).to(dtype), images(1, 31, 8, 8).to(dtype)
+    weight = layer.internal_weight
+    if at == "in the middle of a buffer":
+        buffer = torch.zeros(weight.numel() + 3, dtype=dtype)
+        buffer[3:] = weight.detach().flatten()
+        weight.data = buffer[3:].view_as(weight)
+    elif at == "transposed":
+        weight.data = weight.data.mT.contiguous().mT
     with torch.no_grad():
         before = layer(x)
-        layer.internal_weight.data.lerp_(torch.ones_like(layer.internal_weight), 0.1)
-        after = layer(x)
-        layer.internal_weight[3, 4, 5] += 1
-        assert not torch.equal(layer(x), after)
-    assert not torch.equal(after, before)
+        for number in (0, 5003, weight.numel() - 1):
+            index = torch.unravel_index(torch.tensor(number), weight.shape)
+            weight.data[index] += 1
+            after = layer(x)
+            assert not torch.equal(after, before)
+            before = after
 
 
 def test_a_kept_kernel_follows_scale_and_size() -> None:

@@ -13,18 +13,16 @@ from .cc_paths import Plan
 
 __all__ = ["KeptKernels"]
 
-#: a last layer of so many numbers is compared whole, of a larger one a sample
-WHOLE, SAMPLE = 4096, 256
+#: by their bytes
+WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class KeptKernels:
     """Constructed kernels with what they were constructed from.
 
-    A change is seen by the parameters' identity, memory and version, which every change in place increases, but for
-    those through `.data`. For these, values are compared too: all of the hidden layers, and of the last layer all or,
-    above 4096, some 256 that are evenly spread. That layer is as large as the kernel itself: comparing all of it would
-    take a good part of the time of a small convolution. So of a large layer, a change of few numbers through `.data`,
-    which PyTorch advises against, can go unseen; one of all numbers, as by an average of weights, can't.
+    All values are compared, as edits through `.data`, views and communication buffers leave no other trace. The last
+    layer is as large as the kernels, so it is compared in the widest words that it divides into, which takes half the
+    time.
 
     Args:
         key: what the kernels are for.
@@ -40,24 +38,25 @@ class KeptKernels:
         self.last: tuple[torch.Size, Any, Plan] | None = None
         self._parameters = (weight, *hidden)
         self._pointers = [value.data_ptr() for value in self._parameters]
-        self._versions = [_version(value) for value in self._parameters]
-        step = 1 if weight.numel() <= WHOLE else weight.numel() // SAMPLE
-        # of the parameters' own memory
-        self._views = [
-            value.detach().flatten()[:: 1 if index else step] for index, value in enumerate(self._parameters)
-        ]
-        self._values = torch.cat(self._views)
+        self._is_contiguous = all(value.is_contiguous() for value in self._parameters)
+        # of the parameters' own memory where that is contiguous
+        self._words = [_words(value) for value in self._parameters]
+        self._values = [words.clone() for words in self._words]
 
     def is_current(self, weight: Tensor, hidden: Iterable[Tensor]) -> bool:
         """Whether these values are those that the kernels were constructed from."""
         parameters = (weight, *hidden)
-        return (
-            all(map(operator.is_, parameters, self._parameters))
-            and list(map(Tensor.data_ptr, parameters)) == self._pointers
-            and list(map(_version, parameters)) == self._versions
-            and torch.equal(torch.cat(self._views), self._values)
-        )
+        if not all(map(operator.is_, parameters, self._parameters)):
+            return False
+        if list(map(Tensor.data_ptr, parameters)) != self._pointers:
+            return False
+        if not self._is_contiguous:  # then these are copies
+            self._words = [_words(value) for value in parameters]
+        return all(map(torch.equal, self._words, self._values))
 
 
-def _version(value: Tensor) -> int:
-    return -1 if value.is_inference() else value._version
+def _words(value: Tensor) -> Tensor:
+    """All bits of a tensor as the widest integers that they divide into."""
+    flat = value.detach().flatten()
+    own, start = flat.element_size(), flat.storage_offset() * flat.element_size()
+    return flat.view(next(WORDS[size] for size in WORDS if size == own or flat.nbytes % size == start % size == 0))
