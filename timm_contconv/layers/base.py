@@ -24,7 +24,7 @@ from .compilation import CompileMode, check_compile_mode, construct_compiled, sh
 from .once import interpolation_of
 from .replacement import ConvReplacement, PlainConv
 
-__all__ = ["ConstructedConv", "plain_arguments"]
+__all__ = ["ConstructedConv", "may_keep", "plain_arguments", "without_autocast"]
 
 torch.fx.wrap("convolve")  # the engine chooses by shape, which symbolic tracing does not know
 
@@ -143,7 +143,7 @@ class ConstructedConv(ConvReplacement):
         """The function in the precision of kernel construction, compiled where that is wanted."""
         reference = next(self.parameters())  # not out of inputs: under torch.fx those are proxies
         exact = torch.float64 if reference.dtype == torch.float64 else torch.float32
-        with _without_autocast(reference.device.type):
+        with without_autocast(reference.device.type):
             arguments = {name: value.to(exact) for name, value in inputs.items()}
             if should_compile(self.compile_mode, reference.device):
                 return construct_compiled(function, arguments)
@@ -157,7 +157,7 @@ class ConstructedConv(ConvReplacement):
         those that it was constructed from; otherwise every access constructs it.
         """
         inputs = self.kernel_inputs()
-        if self.training or not _may_keep(inputs.values()):
+        if self.training or not may_keep(inputs.values()):
             return self.construct()
         if self._kept is None or not self._kept.is_current(inputs):
             self._kept = _KeptKernel.of(inputs, self.construct())
@@ -266,7 +266,7 @@ class _KeptKernel:
         )
 
 
-def _may_keep(inputs: Any) -> bool:
+def may_keep(inputs: Any) -> bool:
     """Whether values can be compared here: not while tracing or capturing, nor where a gradient is wanted."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -312,7 +312,8 @@ def plain_arguments(conv: PlainConv, kernel_size: Sequence[int]) -> dict[str, An
     }
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """A context in which operators keep the dtype of their arguments."""
     if not torch.amp.is_autocast_available(device_type):  # the meta device
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

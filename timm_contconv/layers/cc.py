@@ -19,7 +19,7 @@ from pydantic import Field
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from .base import ConstructedConv, _may_keep, _without_autocast
+from .base import ConstructedConv, may_keep, without_autocast
 from .cc_fit import conv_axes, covering_support, fit_last_layer, overlap, rounding_of
 from .cc_grid import Axis, Ratio, Rounding, Scale, distances, fraction, output_size, ratios
 from .cc_kept import KeptKernels
@@ -243,7 +243,7 @@ class ContinuousConv2d(ConstructedConv):
         """(P_y, S_y) and (P_x, S_x) distances to (P_y, P_x, C_out, C_in/groups, S_y, S_x)."""
         inputs = {"rows": rows, "columns": columns, **self.kernel_inputs()}
         reference = self.internal_weight
-        with _without_autocast(reference.device.type):
+        with without_autocast(reference.device.type):
             arguments = {name: value.to(_exact(reference.dtype)) for name, value in inputs.items()}
             function = self.kernel_function()
             if should_compile(self.compile_mode, reference.device):
@@ -519,7 +519,7 @@ def _kernels(rows: Tensor, columns: Tensor, weight: Tensor, net: Callable[..., T
 
 def _features(net: Callable[..., Tensor], hidden: Mapping[str, Tensor], rows: Tensor, columns: Tensor) -> Tensor:
     exact = _exact(hidden["bias_1"].dtype)
-    with _without_autocast(rows.device.type):
+    with without_autocast(rows.device.type):
         return net(rows.to(exact), columns.to(exact), **{name: value.to(exact) for name, value in hidden.items()})
 
 
@@ -556,9 +556,9 @@ _cached_plan = functools.lru_cache(maxsize=4096)(_plan)
 
 
 def _may_keep_of(weight: Tensor, hidden: Iterable[Tensor]) -> bool:
-    """`_may_keep`, in less time where no gradient can be wanted."""
+    """`may_keep`, in less time where no gradient can be wanted."""
     if torch.is_grad_enabled() or weight.is_meta or weight.is_cuda:
-        return _may_keep((weight, *hidden))
+        return may_keep((weight, *hidden))
     return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
