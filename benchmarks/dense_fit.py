@@ -2,8 +2,8 @@
 
     python -m benchmarks.dense_fit [--output FILE] [--samples FILE]
 
-Forward and backward together, in float32, at a grid of shapes; the rule is fitted as `benchmarks/cost_rule.py` says, to
-the amounts of work that `dense_features` gives.
+Forward and backward together, at a grid of shapes in float32, bfloat16 and float16; the rule is fitted as
+`benchmarks/cost_rule.py` says, to the amounts of work that `dense_features` gives.
 """
 
 import argparse
@@ -32,6 +32,7 @@ SHAPES = {
     3: [(1, 4, 8, (16, 16, 16))],
 }
 KERNELS = {1: [65, 129, 255, 1023, 4095], 2: [5, 7, 9, 13, 17, 25, 33, 65], 3: [5, 9, 15]}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # More multiply-adds than this are not waited for.
 MOST_MACS = 4e9
 
@@ -47,12 +48,12 @@ def passes(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> dict[str, Cal
         return plain(*leaves, None, 1, padding).square().sum().backward()
 
     def fft() -> object:
-        y = dense_fft.output(x, weight, ones, padding, 1).contiguous()
+        y = dense_fft.output(x, weight, ones, padding, 1).to(x.dtype).contiguous()
         dense_fft.input_gradient(y, weight, size, ones, padding, 1)
         return dense_fft.weight_gradient(y, x, kernel_size, ones, padding, 1)
 
     def dft() -> object:
-        y = dense_dft.output(x, weight, ones, padding).contiguous()
+        y = dense_dft.output(x, weight, ones, padding).to(x.dtype).contiguous()
         dense_dft.input_gradient(y, weight, size, ones, padding).contiguous()
         return dense_dft.weight_gradient(y, x, kernel_size, ones, padding)
 
@@ -62,16 +63,17 @@ def passes(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> dict[str, Cal
 def measure() -> Samples:
     """Seconds and features of every algorithm, by cost key."""
     table: Samples = defaultdict(list)
-    for dims, shapes in SHAPES.items():
+    for dtype, (dims, shapes) in itertools.product(DTYPES, SHAPES.items()):
         for (n, c_in, c_out, size), kernel in itertools.product(shapes, KERNELS[dims]):
             sizes = (n, c_in, *size), (c_out, c_in, *(kernel,) * dims)
             if kernel > 2 * max(size) or n * c_in * math.prod(size) * c_out * kernel**dims > MOST_MACS:
                 continue
-            x, weight, padding = torch.randn(sizes[0]), torch.randn(sizes[1]), (kernel // 2,) * dims
+            x, weight = (torch.randn(shape, dtype=dtype) for shape in sizes)
+            padding = (kernel // 2,) * dims
             times = {name: seconds(call) for name, call in passes(x, weight, padding).items()}
             features = {name: dense_features(name, *sizes, (1,) * dims, padding, 1) for name in times}
-            table[dense_cost_key(dims)].append((features, times))
-            print(*sizes, {name: f"{1000 * t:.2f} ms" for name, t in times.items()}, flush=True)
+            table[dense_cost_key(dims, dtype)].append((features, times))
+            print(dtype, *sizes, {name: f"{1000 * t:.2f} ms" for name, t in times.items()}, flush=True)
     return table
 
 

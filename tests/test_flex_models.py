@@ -1,6 +1,7 @@
 """FlexNets: the paper's sizes, the authors' checkpoints, timm's manner; FlexTCN on real sequences; what docs claim."""
 
 import copy
+import statistics
 
 import pytest
 import timm
@@ -295,6 +296,15 @@ def test_magnet_fits_a_gabor_function_better_than_gaussian_derivatives_of_its_si
     assert sum(p.numel() for p in magnet.parameters()) <= 58
     assert error < 0.5 * flex_fit.fit_njet(frequency, 300)[0]
     assert isinstance(magnet, MAGNet)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_magnet_fits_a_photograph_better_than_a_siren_of_its_size():
+    fits = [flex_fit.fit_photograph("chelsea", 48, 2000, seed, hidden_channels=8) for seed in range(3)]
+    assert all(0.9 < fit["siren_parameters"] / fit["magnet_parameters"] <= 1 for fit in fits)
+    magnet, siren = (statistics.mean(fit[name] for fit in fits) for name in ("magnet", "siren"))
+    assert magnet > siren + 0.3, f"{magnet:.2f} dB, {siren:.2f} dB"
+    assert siren > 20  # a fit, and of a photograph
 
 
 @pytest.mark.usefixtures("one_thread")

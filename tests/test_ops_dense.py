@@ -77,6 +77,16 @@ def test_large_kernels_take_transforms_and_small_ones_do_not():
         assert is_cheaper_by_fft(x, torch.empty(24, 24, kernel, kernel), one, (kernel // 2,) * 2, 1) is expected
 
 
+def test_low_precision_has_a_rule_of_its_own():
+    x, weight = torch.randn(8, 24, 32, 32), torch.empty(24, 24, 9, 9)
+    choose = lambda x: is_cheaper_by_fft(x, weight.to(x.dtype), (1, 1), (4, 4), 1)  # noqa: E731
+    assert choose(x)
+    assert choose(x.double())
+    assert not choose(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not choose(x)
+
+
 def test_memory_stays_below_two_activations_and_two_kernels():
     """Spectra of kernels would be twenty times as large as kernels."""
     x, weight = torch.randn(8, 96, 32, 32), torch.randn(96, 96, 9, 9)
@@ -84,3 +94,18 @@ def test_memory_stays_below_two_activations_and_two_kernels():
     assert peak_allocation(lambda: ops.fft_conv(x, weight, padding=4)) < bound
     spectrum = 96 * 96 * 36 * 19 * 8
     assert bound < spectrum
+
+
+def test_training_after_inference_and_inference_after_training():
+    """Matrices of transforms are kept between calls."""
+    x, weight = torch.randn(2, 3, 23, 21), torch.randn(4, 3, 9, 9, requires_grad=True)
+    with torch.inference_mode():
+        first = ops.fft_conv(x, weight, padding=4)
+    y = ops.fft_conv(x, weight, padding=4)
+    y.sum().backward()
+    with torch.inference_mode():
+        again = ops.fft_conv(x, weight, padding=4)
+    assert torch.equal(first, y)
+    assert torch.equal(again, y)
+    expected = torch.autograd.grad(F.conv2d(x, weight, padding=4).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-4)

@@ -19,6 +19,8 @@ __all__ = ["dense_cost_key", "dense_features", "fft_conv", "is_cheaper_by_fft"]
 # Below this many taps, by spatial dimensions, nobody wins by transforms, and the question costs more than the answer
 # is worth.
 _FEWEST_TAPS = {1: 65, 2: 25, 3: 65}
+# Measured beside float32, which also stands for float64.
+_MEASURED_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # The longest line that is transformed by a matrix product.
 _LONGEST_LINE = 192
 
@@ -196,24 +198,32 @@ def is_cheaper_by_fft(
     taps = math.prod(weight.shape[2:])
     if taps < _FEWEST_TAPS[weight.ndim - 2] or x.device.type != "cpu" or x.ndim != weight.ndim or not x.numel():
         return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     choose = _is_cheaper if torch.compiler.is_compiling() else _cached_is_cheaper
-    return choose(tuple(x.shape), tuple(weight.shape), stride, padding, groups)
+    return choose(tuple(x.shape), tuple(weight.shape), stride, padding, groups, dtype)
 
 
 def _is_cheaper(
-    x: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], groups: int
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
 ) -> bool:
     ours = "dft" if _by_matrices(x[2:], weight[2:], stride, padding, groups) else "fft"
-    costs = predict(dense_cost_key(len(x) - 2), lambda name: dense_features(name, x, weight, stride, padding, groups))
+    costs = predict(
+        dense_cost_key(len(x) - 2, dtype), lambda name: dense_features(name, x, weight, stride, padding, groups)
+    )
     return ours in costs and costs[ours] < costs["pytorch"]
 
 
 _cached_is_cheaper = lru_cache(maxsize=4096)(_is_cheaper)
 
 
-def dense_cost_key(dims: int) -> str:
-    """The row of the cost file for convolutions between channels; measured in float32, forward and backward."""
-    return f"cpu/{dims}d/dense"
+def dense_cost_key(dims: int, dtype: torch.dtype) -> str:
+    """The row of the cost file for convolutions between channels, forward and backward together."""
+    return f"cpu/{dims}d/{_MEASURED_DTYPES.get(dtype, 'float32')}/dense"
 
 
 def dense_features(
