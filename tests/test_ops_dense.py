@@ -109,3 +109,49 @@ def test_training_after_inference_and_inference_after_training():
     assert torch.equal(again, y)
     expected = torch.autograd.grad(F.conv2d(x, weight, padding=4).sum(), weight)[0]
     torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [5, 9])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_operator_in_graphs_serves_all_sizes(kernel, groups):
+    """Where each of the two convolutions is the faster one, and gradients as well."""
+
+    class Conv(torch.nn.Module):
+        def forward(self, x, weight, bias):
+            return ops.conv(x, weight, bias, (1, 1), (kernel // 2,) * 2, groups)
+
+    weight, bias = torch.randn(8, 8 // groups, kernel, kernel, requires_grad=True), torch.randn(8)
+    sides = [torch.export.Dim(name, min=16, max=256) for name in ("height", "width")]
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64), 2: sides[0], 3: sides[1]}, {}, {})
+    exported = torch.export.export(Conv(), (torch.randn(3, 8, 32, 40), weight, bias), dynamic_shapes=shapes).module()
+    compiled = torch.compile(Conv(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, height, width in ((1, 16, 16), (4, 40, 33), (16, 64, 20)):
+        x = torch.randn(n, 8, height, width, requires_grad=True)
+        expected = F.conv2d(x, weight, bias, padding=kernel // 2, groups=groups)
+        wanted = torch.autograd.grad(expected.square().sum(), (x, weight))
+        torch.testing.assert_close(exported(x, weight, bias), expected, rtol=1e-4, atol=1e-3)
+        y = compiled(x, weight, bias)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
+        for a, b in zip(torch.autograd.grad(y.square().sum(), (x, weight)), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2 * b.abs().max().item())
+
+
+def test_no_images_and_kernels_that_are_too_large():
+    weight = torch.randn(4, 3, 9, 9, requires_grad=True)
+    y = ops.fft_conv(torch.randn(0, 3, 12, 12), weight, padding=4)
+    assert y.shape == (0, 4, 12, 12)
+    assert torch.autograd.grad(y.sum(), weight)[0].abs().max() == 0
+    with pytest.raises(ValueError, match="no larger than the padded image"):
+        ops.fft_conv(torch.randn(1, 3, 8, 8), weight)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        ops.conv(torch.randn(1, 3, 8, 8), weight, None, (1, 1), (0, 0), 1)
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [(7, "aten.conv2d"), (33, "timm_contconv.fft_conv")])
+def test_exported_graphs_hold_plain_convolutions_up_to_64_taps(kernel, expected):
+    class Conv(torch.nn.Module):
+        def forward(self, x, weight):
+            return ops.conv(x, weight, None, (2, 2), (kernel // 2,) * 2, 1)
+
+    graph = torch.export.export(Conv(), (torch.randn(2, 3, 32, 32), torch.randn(4, 3, kernel, kernel))).graph
+    assert any(str(node.target).startswith(expected) for node in graph.nodes)

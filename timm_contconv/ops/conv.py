@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dense import fft_conv, is_cheaper_by_fft
+from .dense import chosen_conv, fft_conv, has_choice, is_cheaper_by_fft
 from .depthwise import depthwise_conv as _operator
 from .dispatch import forced, is_plain
 from .problem import Problem, memory_format
@@ -34,7 +34,10 @@ def conv(
     """
     if 1 < groups == weight.shape[0] and weight.shape[1] == 1:
         return depthwise_conv(x, weight, bias, stride, padding)
-    if is_cheaper_by_fft(x, weight, tuple(stride), tuple(padding), groups):
+    if torch.compiler.is_compiling():
+        if has_choice(x, weight, groups):
+            return chosen_conv(x, weight, bias, stride, padding, groups)
+    elif is_cheaper_by_fft(x, weight, tuple(stride), tuple(padding), groups):
         return fft_conv(x, weight, bias, stride, padding, groups)
     return _CONV[weight.ndim - 2](x, weight, bias, tuple(stride), tuple(padding), 1, groups)
 

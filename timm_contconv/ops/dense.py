@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -14,11 +15,14 @@ from .costs import predict
 from .fft import axes_of
 from .problem import as_format, new_tensor, output_size
 
-__all__ = ["dense_cost_key", "dense_features", "fft_conv", "is_cheaper_by_fft"]
+__all__ = ["chosen_conv", "dense_cost_key", "dense_features", "fft_conv", "has_choice", "is_cheaper_by_fft"]
 
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Below this many taps, by spatial dimensions, nobody wins by transforms, and the question costs more than the answer
 # is worth.
 _FEWEST_TAPS = {1: 65, 2: 25, 3: 65}
+# In exported graphs, which other programs read: there an operator of our own has to gain more.
+_FEWEST_TAPS_EXPORTED = 65
 # Measured beside float32, which also stands for float64.
 _MEASURED_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # The longest line that is transformed by a matrix product.
@@ -49,22 +53,41 @@ def fft_conv(
         (N, C_out, *output_size), with the dtype and the memory format of `x`.
 
     Raises:
-        ValueError: if the channels of `x` and `weight` do not fit together.
+        ValueError: if the channels of `x` and `weight` do not fit together, or kernels are larger than padded images.
     """
     dims = weight.ndim - 2
     if x.ndim != weight.ndim or x.shape[1] != groups * weight.shape[1] or weight.shape[0] % groups:
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, groups={groups}: these do not fit")
     stride = (stride,) * dims if isinstance(stride, int) else tuple(stride)
     padding = (padding,) * dims if isinstance(padding, int) else tuple(padding)
-    out = _convolve(x, weight, stride, padding, groups)
-    return out if bias is None else out + bias.to(out.dtype).reshape(-1, *[1] * dims)
+    if min(output_size(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
+        raise ValueError(
+            f"weight {tuple(weight.shape)}: expected kernels no larger than the padded image, x {tuple(x.shape)} with"
+            f" padding={padding}"
+        )
+    return _with_bias(_convolve(x, weight, stride, padding, groups, True), bias)
+
+
+def chosen_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> Tensor:
+    """`fft_conv` or PyTorch's convolution, chosen when it runs: one operator in graphs, whose sizes may change."""
+    return _with_bias(_convolve(x, weight, stride, padding, groups, False), bias)
+
+
+def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias.to(out.dtype).reshape(-1, *[1] * (out.ndim - 2))
 
 
 # ------------------------------------------------------------------------------------------------- operators
 
 
 @torch.library.custom_op("timm_contconv::fft_conv", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> Tensor:
+def _convolve(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, forced: bool
+) -> Tensor:
+    if _stays_plain(x, weight, stride, padding, groups, forced):
+        return as_format(_CONV[weight.ndim - 2](x, weight, None, stride, padding, 1, groups), x)
     if _is_exact(x) and _by_matrices(x.shape[2:], weight.shape[2:], stride, padding, groups):
         return as_format(dense_dft.output(x, weight, stride, padding), x)
     return as_format(dense_fft.output(x, weight, stride, padding, groups), x)
@@ -78,7 +101,11 @@ def _input_gradient(
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
+    forced: bool,
 ) -> Tensor:
+    x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *input_size)
+    if _stays_plain(x, weight, stride, padding, groups, forced):
+        return as_format(_gradients(grad, x, weight, stride, padding, groups, 0), grad)
     if _is_exact(grad) and _by_matrices(input_size, weight.shape[2:], stride, padding, groups):
         return as_format(dense_dft.input_gradient(grad, weight, input_size, stride, padding), grad)
     return as_format(dense_fft.input_gradient(grad, weight, input_size, stride, padding, groups), grad)
@@ -92,10 +119,32 @@ def _weight_gradient(
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
+    forced: bool,
 ) -> Tensor:
+    weight = x.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, *kernel_size)
+    if _stays_plain(x, weight, stride, padding, groups, forced):
+        return _gradients(grad, x, weight, stride, padding, groups, 1).contiguous()
     if _is_exact(x) and _by_matrices(x.shape[2:], kernel_size, stride, padding, groups):
         return dense_dft.weight_gradient(grad, x, kernel_size, stride, padding)
     return dense_fft.weight_gradient(grad, x, kernel_size, stride, padding, groups)
+
+
+def _stays_plain(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, forced: bool
+) -> bool:
+    """Whether PyTorch's own convolution runs: where it is faster, if that is asked, and for no images."""
+    return not x.numel() or not (forced or is_cheaper_by_fft(x, weight, tuple(stride), tuple(padding), groups))
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, which: int
+) -> Tensor:
+    """PyTorch's gradient of x (0) or weight (1)."""
+    dims = weight.ndim - 2
+    result: Tensor = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, (1,) * dims, False, (0,) * dims, groups, (which == 0, which == 1, False)
+    )[which]
+    return result
 
 
 def _by_matrices(
@@ -104,7 +153,7 @@ def _by_matrices(
     """Whether transforms are matrix products, where those are exact."""
     if len(size) != 2 or groups != 1:
         return False
-    return max([a.shortest for a in axes_of(size, kernel_size, stride, padding)]) <= _LONGEST_LINE
+    return max(a.shortest for a in axes_of(size, kernel_size, stride, padding)) <= _LONGEST_LINE
 
 
 def _is_exact(x: Tensor) -> bool:
@@ -113,18 +162,22 @@ def _is_exact(x: Tensor) -> bool:
 
 
 @_convolve.register_fake
-def _(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, forced: bool) -> Tensor:
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding)
     return new_tensor(x, (x.shape[0], weight.shape[0], *size))
 
 
 @_input_gradient.register_fake
-def _(grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: Any, padding: Any, groups: int) -> Tensor:
+def _(
+    grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: Any, padding: Any, groups: int, forced: bool
+) -> Tensor:
     return new_tensor(grad, (grad.shape[0], weight.shape[1] * groups, *input_size))
 
 
 @_weight_gradient.register_fake
-def _(grad: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Any, padding: Any, groups: int) -> Tensor:
+def _(
+    grad: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Any, padding: Any, groups: int, forced: bool
+) -> Tensor:
     return x.new_empty((grad.shape[1], x.shape[1] // groups, *kernel_size))
 
 
@@ -134,7 +187,7 @@ def _(grad: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Any, padding:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0], inputs[1])
-    ctx.geometry = inputs[-3:]
+    ctx.geometry = inputs[-4:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,7 +195,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight = ctx.needs_input_grad[:2]
     to_x = _input_gradient(grad, weight, x.shape[2:], *ctx.geometry) if need_x else None
     to_weight = _weight_gradient(grad, x, weight.shape[2:], *ctx.geometry) if need_weight else None
-    return to_x, to_weight, None, None, None
+    return to_x, to_weight, None, None, None, None
 
 
 def _input_backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,7 +203,7 @@ def _input_backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
     need_grad, need_weight = ctx.needs_input_grad[:2]
     to_grad = _convolve(x, weight, *ctx.geometry) if need_grad else None
     to_weight = _weight_gradient(grad, x, weight.shape[2:], *ctx.geometry) if need_weight else None
-    return to_grad, to_weight, None, None, None, None
+    return to_grad, to_weight, None, None, None, None, None
 
 
 def _weight_backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
@@ -158,7 +211,7 @@ def _weight_backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
     need_grad, need_x = ctx.needs_input_grad[:2]
     to_grad = _convolve(x, weight, *ctx.geometry) if need_grad else None
     to_x = _input_gradient(grad, weight, x.shape[2:], *ctx.geometry) if need_x else None
-    return to_grad, to_x, None, None, None, None
+    return to_grad, to_x, None, None, None, None, None
 
 
 _convolve.register_autograd(_backward, setup_context=_save)
@@ -188,21 +241,28 @@ def _(grad: Any, x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> in
 # ---------------------------------------------------------------------------------------------------- choice
 
 
-def is_cheaper_by_fft(
-    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], groups: int
-) -> bool:
-    """Whether the recorded costs expect `fft_conv` to be faster than PyTorch's convolution.
+def has_choice(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether `fft_conv` may be the faster one, by what does not change with the size of images.
 
     False where nothing was recorded, which today is every device but the CPU.
     """
-    taps = math.prod(weight.shape[2:])
-    if taps < _FEWEST_TAPS[weight.ndim - 2] or x.device.type != "cpu" or x.ndim != weight.ndim or not x.numel():
+    if x.device.type != "cpu" or x.ndim != weight.ndim or x.shape[1] != groups * weight.shape[1]:
+        return False
+    fewest = _FEWEST_TAPS_EXPORTED if torch.compiler.is_exporting() else _FEWEST_TAPS[weight.ndim - 2]
+    return math.prod(weight.shape[2:]) >= fewest
+
+
+def is_cheaper_by_fft(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], groups: int
+) -> bool:
+    """Whether the recorded costs expect `fft_conv` to be faster than PyTorch's convolution."""
+    if not has_choice(x, weight, groups):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    choose = _is_cheaper if torch.compiler.is_compiling() else _cached_is_cheaper
-    return choose(tuple(x.shape), tuple(weight.shape), stride, padding, groups, dtype)
+    return _is_cheaper(tuple(x.shape), tuple(weight.shape), stride, padding, groups, dtype)
 
 
+@lru_cache(maxsize=4096)
 def _is_cheaper(
     x: tuple[int, ...],
     weight: tuple[int, ...],
@@ -211,14 +271,13 @@ def _is_cheaper(
     groups: int,
     dtype: torch.dtype,
 ) -> bool:
+    if x[0] < 1 or min(output_size(x[2:], weight[2:], stride, padding)) < 1:
+        return False
     ours = "dft" if _by_matrices(x[2:], weight[2:], stride, padding, groups) else "fft"
     costs = predict(
         dense_cost_key(len(x) - 2, dtype), lambda name: dense_features(name, x, weight, stride, padding, groups)
     )
     return ours in costs and costs[ours] < costs["pytorch"]
-
-
-_cached_is_cheaper = lru_cache(maxsize=4096)(_is_cheaper)
 
 
 def dense_cost_key(dims: int, dtype: torch.dtype) -> str:
@@ -240,8 +299,6 @@ def dense_features(
         return (1.0, pairs * math.prod(weight[2:]) * math.prod(output_size(x[2:], weight[2:], stride, padding)))
     if name == "dft":
         return (1.0, *dense_dft.multiply_adds(x, weight, stride, padding))
-    # The transforms' true lengths are a little larger; this (a list, no generator) is what torch.compile can
-    # trace in no time.
-    plane = math.prod([max(n + p, k) for n, k, p in zip(x[2:], weight[2:], padding, strict=True)])
+    plane = math.prod(max(n + p, k) for n, k, p in zip(x[2:], weight[2:], padding, strict=True))
     transforms = (x[0] * (x[1] + weight[0]) + weight[0] * weight[1]) * plane
     return (1.0, transforms * math.log2(plane), pairs * plane)

@@ -114,20 +114,21 @@ def _row_spectrum(images: Tensor, places: range, axis: Axis) -> Tensor:
     """Real (N, H, W, C), row h at places[h], to (N, F, 2 W, C): of each frequency its real, then its imaginary part."""
     n, height, width, channels = images.shape
     matrix = _to_half_spectrum(places, axis.shortest, images.dtype)
-    return (matrix @ images.reshape(n, height, -1)).view(n, -1, 2 * width, channels)
+    return (matrix @ images.reshape(n, height, width * channels)).view(n, _half(axis), 2 * width, channels)
 
 
 def _row_values(lines: Tensor, places: range, axis: Axis) -> Tensor:
     """The inverse of `_row_spectrum`, (N, len(places), W, C)."""
     n, half, twice, channels = lines.shape
     matrix = _from_half_spectrum(places, axis.shortest, lines.dtype)
-    return (matrix @ lines.reshape(n, 2 * half, -1)).view(n, len(places), twice // 2, channels)
+    values = matrix @ lines.reshape(n, 2 * half, twice // 2 * channels)
+    return values.view(n, len(places), twice // 2, channels)
 
 
 def _column_spectrum(lines: Tensor, places: range, axis: Axis) -> Tensor:
     """(N, F, 2 W, C) to (2 N, F · L, C): the real parts of all spectra, then the imaginary ones."""
     n, half, twice, channels = lines.shape
-    lines = lines.reshape(-1, twice, channels)
+    lines = lines.reshape(n * half, twice, channels)
     spectrum = lines.new_empty(2, len(lines), axis.shortest, channels)
     for part, matrix in zip(spectrum, _to_spectrum(places, axis.shortest, lines.dtype), strict=True):
         torch.bmm(matrix.expand(len(lines), -1, -1), lines, out=part)
