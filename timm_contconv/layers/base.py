@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import conv as convolve
+from ..ops.problem import compute_dtype
 from .compilation import CompileMode, check_compile_mode, construct_compiled, should_compile
 from .once import interpolation_of
 from .replacement import ConvReplacement, PlainConv
@@ -142,7 +143,7 @@ class ConstructedConv(ConvReplacement):
     def _computed(self, function: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Any:
         """The function in the precision of kernel construction, compiled where that is wanted."""
         reference = next(self.parameters())  # not out of inputs: under torch.fx those are proxies
-        exact = torch.float64 if reference.dtype == torch.float64 else torch.float32
+        exact = compute_dtype(reference.dtype)
         with without_autocast(reference.device.type):
             arguments = {name: value.to(exact) for name, value in inputs.items()}
             if should_compile(self.compile_mode, reference.device):
@@ -270,9 +271,12 @@ def may_keep(inputs: Any) -> bool:
     """Whether values can be compared here: not while tracing or capturing, nor where a gradient is wanted."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if any(not isinstance(value, Tensor) or value.is_meta for value in inputs):  # torch.fx passes proxies
-        return False
-    if any(value.is_cuda for value in inputs) and torch.cuda.is_current_stream_capturing():
+    is_cuda = False
+    for value in inputs:
+        if not isinstance(value, Tensor) or value.is_meta:  # torch.fx passes proxies
+            return False
+        is_cuda = is_cuda or value.is_cuda
+    if is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return not (torch.is_grad_enabled() and _any_requires_grad(inputs))
 

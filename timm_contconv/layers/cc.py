@@ -19,13 +19,14 @@ from pydantic import Field
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from ..ops.problem import compute_dtype
 from .base import ConstructedConv, may_keep, without_autocast
 from .cc_fit import conv_axes, covering_support, fit_last_layer, overlap, rounding_of
 from .cc_grid import Axis, Ratio, Rounding, Scale, distances, fraction, output_size, ratios
 from .cc_kept import KeptKernels
 from .cc_net import internal_features, interpolating_net, interpolating_widths
 from .cc_paths import Plan, apply_kernels, features_first, phase_kernels, plan_of
-from .compilation import CompileMode, construct_compiled, should_compile
+from .compilation import CompileMode
 from .replacement import NEGLIGIBLE, ConvReplacement, PlainConv, copy_bias_, require_weights
 from .spec import LayerSpec
 
@@ -242,15 +243,7 @@ class ContinuousConv2d(ConstructedConv):
     def _construct(self, rows: Tensor, columns: Tensor) -> Tensor:
         """(P_y, S_y) and (P_x, S_x) distances to (P_y, P_x, C_out, C_in/groups, S_y, S_x)."""
         inputs = {"rows": rows, "columns": columns, **self.kernel_inputs()}
-        reference = self.internal_weight
-        with without_autocast(reference.device.type):
-            arguments = {name: value.to(_exact(reference.dtype)) for name, value in inputs.items()}
-            function = self.kernel_function()
-            if should_compile(self.compile_mode, reference.device):
-                kernels = construct_compiled(function, arguments)
-            else:
-                kernels = function(**arguments)
-        return kernels.to(reference.dtype)
+        return self._computed(self.kernel_function(), inputs).to(self.internal_weight.dtype)
 
     def construct(self) -> Tensor:
         """The kernel of the first output pixel, where size · scale is whole; at scale 1/k that of all pixels.
@@ -279,7 +272,7 @@ class ContinuousConv2d(ConstructedConv):
     def _kernels(self, plan: Plan, phases: int | None = None) -> Tensor:
         """Kernels of the first phases, kept where that may be."""
         weight, hidden = self.internal_weight, self._hidden_layers()
-        if self.training or not _may_keep_of(weight, hidden):
+        if self.training or not may_keep((weight, *hidden)):
             return self._construct(*self._distances(plan.axes, phases))
         key, kept = (plan.axes[0][2:], plan.axes[1][2:], plan.offsets, phases or plan.phases), self._kept_kernels
         if kept is None or key != kept.key or not kept.is_current(weight, hidden):
@@ -518,7 +511,7 @@ def _kernels(rows: Tensor, columns: Tensor, weight: Tensor, net: Callable[..., T
 
 
 def _features(net: Callable[..., Tensor], hidden: Mapping[str, Tensor], rows: Tensor, columns: Tensor) -> Tensor:
-    exact = _exact(hidden["bias_1"].dtype)
+    exact = compute_dtype(hidden["bias_1"].dtype)
     with without_autocast(rows.device.type):
         return net(rows.to(exact), columns.to(exact), **{name: value.to(exact) for name, value in hidden.items()})
 
@@ -534,7 +527,7 @@ def _resize(
     if plan.phases > MOST_PHASES:
         return features_first(x, weight, features, bias, plan, groups, memory_limit or _memory_limit(x))
     rows, columns = (distances(axis, 0, axis.period, x.device)[1] for axis in plan.axes)
-    kernels = phase_kernels(rows, columns, weight.to(_exact(weight.dtype)), features).to(weight.dtype)
+    kernels = phase_kernels(rows, columns, weight.to(compute_dtype(weight.dtype)), features).to(weight.dtype)
     return apply_kernels(x, kernels, bias, plan, groups)
 
 
@@ -555,19 +548,8 @@ def _plan(
 _cached_plan = functools.lru_cache(maxsize=4096)(_plan)
 
 
-def _may_keep_of(weight: Tensor, hidden: Iterable[Tensor]) -> bool:
-    """`may_keep`, in less time where no gradient can be wanted."""
-    if torch.is_grad_enabled() or weight.is_meta or weight.is_cuda:
-        return may_keep((weight, *hidden))
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-
-
 def _memory_limit(x: Tensor) -> int:
     return MEMORY_LIMIT_CPU if x.device.type == "cpu" else MEMORY_LIMIT
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_hidden(hidden: Sequence[int] | None) -> tuple[int, ...] | None:

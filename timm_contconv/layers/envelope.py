@@ -13,6 +13,7 @@ from timm.layers import pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.problem import compute_dtype
 from .base import plain_arguments
 from .envelope_plain import all_delta, dense_conv, dense_kernel, plain_convs
 from .gaussian import smooth, smooth_and_convolve, spread_taps
@@ -134,7 +135,9 @@ class GaussianEnvelopeConv2d(ConvReplacement, nn.Conv2d):
     @property
     def variance(self) -> Tensor:
         """sigma^2 = softplus(s), (C,) or (1,), in squared pixels, in float32 at least."""
-        exact = _exact(next(self.parameters()))  # not of the parameter itself: under torch.fx that is a proxy
+        exact = compute_dtype(
+            next(self.parameters()).dtype
+        )  # not of the parameter itself: under torch.fx that is a proxy
         return F.softplus(self.geometry["sigma"].to(exact)).clamp_min(SMALLEST_VARIANCE)
 
     @property
@@ -345,10 +348,6 @@ class EnvelopeSpec(LayerSpec):
     def refusal(self, conv: PlainConv) -> str | None:
         """Two dimensions; any dilation, because the convolution itself stays as it is."""
         return None if len(conv.kernel_size) in self.layers else f"{self.method} has no {len(conv.kernel_size)}-D layer"
-
-
-def _exact(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def _inverse_softplus(value: float) -> float:

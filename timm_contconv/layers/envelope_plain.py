@@ -10,6 +10,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.problem import compute_dtype
 from .gaussian import envelope_filter, fold_envelope, spread_taps
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ DELTA_VARIANCE = {torch.float32: 1 / 208, torch.float64: 1 / 1500}
 
 def all_delta(sigma: Tensor) -> bool:
     """Whether the envelopes of these parameters (sigma^2 = softplus(s)) are deltas, bit for bit."""
-    exact = sigma.detach().to(torch.float64 if sigma.dtype == torch.float64 else torch.float32)
+    exact = sigma.detach().to(compute_dtype(sigma.dtype))
     return bool((F.softplus(exact) < DELTA_VARIANCE[exact.dtype]).all())
 
 

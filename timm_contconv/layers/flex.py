@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import conv as convolve
+from ..ops.problem import compute_dtype
 from .base import ConstructedConv, plain_arguments
 from .compilation import CompileMode
 from .flex_crop import Crop, crop_to_mask, is_inside, margins, pad_to_crop, slices, visible, whole
@@ -525,8 +526,7 @@ class FlexSpec(KernelSpec):
 
 def _grid(crop: tuple[int, int], size: int, like: Tensor) -> Tensor:
     """The points first to last of `size` points from -1 to 1; a single one is at 0."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    points = torch.arange(*crop, device=like.device, dtype=dtype)
+    points = torch.arange(*crop, device=like.device, dtype=compute_dtype(like.dtype))
     return (2 * points - (size - 1)) / max(size - 1, 1)
 
 

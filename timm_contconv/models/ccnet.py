@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from timm.layers import SelectAdaptivePool2d, to_2tuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import ContinuousConv2d
 from .build import build_model_with_cfg
-from .classifier import Classifier, require_nchw
+from .classifier import Classifier
 
 __all__ = ["CcNet", "CcNetHead", "CcNetLayer", "ccnet", "ccnet_baseline"]
 
@@ -193,53 +192,6 @@ class CcNet(Classifier):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the image's size, half and a quarter of it.
-
-        Args:
-            x: (N, in_chans, H, W).
-            indices: the last n of the three if an int, all if None, else those.
-            norm: has no effect; there is no norm.
-            stop_early: leave out the layers after the last that is asked for.
-            output_fmt: only "NCHW".
-            intermediates_only: return only the list.
-
-        Returns:
-            The final features and a list of intermediate ones, or the list.
-        """
-        require_nchw(output_fmt)
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        wanted = {self._feature_layer(i) for i in take}
-        intermediates = []
-        for index, layer in enumerate(self.layers[: self._feature_layer(last) + 1] if stop_early else self.layers):
-            x = layer(x)
-            if index in wanted:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def _feature_layer(self, index: int) -> int:
-        return int(self.feature_info[index]["module"].split(".")[1])
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the given intermediate features do not need; returns their indices."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        kept = self._feature_layer(last) + 1
-        shortened = kept < len(self.layers)
-        self.layers = self.layers[:kept]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, dims[-1], H/4, W/4)."""

@@ -1,35 +1,30 @@
-"""What the papers' own networks have in common: how timm asks a classifier for its head and its parameters."""
+"""What the papers' own networks have in common: how timm asks a classifier for its head, parameters and features."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import get_device_dtype
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-__all__ = ["Classifier", "require_nchw"]
-
-
-def require_nchw(output_fmt: str) -> None:
-    """Refuse intermediate features in another layout.
-
-    Raises:
-        ValueError: output_fmt is not "NCHW".
-    """
-    if output_fmt != "NCHW":
-        raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW'")
+__all__ = ["Classifier"]
 
 
 class Classifier(nn.Module):
     """A network with features, (N, in_chans, H, W) to (N, num_features, H', W'), and a head on them.
 
     A subclass sets `num_classes` and `head`, a module with `reset(num_classes, global_pool, ...)`, a last linear layer
-    `fc` and `forward(x, pre_logits)`, and defines `forward_features`.
+    `fc` and `forward(x, pre_logits)`, and defines `forward_features`. `feature_info` names modules of one
+    `nn.Sequential`, as "blocks.3"; `forward_stem` comes before it, `forward_norm` after it.
     """
 
     num_classes: int
+    num_features: int
+    head_hidden_size: int
     head: Any
+    feature_info: list[dict[str, Any]]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -50,6 +45,75 @@ class Classifier(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, num_features, H', W')."""
         raise NotImplementedError
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """What precedes the modules that give features."""
+        return x
+
+    def forward_norm(self, x: Tensor) -> Tensor:
+        """What follows the last of the modules that give features."""
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features after the modules in `feature_info`.
+
+        Args:
+            x: (N, in_chans, H, W).
+            indices: the last n features if an int, all if None, else those.
+            norm: apply the final norm, where there is one, to the features of the last module.
+            stop_early: leave out the modules after the last that is asked for.
+            output_fmt: only "NCHW".
+            intermediates_only: return only the list.
+
+        Returns:
+            The final features and a list of intermediate ones, (N, C, H', W') each, or the list.
+
+        Raises:
+            ValueError: output_fmt is not "NCHW".
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW'")
+        take, last_taken = feature_take_indices(len(self.feature_info), indices)
+        wanted = {self._feature_module(index)[1] for index in take}
+        name, last = self._feature_module(last_taken)
+        modules = cast(nn.Sequential, getattr(self, name))
+        intermediates, index = [], 0
+        x = self.forward_stem(x)
+        for index, module in enumerate(modules[: last + 1] if stop_early else modules):
+            x = module(x)
+            if index in wanted:
+                intermediates.append(self.forward_norm(x) if norm and index == len(modules) - 1 else x)
+        if intermediates_only:
+            return intermediates
+        return (self.forward_norm(x) if index == len(modules) - 1 else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the given intermediate features do not need; returns their indices."""
+        take, last_taken = feature_take_indices(len(self.feature_info), indices)
+        name, last = self._feature_module(last_taken)
+        modules = cast(nn.Sequential, getattr(self, name))
+        shortened = last < len(modules) - 1
+        setattr(self, name, modules[: last + 1])
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def _feature_module(self, index: int) -> tuple[str, int]:
+        """Name of the `nn.Sequential` and index in it of the module that gives a feature."""
+        name, position = self.feature_info[index]["module"].split(".")
+        return name, int(position)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling and classifier, (N, num_features, H', W') to (N, num_classes), or pooling only."""

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..convert import to_native
 from ..layers import FlexConv2d
 from .build import build_model_with_cfg
-from .classifier import Classifier, require_nchw
+from .classifier import Classifier
 
 __all__ = ["FlexBlock", "FlexNet", "flexnet3", "flexnet5", "flexnet7"]
 
@@ -146,50 +145,9 @@ class FlexNet(Classifier):
         super().reset_classifier(num_classes, global_pool)
         self._init_classifier()
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features after the blocks, all at the resolution of the images.
-
-        Args:
-            x: (N, in_chans, H, W).
-            indices: the last n blocks if an int, all if None, else those.
-            norm: there is no final norm: True changes nothing.
-            stop_early: leave out the blocks after the last that is asked for.
-            output_fmt: only "NCHW".
-            intermediates_only: return only the list.
-
-        Returns:
-            The final features and a list of intermediate ones, or the list.
-        """
-        require_nchw(output_fmt)
-        take, last_taken = feature_take_indices(len(self.blocks), indices)
-        intermediates = []
-        x = self.stem(x)
-        for index, block in enumerate(self.blocks[: last_taken + 1] if stop_early else self.blocks):
-            x = block(x)
-            if index in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the given intermediate features do not need; returns their indices."""
-        take, last_taken = feature_take_indices(len(self.blocks), indices)
-        shortened = last_taken < len(self.blocks) - 1
-        self.blocks = self.blocks[: last_taken + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) to (N, dim, H, W)."""
+        return self.stem(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, num_features, H, W)."""

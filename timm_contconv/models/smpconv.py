@@ -17,13 +17,12 @@ from timm.layers import (
     calculate_drop_path_rates,
 )
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..convert import to_native
 from ..layers import SmpConv2d, SmpConvBn2d
 from .build import build_model_with_cfg
-from .classifier import Classifier, require_nchw
+from .classifier import Classifier
 
 __all__ = ["ConvFfn", "LargeKernelBlock", "SmpConvNet", "SmpConvStage", "smpconv_base", "smpconv_tiny"]
 
@@ -184,55 +183,22 @@ class SmpConvNet(Classifier):
             assert isinstance(stage, SmpConvStage)
             stage.grad_checkpointing = enable
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features after the stages.
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) to (N, dims[0], H/4, W/4)."""
+        return self.stem(x)
 
-        Args:
-            x: (N, in_chans, H, W).
-            indices: the last n stages if an int, all if None, else those.
-            norm: apply the final norm to the last stage's.
-            stop_early: leave out the stages after the last that is asked for.
-            output_fmt: only "NCHW".
-            intermediates_only: return only the list.
-
-        Returns:
-            The final features and a list of intermediate ones, or the list.
-        """
-        require_nchw(output_fmt)
-        take, last_taken = feature_take_indices(len(self.stages), indices)
-        last = len(self.stages) - 1
-        intermediates = []
-        x = self.stem(x)
-        index = 0
-        for index, stage in enumerate(self.stages[: last_taken + 1] if stop_early else self.stages):
-            x = stage(x)
-            if index in take:
-                intermediates.append(self.norm(x) if norm and index == last else x)
-        if intermediates_only:
-            return intermediates
-        return (self.norm(x) if index == last else x), intermediates
+    def forward_norm(self, x: Tensor) -> Tensor:
+        """(N, dims[-1], H/32, W/32) to the same."""
+        return self.norm(x)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the given intermediate features do not need; returns their indices."""
-        take, last_taken = feature_take_indices(len(self.stages), indices)
-        shortened = last_taken < len(self.stages) - 1
-        self.stages = self.stages[: last_taken + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
-        if prune_norm or shortened:
+        stages = len(self.stages)
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_norm or len(self.stages) < stages:
             self.norm = nn.Identity()
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:

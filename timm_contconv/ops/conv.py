@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .dense import chosen_conv, fft_conv, has_choice, is_cheaper_by_fft
 from .depthwise import depthwise_conv as _operator
 from .dispatch import forced, is_plain
-from .problem import Problem, memory_format
+from .problem import CONVOLUTIONS, Problem, memory_format
 
 __all__ = ["conv", "depthwise_conv", "depthwise_conv1d", "depthwise_conv2d", "depthwise_conv3d"]
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def conv(
@@ -39,7 +36,7 @@ def conv(
             return chosen_conv(x, weight, bias, stride, padding, groups)
     elif is_cheaper_by_fft(x, weight, tuple(stride), tuple(padding), groups):
         return fft_conv(x, weight, bias, stride, padding, groups)
-    return _CONV[weight.ndim - 2](x, weight, bias, tuple(stride), tuple(padding), 1, groups)
+    return CONVOLUTIONS[weight.ndim - 2](x, weight, bias, tuple(stride), tuple(padding), 1, groups)
 
 
 def depthwise_conv(
@@ -70,7 +67,7 @@ def depthwise_conv(
     stride = (stride,) * dims if isinstance(stride, int) else tuple(stride)
     padding = (padding,) * dims if isinstance(padding, int) else tuple(padding)
     if not torch.compiler.is_compiling() and _stays_plain(x, weight, stride, padding):
-        return _CONV[dims](x, weight, bias, stride, padding, 1, weight.shape[0])
+        return CONVOLUTIONS[dims](x, weight, bias, stride, padding, 1, weight.shape[0])
     return _operator(x, weight, bias, stride, padding)
 
 

@@ -6,18 +6,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import autocast, dense_dft, dense_fft
 from .costs import predict
 from .fft import axes_of
-from .problem import as_format, new_tensor, output_size
+from .problem import CONVOLUTIONS, as_format, new_tensor, output_size
 
 __all__ = ["chosen_conv", "dense_cost_key", "dense_features", "fft_conv", "has_choice", "is_cheaper_by_fft"]
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Below this many taps, by spatial dimensions, nobody wins by transforms, and the question costs more than the answer
 # is worth.
 _FEWEST_TAPS = {1: 65, 2: 25, 3: 65}
@@ -87,7 +85,7 @@ def _convolve(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, forced: bool
 ) -> Tensor:
     if _stays_plain(x, weight, stride, padding, groups, forced):
-        return as_format(_CONV[weight.ndim - 2](x, weight, None, stride, padding, 1, groups), x)
+        return as_format(CONVOLUTIONS[weight.ndim - 2](x, weight, None, stride, padding, 1, groups), x)
     if _is_exact(x) and _by_matrices(x.shape[2:], weight.shape[2:], stride, padding, groups):
         return as_format(dense_dft.output(x, weight, stride, padding), x)
     return as_format(dense_fft.output(x, weight, stride, padding, groups), x)

@@ -14,7 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .fft import Axis, axes_of, compute_dtype
+from .fft import Axis, axes_of
+from .problem import compute_dtype
 
 __all__ = ["input_gradient", "multiply_adds", "output", "weight_gradient"]
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .fft import Axis, axes_of, compute_dtype, gradient_spectrum, image_spectrum, inverse, spatial, transform
+from .fft import Axis, axes_of, gradient_spectrum, image_spectrum, inverse, spatial, transform
+from .problem import compute_dtype
 
 __all__ = ["input_gradient", "output", "weight_gradient"]
 

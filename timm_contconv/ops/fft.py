@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .algorithm import Algorithm
-from .problem import Problem, new_tensor, output_size
+from .problem import Problem, compute_dtype, new_tensor, output_size
 
 __all__ = [
     "FFT",
     "Axis",
     "axes_of",
-    "compute_dtype",
     "fast_length",
     "gradient_spectrum",
     "image_spectrum",
@@ -37,11 +36,6 @@ _CHUNK_MINIMUM = 1 << 17
 def fast_length(n: int) -> int:
     """The smallest length of at least n whose prime factors are 2, 3, 5 and 7 only."""
     return next(length for length in itertools.count(max(n, 1)) if math.gcd(210**32, length) == length)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the transforms run in: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .algorithm import Algorithm
-from .problem import Problem, output_size
+from .problem import Problem, compute_dtype, output_size
 
 __all__ = ["GEMM"]
 
@@ -77,16 +77,12 @@ class GEMM(Algorithm):
     ) -> Tensor:
         index = tap_index(x.shape[2:], kernel_size, stride, padding, x.device)
         channels, taps = x.shape[1], math.prod(kernel_size)
-        sums = torch.zeros(channels, taps + 1, dtype=_accumulator(x.dtype), device=x.device)
+        sums = torch.zeros(channels, taps + 1, dtype=compute_dtype(x.dtype), device=x.device)
         for c in _chunks(channels, index.numel()):
             # (c, outputs, N) @ (c, N, inputs)
             products = grad[:, c].flatten(2).permute(1, 2, 0) @ x[:, c].flatten(2).transpose(0, 1)
             sums[c].index_add_(1, index.flatten(), products.flatten(1).to(sums.dtype))
         return sums[:, :taps].reshape(channels, 1, *kernel_size).to(x.dtype)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _multiply(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:

@@ -6,12 +6,30 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PASSES", "Problem", "as_format", "memory_format", "new_tensor", "output_size"]
+__all__ = [
+    "CONVOLUTIONS",
+    "PASSES",
+    "Problem",
+    "as_format",
+    "compute_dtype",
+    "memory_format",
+    "new_tensor",
+    "output_size",
+]
+
+#: PyTorch's convolutions, by number of spatial dimensions.
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 #: The three passes of a convolution: the output, the gradient for the input, the gradient for the weight.
 PASSES = ("output", "input", "weight")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What kernels are constructed in, and transforms run in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def output_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
