@@ -25,7 +25,7 @@ from .compilation import CompileMode, check_compile_mode, construct_compiled, sh
 from .once import interpolation_of
 from .replacement import ConvReplacement, PlainConv
 
-__all__ = ["ConstructedConv", "may_keep", "plain_arguments", "without_autocast"]
+__all__ = ["ConstructedConv", "is_causal", "may_keep", "plain_arguments", "without_autocast"]
 
 torch.fx.wrap("convolve")  # the engine chooses by shape, which symbolic tracing does not know
 
@@ -265,6 +265,18 @@ class _KeptKernel:
             and torch.equal(value, self.inputs[name])
             for name, value in inputs.items()
         )
+
+
+def is_causal(ndim: int, padding: int | Sequence[int] | str | None, padding_mode: str) -> bool:
+    """Whether a layer whose one-dimensional kernels are causal by default is to be causal.
+
+    Raises:
+        ValueError: it is, with a padding mode other than zeros.
+    """
+    causal = ndim == 1 and padding in (None, "causal")
+    if causal and padding_mode != "zeros":
+        raise ValueError(f"padding_mode={padding_mode!r}: expected 'zeros'; causal padding knows no other")
+    return causal
 
 
 def may_keep(inputs: Any) -> bool:

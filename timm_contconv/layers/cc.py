@@ -16,16 +16,22 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
-from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from ..ops.problem import compute_dtype
 from .base import ConstructedConv, may_keep, without_autocast
-from .cc_fit import conv_axes, covering_support, fit_last_layer, overlap, rounding_of
-from .cc_grid import Axis, Ratio, Rounding, Scale, distances, fraction, output_size, ratios
+from .cc_grid import Axis, Ratio, Rounding, Scale, distances, fraction, ratios
 from .cc_kept import KeptKernels
 from .cc_net import internal_features, interpolating_net, interpolating_widths
-from .cc_paths import Plan, apply_kernels, features_first, phase_kernels, plan_of
+from .cc_paths import Plan, apply_kernels, features_first, phase_kernels, plan_of, resize_plan
+from .cc_plain import (
+    conv_axes,
+    covering_support,
+    fit_last_layer,
+    kernel_overlap,
+    rounding_of,
+    strided_plain_conv,
+)
 from .compilation import CompileMode
 from .replacement import NEGLIGIBLE, ConvReplacement, PlainConv, copy_bias_, require_weights
 from .spec import LayerSpec
@@ -291,7 +297,7 @@ class ContinuousConv2d(ConstructedConv):
             ratio = ratios("scale", scale)
         elif out_size is not None:
             ratio = fraction(out_size[0], size[0]), fraction(out_size[1], size[1])
-        make = _plan if torch.compiler.is_compiling() else _cached_plan
+        make = resize_plan if torch.compiler.is_compiling() else _cached_plan
         return make(tuple(size), out_size, ratio, self.kernel_size, self.rounding, self.padding_mode)
 
     def forward(self, x: Tensor, scale: Scale | None = None, size: int | Sequence[int] | None = None) -> Tensor:
@@ -377,7 +383,7 @@ class ContinuousConv2d(ConstructedConv):
     def fit_error(self, conv: PlainConv) -> float:
         """||kernel - kernel of conv|| / ||kernel of conv||, where input sizes are multiples of the stride."""
         wanted, inside = conv.weight.double(), torch.zeros_like(self.weight, dtype=torch.float64)
-        own, its = self._overlap(conv)
+        own, its = kernel_overlap(conv, self._reference(), self.rounding)
         inside[own] = wanted[its]
         missed = wanted.square().sum() - inside.square().sum()
         distance = ((self.weight - inside).square().sum() + missed.clamp_min(0)).sqrt()
@@ -394,7 +400,7 @@ class ContinuousConv2d(ConstructedConv):
         self._require_strides(conv.stride)
         kernel = self.construct().detach()
         plain = copy.deepcopy(conv)
-        own, its = self._overlap(conv)
+        own, its = kernel_overlap(conv, self._reference(), self.rounding)
         weight = kernel.new_zeros(conv.weight.shape)
         weight[its] = kernel[own]
         mass = kernel.abs().sum(dtype=torch.float64)
@@ -404,12 +410,6 @@ class ContinuousConv2d(ConstructedConv):
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return plain.train(self.training)
-
-    def _overlap(self, conv: PlainConv) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Indices of the kernel's pixels that this layer and `conv` have in the same places: in each of them."""
-        pairs = [overlap(conv, d, axis, self.rounding) for d, axis in enumerate(self._reference())]
-        own, its = ((slice(None), slice(None), *(pair[i] for pair in pairs)) for i in (0, 1))
-        return own, its
 
     def _require_strides(self, stride: Sequence[int] | None = None) -> None:
         ratio = self._ratios if stride is None else tuple((1, s) for s in stride)
@@ -437,30 +437,13 @@ class ContinuousConv2d(ConstructedConv):
             ValueError: the scale is not 1/k.
         """
         self._require_strides()
-        kernel, stride = self.construct().detach(), tuple(q for _, q in self._ratios)
-        pads = [-axis.first(0) for axis in self._reference()]
-        if min(pads) < 0:  # a kernel smaller than the stride may start inside
-            grow = [max(-pad, 0) for pad in pads]
-            kernel = nn.functional.pad(kernel, (grow[1], grow[1], grow[0], grow[0]))
-            pads = [max(pad, 0) for pad in pads]
-        return self._plain(kernel, stride, pads).train(self.training)
-
-    def _plain(self, kernel: Tensor, stride: tuple[int, ...], pads: Sequence[int]) -> nn.Conv2d:
-        size = tuple(kernel.shape[2:])
-        settings: dict[str, Any] = {"groups": self.groups, "bias": False, "device": "meta"}
-        short = any(2 * p - k != -1 for p, k in zip(pads, size, strict=True))  # of ceil(size / stride) outputs
-        even = all((k - s) % 2 == 0 for k, s in zip(size, stride, strict=True))
-        if self.rounding != "floor" and short and even and self.padding_mode == "zeros":
-            conv: nn.Conv2d = Conv2dSame(self.in_channels, self.out_channels, size, stride, **settings)
-        else:
-            conv = nn.Conv2d(
-                self.in_channels, self.out_channels, size, stride, tuple(pads),  # type: ignore[arg-type]
-                padding_mode=self.padding_mode, **settings,  # type: ignore[arg-type]
-            )  # fmt: skip
-        conv.weight = nn.Parameter(kernel.clone(), requires_grad=self.internal_weight.requires_grad)
+        first, stride = [axis.first(0) for axis in self._reference()], tuple(q for _, q in self._ratios)
+        kernel = self.construct().detach()
+        conv = strided_plain_conv(kernel, stride, first, self.rounding, self.padding_mode, self.groups)
+        conv.weight.requires_grad_(self.internal_weight.requires_grad)
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return conv
+        return conv.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
         if mode:
@@ -522,7 +505,7 @@ def _resize(
     kernel_size: tuple[int, int], rounding: Rounding, groups: int, padding_mode: PaddingMode, memory_limit: int | None,
 ) -> Tensor:  # fmt: skip
     """`ContinuousConv2d.forward` as a function of the layer's parameters and settings."""
-    plan = _plan(x.shape[-2:], None, scale, kernel_size, rounding, padding_mode)
+    plan = resize_plan(x.shape[-2:], None, scale, kernel_size, rounding, padding_mode)
     features = functools.partial(_features, internal_features, hidden)
     if plan.phases > MOST_PHASES:
         return features_first(x, weight, features, bias, plan, groups, memory_limit or _memory_limit(x))
@@ -531,21 +514,7 @@ def _resize(
     return apply_kernels(x, kernels, bias, plan, groups)
 
 
-def _plan(
-    size: Sequence[int],
-    out_size: Sequence[int] | None,
-    scale: Sequence[Ratio],
-    kernel_size: Sequence[int],
-    rounding: Rounding,
-    padding_mode: str,
-) -> Plan:
-    if out_size is None:
-        out_size = [output_size(n, ratio, rounding) for n, ratio in zip(size, scale, strict=True)]
-    rows, columns = (Axis(size[d], out_size[d], *scale[d], kernel_size[d]) for d in (0, 1))
-    return plan_of((rows, columns), padding_mode)
-
-
-_cached_plan = functools.lru_cache(maxsize=4096)(_plan)
+_cached_plan = functools.lru_cache(maxsize=4096)(resize_plan)
 
 
 def _memory_limit(x: Tensor) -> int:

@@ -9,7 +9,7 @@ another order.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import conv
-from .cc_grid import Axis, distances
+from .cc_grid import Axis, Ratio, Rounding, distances, output_size
 
 __all__ = [
     "Plan",
@@ -28,6 +28,7 @@ __all__ = [
     "pad_to",
     "phase_kernels",
     "plan_of",
+    "resize_plan",
     "strided_conv",
 ]
 
@@ -63,6 +64,21 @@ def plan_of(axes: tuple[Axis, Axis], padding_mode: str) -> Plan:
     rows, columns = (axis.position(0) - 2 * axis.numerator * axis.first(0) for axis in axes)
     padding = _own_padding(axes, padding_mode) if phases == 1 else None
     return Plan(axes, phases, (rows, columns), padding_mode, padding)
+
+
+def resize_plan(
+    size: Sequence[int],
+    out_size: Sequence[int] | None,
+    scale: Sequence[Ratio],
+    kernel_size: Sequence[int],
+    rounding: Rounding,
+    padding_mode: str,
+) -> Plan:
+    """The plan for images of `size` pixels at a scale; without an `out_size`, of size · scale, rounded."""
+    if out_size is None:
+        out_size = [output_size(n, ratio, rounding) for n, ratio in zip(size, scale, strict=True)]
+    rows, columns = (Axis(size[d], out_size[d], *scale[d], kernel_size[d]) for d in (0, 1))
+    return plan_of((rows, columns), padding_mode)
 
 
 def phase_kernels(rows: Tensor, columns: Tensor, weight: Tensor, features: Features) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..ops import conv as convolve
 from ..ops.problem import compute_dtype
-from .base import ConstructedConv, plain_arguments
+from .base import ConstructedConv, is_causal, plain_arguments
 from .compilation import CompileMode
 from .flex_crop import Crop, crop_to_mask, is_inside, margins, pad_to_crop, slices, visible, whole
 from .flex_fit import fit_magnet_
@@ -171,14 +171,12 @@ class _FlexConv(ConstructedConv):
         crop_every: int | None = None,
         compile: CompileMode = "auto",
     ) -> None:
-        causal = self.ndim == 1 and padding in (None, "causal")
+        causal = is_causal(self.ndim, padding, padding_mode)
         known = 0 if causal else "same" if padding is None else padding
         super().__init__(
             in_channels, out_channels, kernel_size, stride, known, dilation, groups, bias, padding_mode,
             device, dtype, compile=compile,
         )  # fmt: skip
-        if causal and padding_mode != "zeros":
-            raise ValueError(f"padding_mode={padding_mode!r}: expected 'zeros'; causal padding knows no other")
         check_magnet(hidden_channels, hidden_layers, input_scale)
         _check_mask(initial_sigma, threshold, crop_every)
         self.causal = causal

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import ConstructedConv, plain_arguments
+from .base import ConstructedConv, is_causal, plain_arguments
 from .compilation import CompileMode
 from .least_squares import Geometry, fit_separately, pixels_by_energy
 from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
@@ -210,13 +210,11 @@ class _SmpConv(ConstructedConv):
         small_kernel: int | Sequence[int] | None = None,
         compile: CompileMode = "auto",
     ) -> None:
-        causal = self.ndim == 1 and padding in (None, "causal")
+        causal = is_causal(self.ndim, padding, padding_mode)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, 0 if causal or padding is None else padding,
             dilation, groups, bias, padding_mode, device, dtype, compile=compile,
         )  # fmt: skip
-        if causal and padding_mode != "zeros":
-            raise ValueError(f"padding_mode={padding_mode!r}: expected 'zeros'; causal padding knows no other")
         _check_points(points, coordinate_std, min_radius, initial_radius)
         self.causal = causal
         self.kernel_count = _kernel_count(kernel_count, self.kernel_size)

@@ -1,4 +1,4 @@
-"""CC layers that start from a strided convolution: where that one reads, and a last layer with the same kernel."""
+"""CC layers and plain strided convolutions: which pixels both read, and how each gets the other's kernel."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import Conv2dSame
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cc_grid import Axis, Rounding, distances, output_size
 from .replacement import PlainConv
 
-__all__ = ["conv_axes", "covering_support", "fit_last_layer", "overlap", "rounding_of"]
+__all__ = ["conv_axes", "covering_support", "fit_last_layer", "kernel_overlap", "rounding_of", "strided_plain_conv"]
 
 #: any multiple: only what is left over after a whole number of strides matters
 STRIDES = 4
@@ -60,6 +60,46 @@ def overlap(conv: PlainConv, dim: int, axis: Axis, rounding: Rounding) -> tuple[
     start = max(-ahead, 0)
     stop = max(min(axis.support, conv.kernel_size[dim] - ahead), start)
     return slice(start, stop), slice(start + ahead, stop + ahead)
+
+
+def kernel_overlap(
+    conv: PlainConv, axes: Sequence[Axis], rounding: Rounding
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Indices of the pixels that a kernel at `axes` and that of `conv` have in the same places: in each of them.
+
+    Both are (C_out, C_in/groups, height, width).
+    """
+    pairs = [overlap(conv, dim, axis, rounding) for dim, axis in enumerate(axes)]
+    own, its = ((slice(None), slice(None), *(pair[i] for pair in pairs)) for i in (0, 1))
+    return own, its
+
+
+def strided_plain_conv(
+    kernel: Tensor, stride: tuple[int, ...], first: Sequence[int], rounding: Rounding, padding_mode: str, groups: int
+) -> nn.Conv2d:
+    """The convolution, without a bias, with a CC layer's kernel at scale 1/stride.
+
+    Args:
+        kernel: (C_out, C_in/groups, height, width).
+        stride: of the convolution.
+        first: index of the first output pixel's first neighbour, for rows and columns.
+        rounding, padding_mode, groups: of the layer.
+    """
+    before = [max(index, 0) for index in first]  # a kernel smaller than the stride may start inside
+    kernel = nn.functional.pad(kernel, (before[1], before[1], before[0], before[0]))
+    pads, size = [max(-index, 0) for index in first], tuple(kernel.shape[2:])
+    channels = kernel.shape[1] * groups, kernel.shape[0]
+    short = any(2 * p - k != -1 for p, k in zip(pads, size, strict=True))  # of ceil(size / stride) outputs
+    even = all((k - s) % 2 == 0 for k, s in zip(size, stride, strict=True))
+    if rounding != "floor" and short and even and padding_mode == "zeros":
+        conv: nn.Conv2d = Conv2dSame(*channels, size, stride, groups=groups, bias=False, device="meta")
+    else:
+        conv = nn.Conv2d(
+            *channels, size, stride, tuple(pads),  # type: ignore[arg-type]
+            groups=groups, bias=False, padding_mode=padding_mode, device="meta",  # type: ignore[arg-type]
+        )  # fmt: skip
+    conv.weight = nn.Parameter(kernel.clone())
+    return conv
 
 
 def covering_support(conv: PlainConv, dim: int, rounding: Rounding) -> int:
