@@ -217,6 +217,9 @@ def main():
     if dist.get_rank() == 0:
         torch.save(result, folder / "killed.pt")
     dist.destroy_process_group()
+    # FSDP2 keeps gloo's threads alive, and one that drops a tensor while the interpreter shuts down aborts the process
+    # (pytorch issue 190489).
+    os._exit(0)
 
 
 if __name__ == "__main__":
