@@ -19,6 +19,8 @@ from timm_contconv.layers.cc_grid import Axis, projected_grid
 from timm_contconv.layers.cc_net import internal_features, interpolating_net
 from timm_contconv.layers.cc_paths import apply_kernels, features_first, interleaved_conv
 
+from .memory import peak_allocation
+
 #: one scale for each way of computing, and where it lies close to another
 SCALES = {
     "1/2": 0.5, "1/3": Fraction(1, 3), "1": 1, "2": 2, "3/4": 0.75, "5/3 and 1/2": (Fraction(5, 3), 0.5), "0.61": 0.61,
@@ -182,6 +184,16 @@ def test_one_image_without_a_batch_dimension() -> None:
     torch.testing.assert_close(layer(x), layer(x[None])[0])
 
 
+@SMALL_SCALES
+def test_a_batch_may_be_empty(scale: float) -> None:
+    layer, x = build(scale).train(), images(0, 4, 12, 13).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, *layer(images())[0].shape)
+    assert x.grad.shape == x.shape
+    assert not layer.internal_weight.grad.any()
+
+
 class Gaussian(ContinuousConv2d):
     """A layer whose internal net is a Gaussian, half a pixel wide."""
 
@@ -296,6 +308,18 @@ def test_merged_convolution_has_the_same_output(name: str) -> None:
     assert type(merged) in (nn.Conv2d, Conv2dSame)
     torch.testing.assert_close(merged(x), layer(x))
     assert merged(x[..., 1:, 1:]).shape == layer(x[..., 1:, 1:]).shape
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@pytest.mark.parametrize("rounding", ["ceil", "floor", "round"])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("support", range(1, 9))
+def test_kernels_of_every_size_have_a_plain_convolution(
+    support: int, stride: int, rounding: str, padding_mode: str
+) -> None:
+    layer = build(Fraction(1, stride), (support, 3), rounding=rounding, padding_mode=padding_mode)
+    x = images(1, 4, 4 * stride, 3 * stride)
+    torch.testing.assert_close(layer.to_conv()(x), layer(x))
 
 
 @strided
@@ -426,6 +450,16 @@ def test_a_limit_keeps_little_more_than_the_image_for_the_backward_pass() -> Non
     torch.testing.assert_close(actual, expected)
 
 
+def test_a_limit_holds_for_a_batch_of_any_size() -> None:
+    layer, x = build(0.61, channels=(16, 16), memory_limit=2**20), images(64, 16, 40, 40)
+    with torch.no_grad():
+        expected = layer(x[5:6]), layer(x[63:])
+        peak = peak_allocation(lambda: layer(x))
+        y = layer(x)
+    torch.testing.assert_close((y[5:6], y[63:]), expected)
+    assert peak <= 2 * y.nbytes + 2 * 2**20
+
+
 # Kept kernels
 
 
@@ -507,6 +541,37 @@ def test_the_same_kernel_is_used_again() -> None:
         assert layer.weight.data_ptr() == layer.weight.data_ptr() == layer._kernels(layer.plan((12, 12))).data_ptr()
 
 
+def test_kept_kernels_follow_the_settings_of_the_layer() -> None:
+    layer, x = build(0.5), images(1, 4, 11, 13)
+    with torch.no_grad():
+        for name, value in (("padding_mode", "circular"), ("rounding", "floor"), ("scale", 1)):
+            before = layer(x)
+            setattr(layer, name, value)
+            after = layer(x)
+            assert after.shape != before.shape or not torch.equal(after, before)
+            assert torch.equal(after, copy.deepcopy(layer)(x))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.75])
+def test_an_edit_of_a_kept_kernel_does_not_stay(scale: float) -> None:
+    layer, x = build(scale), images()
+    with torch.no_grad():
+        before = layer(x)
+        layer._kernels(layer.plan(x.shape[2:])).zero_()
+        assert torch.equal(layer(x), before)
+
+
+@SMALL_SCALES
+def test_gradients_of_images_after_inference_mode(scale: float) -> None:
+    layer, x = build(scale).requires_grad_(False), images()
+    with torch.inference_mode():
+        expected = layer(x)
+    x.requires_grad_()
+    y = layer(x)
+    torch.testing.assert_close(y, expected.clone())
+    assert torch.autograd.grad(y.sum(), x)[0].any()
+
+
 # What PyTorch does with modules
 
 
@@ -522,6 +587,37 @@ def test_copies_pickles_traces_and_exports_agree(scale: float) -> None:
     }
     for how, other in copies.items():
         torch.testing.assert_close(other(x), expected, msg=lambda text, how=how: f"{how}: {text}")
+
+
+class Resizing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = build(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.layer(x, 0.61), self.layer(x, size=(5, 7)), self.layer(x[0], scale=2, size=9), self.layer(x[1])
+
+
+def test_calls_with_scales_and_sizes_can_be_traced() -> None:
+    model, x = Resizing(), images()
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@SMALL_SCALES
+def test_exported_with_sizes_that_change(scale: float) -> None:
+    layer, sizes = build(scale), dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    exported = torch.export.export(layer, (images(2, 4, 24, 24),), dynamic_shapes=(sizes,)).module()
+    x = images(3, 4, 30, 22)
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+def test_compiled_for_output_sizes_that_change() -> None:
+    torch._dynamo.reset()
+    layer = build(0.5)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = images()
+    for size in ((4, 5), (7, 8), (9, 3)):
+        torch.testing.assert_close(compiled(x, size=size), layer(x, size=size))
 
 
 @pytest.mark.parametrize(("scale", "memory_limit"), [(0.5, None), (0.75, None), (0.61, None), (0.61, 1)], ids=str)
@@ -561,7 +657,7 @@ def test_built_on_meta_and_materialised() -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("scale", [0.5, 0.61])
+@pytest.mark.parametrize("scale", [0.5, 0.75, 0.61, 2])
 def test_memory_format_is_kept(scale: float, memory_format: torch.memory_format) -> None:
     x = images().contiguous(memory_format=memory_format)
     assert build(scale)(x).is_contiguous(memory_format=memory_format)
@@ -604,7 +700,11 @@ def test_half_precision_parameters(scale: float, dtype: torch.dtype) -> None:
         ({"rounding": "up"}, "rounding='up': expected 'ceil', 'floor' or 'round'"),
         ({"hidden": ()}, r"hidden=\(\): expected ints from 1 to 1024"),
         ({"hidden": (8, 0)}, r"hidden=\(8, 0\): expected ints"),
+        ({"hidden": 3}, "hidden=3: expected ints"),
         ({"memory_limit": 0}, "memory_limit=0: expected a positive number of bytes"),
+        ({"memory_limit": 1.5}, "memory_limit=1.5: expected a positive number of bytes"),
+        ({"stride": 300}, "stride=300: expected at most 256"),
+        ({"scale": (0.5, -1)}, r"scale\[1\]=-1: expected a number from 1/256"),
         ({"groups": 3}, "in_channels=4: expected a multiple of groups=3"),
     ],
 )
@@ -617,10 +717,16 @@ def test_calls_out_of_range_are_named_and_change_nothing() -> None:
     layer, x = build(0.61), images()
     for arguments, message in (
         ({"scale": -1}, "scale=-1"),
+        ({"scale": "0.5"}, "scale='0.5': expected a number"),
         ({"size": (0, 3)}, r"size=\(0, 3\): expected a positive int"),
+        ({"size": 3.0}, "size=3.0: expected a positive int"),
+        ({"size": True}, "size=True: expected a positive int"),
     ):
         with pytest.raises(ValueError, match=message):
             layer(x, **arguments)
+    for wrong in (images(2, 5, 9, 9), images(9, 9)):
+        with pytest.raises(ValueError, match=r"x: expected \(N, 4, H, W\) or \(4, H, W\), got"):
+            layer(wrong)
     with pytest.raises(ValueError, match="scale='big'"):
         layer.scale = "big"
     assert layer.scale == (Fraction(61, 100),) * 2

@@ -1,5 +1,7 @@
 """Whole models with CC layers: the recipe, the paper's classifier, other scales at inference, pictures."""
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -252,6 +254,7 @@ def test_scales_are_taken_back_after_an_error() -> None:
         ({"layers.9.conv": 1}, r"scales\['layers.9.conv'\]: no CC layer; there are layers.1.conv"),
         ({"layers.0.conv": 1}, r"scales\['layers.0.conv'\]: no CC layer"),
         ([1, 1], "expected 7 of them"),
+        (0.5, "scales=0.5: expected 7 of them"),
         ({"layers.1.conv": 1, "layers.2.conv": 1e9}, r"scales\['layers.2.conv'\]=1000000000.0: expected a number"),
     ],
 )
@@ -272,11 +275,42 @@ def test_an_ensemble_is_the_mean_over_its_sequences() -> None:
         torch.testing.assert_close(tcc.scale_ensemble(model, [{}, other])(x), expected)
 
 
+def test_an_ensemble_of_a_network_with_parallel_paths() -> None:
+    model, x = timm.create_model("resnet18_cc", num_classes=5).eval(), torch.randn(1, 3, 64, 64)
+    other = {"conv1": 0.625, "layer2.0.conv1": 0.4, "layer2.0.downsample.0": 0.4}
+    with torch.no_grad(), tcc.cc_scales(model, other):
+        expected = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(tcc.scale_ensemble(model, [other])(x), expected)
+
+
 def test_a_sequence_of_another_product_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sequences\[1\]: its scales multiply to 0.15749 × 0.25, the model's own to"):
-        tcc.scale_ensemble(ccnet(), [{}, {"layers.3.conv": (0.5, CC_SCALE)}])
-    with pytest.raises(ValueError, match=r"sequences=\[\]: expected at least one"):
-        tcc.scale_ensemble(ccnet(), [])
+    ensemble = tcc.scale_ensemble(timm.create_model("resnet18_cc").eval(), [{}, {"conv1": 0.75}])
+    with pytest.raises(ValueError, match=r"sequences\[1\]: the last CC layer's output has 3×3 pixels, expected 2×2"):
+        ensemble(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("sequences", [[], 0.5, {"layers.1.conv": 1}])
+def test_sequences_come_in_a_list(sequences) -> None:
+    with pytest.raises(ValueError, match=r"sequences=.*: expected at least one"):
+        tcc.scale_ensemble(ccnet(), sequences)
+
+
+def test_several_threads_may_use_an_ensemble() -> None:
+    model, x = ccnet(), torch.randn(1, 3, 32, 32)
+    own = [layer.scale for layer in cc_layers(model).values()]
+    turns = {"layers.1.conv": (1, CC_SCALE**2), "layers.2.conv": (CC_SCALE**2, 1)}
+    ensemble = tcc.scale_ensemble(model, [{}, turns])
+
+    @torch.no_grad()
+    def outputs(_: int) -> list[torch.Tensor]:
+        return [ensemble(x) for _ in range(10)]
+
+    (expected, *_) = outputs(0)
+    with ThreadPoolExecutor(3) as pool:
+        for y in itertools.chain(*pool.map(outputs, range(3))):
+            torch.testing.assert_close(y, expected)
+    assert [layer.scale for layer in cc_layers(model).values()] == own
 
 
 def test_a_sequence_that_does_not_fit_is_refused_with_the_shapes() -> None:
@@ -307,6 +341,20 @@ def test_an_ensemble_is_for_inference() -> None:
 def test_a_model_without_cc_layers_is_named(call) -> None:
     with pytest.raises(ValueError, match="this ResNet holds no ContinuousConv2d"):
         call(timm.create_model("test_resnet"))
+
+
+def test_a_scale_set_later_is_reported_as_built_and_named_when_it_is_lost(tmp_path: Path) -> None:
+    model = small()
+    before = tcc.report(model).multiply_adds_after
+    (name, layer), *_ = cc_layers(model).items()
+    layer.scale = 0.7
+    assert tcc.report(model).multiply_adds_after == before
+    with pytest.warns(UserWarning, match=f"saved without what was set on layers later.* {name} .scale=7/10, built"):
+        tcc.save_pretrained(model, tmp_path / "saved")
+    for undo in (tcc.merge, tcc.unpatch):
+        with pytest.raises(ValueError, match=f"^{name}: scale=7/10: expected 1/"):
+            undo(model)
+    assert cc_layers(model)[name] is layer
 
 
 # Pictures

@@ -2,17 +2,21 @@
 
 import copy
 import pickle
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from timm.layers import Conv2dSame
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import timm_contconv as tcc
-from timm_contconv.layers import DclsConv1d, DclsConv2d, DclsConv3d, DclsSpec, compilation
+from timm_contconv.layers import DclsConv1d, DclsConv2d, DclsConv3d, DclsSpec, FlexConv2d, SmpConv2d, compilation
 
 INTERPOLATIONS = ("bilinear", "triangle", "gauss")
 
@@ -37,6 +41,42 @@ def test_attributes_are_those_of_a_plain_convolution(layer_type):
         assert getattr(layer, name) == getattr(plain, name), name
     assert layer.weight.shape == plain.weight.shape
     assert layer.bias.shape == plain.bias.shape
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "wanted"),
+    [
+        *(("kernel_size", value, "a positive int, or 2 of them") for value in (7.0, None, True, (7, True), (7, 7, 7))),
+        *(("kernel_size", value, "a positive int, or 2 of them") for value in (torch.tensor(7), "77", np.int64(0))),
+        *(("stride", value, "a positive int, or 2 of them") for value in (None, 0, (1, 1.0))),
+        *(("dilation", value, "a positive int, or 2 of them") for value in (None, 1.0)),
+        *(("padding", value, "an int of at least 0, or 2 of them") for value in (1.5, None, True, np.array([1, 1]))),
+        *(("in_channels", value, "a positive int") for value in ("8", 8.0, None, True, torch.tensor(8))),
+        ("out_channels", 0, "a positive int"),
+        ("groups", 2.0, "a positive int"),
+    ],
+)
+def test_numbers_that_are_not_counts_are_refused_by_name(argument, value, wanted):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{argument}={value!r}: expected {wanted}')}$"):
+        DclsConv2d(**{"in_channels": 8, "out_channels": 8, "kernel_size": 7, "kernel_count": 5, argument: value})
+
+
+def test_ints_of_numpy_become_pythons():
+    seven, one = np.int64(7), np.int64(1)
+    layer = make(kernel_size=seven, stride=(one, 2), padding=np.int64(3), dilation=one)
+    assert (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((7, 7), (1, 2), (3, 3), (1, 1))
+    assert {type(v) for v in (*layer.kernel_size, *layer.stride, *layer.padding, *layer.dilation)} == {int}
+    assert DclsConv2d(np.int64(8), np.int64(4), 3, groups=np.int64(2), kernel_count=1).weight.shape == (4, 4, 3, 3)
+
+
+def test_a_layer_that_is_made_in_a_compiled_function_equals_eager(x):
+    def run(x, size):
+        torch.manual_seed(0)
+        return make(kernel_size=size, padding=size // 2)(x)
+
+    compiled = torch.compile(run, backend="eager")
+    for size in (3, 5, 7):
+        torch.testing.assert_close(compiled(x, size), run(x, size))
 
 
 def test_weight_can_be_fused_with_batch_norm(x):
@@ -292,3 +332,50 @@ def test_without_a_compiler_construction_warns_once_and_stays_eager(monkeypatch)
 def test_unpatched_lone_layer_can_be_used_in_a_sequential(x):
     model = nn.Sequential(make(), nn.ReLU(), make())
     torch.testing.assert_close(tcc.merge(model)(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def make_all() -> list[nn.Module]:
+    options = {"padding": 4, "groups": 8}
+    kinds = [
+        DclsConv2d(8, 8, 9, kernel_count=5, **options), SmpConv2d(8, 8, 9, **options), FlexConv2d(8, 8, 9, **options)
+    ]  # fmt: skip
+    return [layer.eval() for layer in kinds]
+
+
+def test_gradients_of_images_after_inference_mode(x):
+    for layer in make_all():
+        layer.requires_grad_(False)
+        with torch.inference_mode():
+            expected = layer(x)
+        images = x.clone().requires_grad_()
+        y = layer(images)
+        torch.testing.assert_close(y, expected.clone())
+        assert torch.autograd.grad(y.sum(), images)[0].any()
+
+
+def test_an_edit_of_a_kept_kernel_does_not_stay(x):
+    for layer in make_all():
+        with torch.no_grad():
+            before = layer(x)
+            layer.weight.zero_()
+            assert torch.equal(layer(x), before)
+
+
+def test_layers_in_eval_mode_under_function_transforms(x):
+    """As torch.func's example of an ensemble, on fake tensors, and recorded; each twice, as kernels are kept."""
+    for one, two in zip(make_all(), make_all(), strict=True):
+        states = torch.func.stack_module_state([one, two])
+        with torch.no_grad():
+            expected = torch.stack([one(x), two(x)])
+            for _ in range(2):
+                y = torch.func.vmap(lambda p, b, layer=one: torch.func.functional_call(layer, (p, b), (x,)))(*states)
+                torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+                with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                    assert one(mode.from_tensor(x)).shape == x.shape
+                recorded = make_fx(one, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+                torch.testing.assert_close(recorded(x), one(x))
+
+
+def test_a_constructed_kernel_cannot_be_set():
+    with pytest.raises(AttributeError, match="weight: it is constructed and can't be set; to_conv"):
+        nn.utils.fuse_conv_bn_eval(make().eval(), nn.BatchNorm2d(8).eval())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,22 @@ def write_folder(model: nn.Module, folder: Path, facts: CardFacts) -> None:
         ValueError: as `save_pretrained`, or `facts` makes no valid metadata.
     """
     record = _saveable_record(model)
+    _warn_of_unsaved_settings(model)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
     _write_config(model, record, folder / CONFIG)
     write_card(model, record, facts, folder)
+
+
+def _warn_of_unsaved_settings(model: nn.Module) -> None:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ConvReplacement)}
+    settings = {name: layer.unsaved_setting() for name, layer in layers.items()}
+    unsaved = [f"{name} ({setting})" for name, setting in settings.items() if setting is not None]
+    if unsaved:
+        warnings.warn(
+            f"saved without what was set on layers later, set it again after loading: {', '.join(unsaved)}",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def from_pretrained(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from .layers.cc_grid import Scale, ratios
 
 __all__ = ["ScaleEnsemble", "cc_scales", "scale_ensemble"]
 
+_LOCK = threading.RLock()
+
 #: scales of the layers by module name, or of all of them in the model's order
 Scales = Mapping[str, Scale] | Sequence[Scale]
 
@@ -22,6 +24,9 @@ Scales = Mapping[str, Scale] | Sequence[Scale]
 @contextlib.contextmanager
 def cc_scales(model: nn.Module, scales: Scales) -> Iterator[nn.Module]:
     """Give CC layers of a model other scales, until the block is left.
+
+    The layers have them for all threads; blocks of several threads wait for one another. A backward pass through
+    gradient checkpoints runs layers again, and belongs inside the block.
 
     Args:
         model: a model that holds `ContinuousConv2d` layers.
@@ -37,42 +42,35 @@ def cc_scales(model: nn.Module, scales: Scales) -> Iterator[nn.Module]:
     """
     wanted = _by_name(model, scales)
     layers = _layers(model)
-    before = {name: layers[name].scale for name in wanted}
-    try:
-        for name, scale in wanted.items():
-            layers[name].scale = scale
-        yield model
-    finally:
-        for name, scale in before.items():
-            layers[name].scale = scale
+    with _one_thread_at_a_time():
+        before = {name: layers[name].scale for name in wanted}
+        try:
+            for name, scale in wanted.items():
+                layers[name].scale = scale
+            yield model
+        finally:
+            for name, scale in before.items():
+                layers[name].scale = scale
 
 
 class ScaleEnsemble(nn.Module):
     """A model applied several times, each with other scales in its CC layers; the outputs are averaged.
 
     Args:
-        model: a model that holds `ContinuousConv2d` layers; its own scales say what product and size is expected.
-        sequences: as `cc_scales` takes them, at least one. [{}] are the model's own scales.
+        model: a model that holds `ContinuousConv2d` layers; its own scales say which size is expected.
+        sequences: as `cc_scales` takes them, at least one. [{}] are the model's own scales. Along every path through
+            the network their product is that of the model's own, so that sizes agree where paths meet and at the end.
 
     Raises:
-        ValueError: as `cc_scales`; the product of a sequence's scales, over all CC layers, is another than that of the
-            model's own.
+        ValueError: as `cc_scales`.
     """
 
     def __init__(self, model: nn.Module, sequences: Sequence[Scales]) -> None:
         super().__init__()
-        if not sequences:
-            raise ValueError(f"sequences={sequences!r}: expected at least one sequence of scales")
+        if not isinstance(sequences, Sequence) or not sequences:
+            raise ValueError(f"sequences={sequences!r}: expected at least one sequence of scales, in a list")
         self.model = model
         self.sequences = tuple(_by_name(model, scales) for scales in sequences)
-        own = _product(model, {})
-        for number, scales in enumerate(self.sequences):
-            product = _product(model, scales)
-            if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(product, own, strict=True)):
-                raise ValueError(
-                    f"sequences[{number}]: its scales multiply to {product[0]:.6g} × {product[1]:.6g}, the model's own"
-                    f" to {own[0]:.6g} × {own[1]:.6g}; expected the same product"
-                )
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean of the model's outputs for x.
@@ -84,23 +82,9 @@ class ScaleEnsemble(nn.Module):
         """
         if self.model.training:
             raise ValueError("model: it is in training mode, expected eval(); an ensemble of scales is for inference")
-        expected = self._expected_size(x)
-        outputs = []
-        for number, scales in enumerate(self.sequences):
-            sizes: list[LayerSizes] = []
-            try:
-                with cc_scales(self.model, scales), _recording(self.model, sizes):
-                    outputs.append(self.model(x))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"sequences[{number}]: its sizes do not fit the rest of the network ({error}):\n{_table(sizes)}"
-                ) from error
-            if sizes[-1].after != expected:
-                raise ValueError(
-                    f"sequences[{number}]: the last CC layer's output has {_pixels(sizes[-1].after)} pixels, expected"
-                    f" {_pixels(expected)} as with the model's own scales:\n{_table(sizes)}"
-                )
-        return torch.stack(outputs).mean(0)
+        with _one_thread_at_a_time():
+            expected = self._expected_size(x)
+            return torch.stack([self._output(x, number, expected) for number in range(len(self.sequences))]).mean(0)
 
     @torch.no_grad()
     def _expected_size(self, x: Tensor) -> tuple[int, ...]:
@@ -108,7 +92,31 @@ class ScaleEnsemble(nn.Module):
         sizes: list[LayerSizes] = []
         with _recording(self.model, sizes):
             self.model(x[:1])
+        if not sizes:
+            raise ValueError(f"model: none of its CC layers ran ({', '.join(_layers(self.model))})")
         return sizes[-1].after
+
+    def _output(self, x: Tensor, number: int, expected: tuple[int, ...]) -> Tensor:
+        """The model's output with the scales of one sequence."""
+        sizes: list[LayerSizes] = []
+        try:
+            with cc_scales(self.model, self.sequences[number]), _recording(self.model, sizes):
+                y = self.model(x)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"sequences[{number}]: its sizes do not fit the rest of the network ({error}):\n{_table(sizes)}"
+            ) from error
+        if sizes[-1].after != expected:
+            raise ValueError(
+                f"sequences[{number}]: the last CC layer's output has {_pixels(sizes[-1].after)} pixels, expected"
+                f" {_pixels(expected)} as with the model's own scales; the product of a sequence's scales has to be"
+                f" theirs:\n{_table(sizes)}"
+            )
+        if not isinstance(y, Tensor):
+            raise ValueError(f"model: its output is a {type(y).__name__}, expected a tensor, of which there is a mean")
+        return y
 
 
 def scale_ensemble(model: nn.Module, sequences: Sequence[Scales]) -> ScaleEnsemble:
@@ -128,15 +136,24 @@ class LayerSizes(NamedTuple):
 def _recording(model: nn.Module, sizes: list[LayerSizes]) -> Iterator[None]:
     """Append the sizes of all CC layers that run, in the order in which they run."""
 
-    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _, x, y: sizes.append(LayerSizes(name, tuple(x[0].shape[-2:]), tuple(y.shape[-2:])))
+    def record(name: str) -> Callable[[nn.Module, Any, Any, Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+            x = args[0] if args else kwargs["x"]
+            sizes.append(LayerSizes(name, tuple(x.shape[-2:]), tuple(y.shape[-2:])))
 
-    handles = [layer.register_forward_hook(record(name)) for name, layer in _layers(model).items()]
+        return hook
+
+    handles = [layer.register_forward_hook(record(name), with_kwargs=True) for name, layer in _layers(model).items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _one_thread_at_a_time() -> contextlib.AbstractContextManager[Any]:
+    """For what changes layers for a while. A graph is traced by one thread, and holds no lock."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK
 
 
 def _layers(model: nn.Module) -> dict[str, ContinuousConv2d]:
@@ -153,7 +170,7 @@ def _by_name(model: nn.Module, scales: Scales) -> dict[str, Scale]:
     layers = _layers(model)
     if isinstance(scales, Mapping):
         by_name = dict(scales)
-    elif len(scales) == len(layers):
+    elif isinstance(scales, Sequence) and len(scales) == len(layers):
         by_name = dict(zip(layers, scales, strict=True))
     else:
         raise ValueError(
@@ -165,13 +182,6 @@ def _by_name(model: nn.Module, scales: Scales) -> dict[str, Scale]:
             raise ValueError(f"scales[{name!r}]: no CC layer; there are {', '.join(layers)}")
         ratios(f"scales[{name!r}]", scale)
     return by_name
-
-
-def _product(model: nn.Module, scales: Mapping[str, Scale]) -> tuple[float, float]:
-    """Product of the scales of all CC layers, for rows and columns."""
-    all_scales = [ratios("scale", scales.get(name, layer.scale)) for name, layer in _layers(model).items()]
-    rows, columns = (math.prod(ratio[dim][0] / ratio[dim][1] for ratio in all_scales) for dim in (0, 1))
-    return rows, columns
 
 
 def _table(sizes: Sequence[LayerSizes]) -> str:

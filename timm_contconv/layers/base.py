@@ -8,9 +8,10 @@ way to and from plain convolutions.
 from __future__ import annotations
 
 import math
+import operator
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -25,7 +26,7 @@ from .compilation import CompileMode, check_compile_mode, construct_compiled, sh
 from .once import interpolation_of
 from .replacement import ConvReplacement, PlainConv
 
-__all__ = ["ConstructedConv", "is_causal", "may_keep", "plain_arguments", "without_autocast"]
+__all__ = ["ConstructedConv", "is_causal", "may_keep", "may_look", "plain_arguments", "to_be_kept", "without_autocast"]
 
 torch.fx.wrap("convolve")  # the engine chooses by shape, which symbolic tracing does not know
 
@@ -161,8 +162,14 @@ class ConstructedConv(ConvReplacement):
         if self.training or not may_keep(inputs.values()):
             return self.construct()
         if self._kept is None or not self._kept.is_current(inputs):
-            self._kept = _KeptKernel.of(inputs, self.construct())
+            with to_be_kept():
+                self._kept = _KeptKernel.of(inputs, self.construct())
         return self._kept.kernel
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise AttributeError("weight: it is constructed and can't be set; to_conv() gives a layer where it can")
+        super().register_parameter(name, param)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x, (N, C_in, *size) or (C_in, *size), with the constructed kernel."""
@@ -248,18 +255,20 @@ class _KeptKernel:
     """A constructed kernel with copies of what it was constructed from.
 
     Values are compared, not version counters: edits through `.data`, views and communication buffers change a
-    parameter without changing its version.
+    parameter without changing its version. An edit of the kernel itself, through `layer.weight`, shows in its own.
     """
 
     inputs: dict[str, Tensor]
     kernel: Tensor
+    version: int
 
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor], kernel: Tensor) -> _KeptKernel:
-        return cls({name: value.detach().clone() for name, value in inputs.items()}, kernel.detach())
+        copies = {name: value.detach().clone() for name, value in inputs.items()}
+        return cls(copies, kernel.detach(), kernel._version)
 
     def is_current(self, inputs: Mapping[str, Tensor]) -> bool:
-        return all(
+        return self.kernel._version == self.version and all(
             value.dtype == self.inputs[name].dtype
             and value.device == self.inputs[name].device
             and torch.equal(value, self.inputs[name])
@@ -279,18 +288,38 @@ def is_causal(ndim: int, padding: int | Sequence[int] | str | None, padding_mode
     return causal
 
 
-def may_keep(inputs: Any) -> bool:
-    """Whether values can be compared here: not while tracing or capturing, nor where a gradient is wanted."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+@contextmanager
+def to_be_kept() -> Iterator[None]:
+    """Kernels constructed here serve later calls of all kinds, also those with gradients of the input."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def may_keep(inputs: Iterable[Any]) -> bool:
+    """Whether kernels constructed from these may be kept: not where a gradient is wanted."""
+    return may_look(inputs) and not (torch.is_grad_enabled() and _any_requires_grad(inputs))
+
+
+def may_look(values: Iterable[Any]) -> bool:
+    """Whether values can be looked at here: not where they are traced, transformed or captured, or where none are."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed():
         return False
     is_cuda = False
-    for value in inputs:
-        if not isinstance(value, Tensor) or value.is_meta:  # torch.fx passes proxies
+    for value in values:
+        if type(value) not in (Tensor, nn.Parameter) or value.is_meta:  # torch.fx passes proxies
             return False
         is_cuda = is_cuda or value.is_cuda
-    if is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return not (torch.is_grad_enabled() and _any_requires_grad(inputs))
+    return not (is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _is_transformed() -> bool:
+    """Under torch.func, or while operators are recorded or run on fake tensors: there values can't be looked at."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    modes = torch._C._TorchDispatchModeKey
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)
+    )
 
 
 def plain_arguments(conv: PlainConv, kernel_size: Sequence[int]) -> dict[str, Any]:
@@ -346,26 +375,38 @@ def _same_sides(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
 
 def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected a positive int")
+        number = _as_int(value)
+        if number is None or number < 1:
+            raise ValueError(f"{name}={value!r}: expected a positive int")
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
         if value % groups:
             raise ValueError(f"{name}={value}: expected a multiple of groups={groups}")
 
 
 def _per_dimension(name: str, value: int | Sequence[int], ndim: int, minimum: int) -> tuple[int, ...]:
-    values = (value,) * ndim if isinstance(value, int) else tuple(value)
-    if len(values) != ndim or any(not isinstance(v, int) or v < minimum for v in values):
+    given = value if isinstance(value, Sequence) else (value,) * ndim
+    values = tuple(v for v in map(_as_int, given) if v is not None and v >= minimum)
+    if not len(values) == len(given) == ndim:
         wanted = "a positive int" if minimum == 1 else f"an int of at least {minimum}"
         raise ValueError(f"{name}={value!r}: expected {wanted}, or {ndim} of them")
     return values
 
 
+def _as_int(value: Any) -> int | None:
+    """Python's int for one of any library; None for all else, bools and tensors too."""
+    if isinstance(value, bool | Tensor):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def _padding(padding: int | Sequence[int] | str, ndim: int) -> tuple[int, ...] | Literal["same"]:
+    if not isinstance(padding, str):
+        return _per_dimension("padding", padding, ndim, minimum=0)
     if padding == "same":
         return "same"
     if padding == "valid":
         return (0,) * ndim
-    if isinstance(padding, str):
-        raise ValueError(f"padding={padding!r}: expected an int, {ndim} ints, 'same' or 'valid'")
-    return _per_dimension("padding", padding, ndim, minimum=0)
+    raise ValueError(f"padding={padding!r}: expected an int, {ndim} ints, 'same' or 'valid'")

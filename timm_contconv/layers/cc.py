@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -19,8 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.problem import compute_dtype
-from .base import ConstructedConv, may_keep, without_autocast
-from .cc_grid import Axis, Ratio, Rounding, Scale, distances, fraction, ratios
+from .base import ConstructedConv, may_keep, to_be_kept, without_autocast
+from .cc_grid import SMALLEST_SCALE, Axis, Ratio, Rounding, Scale, distances, fraction, ratios
 from .cc_kept import KeptKernels
 from .cc_net import internal_features, interpolating_net, interpolating_widths
 from .cc_paths import Plan, apply_kernels, features_first, phase_kernels, plan_of, resize_plan
@@ -46,6 +47,8 @@ LARGEST_WIDTH = 1024
 MEMORY_LIMIT_CPU, MEMORY_LIMIT = 2**22, 2**28
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+#: scale, kernel size, rounding and padding mode of a layer
+_Settings = tuple[tuple[Ratio, Ratio], tuple[int, ...], Rounding, str]
 
 _Size = Annotated[int, Field(ge=1, le=LARGEST_SUPPORT)]
 _Width = Annotated[int, Field(ge=1, le=LARGEST_WIDTH)]
@@ -117,13 +120,16 @@ class ContinuousConv2d(ConstructedConv):
         )  # fmt: skip
         if scale is not None and max(self.stride) > 1:
             raise ValueError(f"stride={stride!r}, scale={scale!r}: expected one of them; a scale is 1/stride")
+        if max(self.stride) > 1 / SMALLEST_SCALE:
+            raise ValueError(f"stride={stride!r}: expected at most {1 / SMALLEST_SCALE}; the layer's scale is 1/stride")
         if rounding not in ("ceil", "floor", "round"):
             raise ValueError(f"rounding={rounding!r}: expected 'ceil', 'floor' or 'round'")
         if max(self.kernel_size) > LARGEST_SUPPORT:
             raise ValueError(f"kernel_size={kernel_size!r}: expected at most {LARGEST_SUPPORT} pixels")
-        if memory_limit is not None and memory_limit < 1:
-            raise ValueError(f"memory_limit={memory_limit}: expected a positive number of bytes, or None")
+        if memory_limit is not None and (type(memory_limit) is not int or memory_limit < 1):
+            raise ValueError(f"memory_limit={memory_limit!r}: expected a positive number of bytes, or None")
         self.scale = tuple(Fraction(1, s) for s in self.stride) if scale is None else scale
+        self._built_ratios = self._ratios
         self.rounding = rounding
         self.hidden = _check_hidden(hidden)
         self.memory_limit = memory_limit
@@ -282,23 +288,14 @@ class ContinuousConv2d(ConstructedConv):
             return self._construct(*self._distances(plan.axes, phases))
         key, kept = (plan.axes[0][2:], plan.axes[1][2:], plan.offsets, phases or plan.phases), self._kept_kernels
         if kept is None or key != kept.key or not kept.is_current(weight, hidden):
-            kernels = self._construct(*self._distances(plan.axes, phases)).contiguous()
-            self._kept_kernels = kept = KeptKernels(key, weight, hidden, kernels)
+            with to_be_kept():
+                kernels = self._construct(*self._distances(plan.axes, phases)).contiguous()
+                self._kept_kernels = kept = KeptKernels(key, weight, hidden, kernels)
         return kept.kernels
 
     def _hidden_layers(self) -> Iterable[Tensor]:
         """`geometry.values()`, which is several times slower."""
         return self.geometry._parameters.values()  # type: ignore[return-value]
-
-    def plan(self, size: Sequence[int], scale: Scale | None = None, out_size: Sequence[int] | None = None) -> Plan:
-        """How an image of `size` pixels is resized; other arguments as in `forward`."""
-        ratio = self._ratios
-        if scale is not None:
-            ratio = ratios("scale", scale)
-        elif out_size is not None:
-            ratio = fraction(out_size[0], size[0]), fraction(out_size[1], size[1])
-        make = resize_plan if torch.compiler.is_compiling() else _cached_plan
-        return make(tuple(size), out_size, ratio, self.kernel_size, self.rounding, self.padding_mode)
 
     def forward(self, x: Tensor, scale: Scale | None = None, size: int | Sequence[int] | None = None) -> Tensor:
         """Convolve and resize.
@@ -318,31 +315,40 @@ class ContinuousConv2d(ConstructedConv):
             if type(self).internal_net is not internal_features:
                 raise TypeError(f"torch.fx: a {type(self).__name__} with an internal_net of its own can't be traced")
             return _resize(
-                x, self.internal_weight, dict(self.geometry.items()), self.bias, self._ratios, self.kernel_size,
-                self.rounding, self.groups, self.padding_mode, self.memory_limit,
+                x, scale, size, self.internal_weight, dict(self.geometry.items()), self.bias, self._settings(),
+                self.groups, self.memory_limit,
             )  # fmt: skip
         if scale is None and size is None and (y := self._again(x)) is not None:
             return y
-        if x.ndim == 3:
-            return self.forward(x.unsqueeze(0), scale, size).squeeze(0)
-        plan = self.plan(x.shape[-2:], scale, _check_size(size))
+        images, plan = _images(x, self.in_channels), self.plan(x.shape[-2:], scale, _check_size(size))
         if plan.phases <= MOST_PHASES:
             kernels, kept = self._kernels(plan), self._kept_kernels
             if scale is None and size is None and kept is not None and kept.kernels is kernels:
-                kept.last = x.shape, self._ratios, plan
-            return apply_kernels(x, kernels, self.bias, plan, self.groups)
-        limit = self.memory_limit or _memory_limit(x)
-        return features_first(x, self.internal_weight, self.features, self.bias, plan, self.groups, limit)
+                kept.last = x.shape, self._settings(), plan
+            y = apply_kernels(images, kernels, self.bias, plan, self.groups)
+        else:
+            limit = self.memory_limit or _memory_limit(x)
+            y = features_first(images, self.internal_weight, self.features, self.bias, plan, self.groups, limit)
+        return y if x.ndim == 4 else y.squeeze(0)
+
+    def plan(self, size: Sequence[int], scale: Scale | None = None, out_size: Sequence[int] | None = None) -> Plan:
+        """How an image of `size` pixels is resized; other arguments as in `forward`."""
+        return _plan(tuple(size), scale, out_size, self._settings())
+
+    def _settings(self) -> _Settings:
+        """What the plan for an image follows from, besides its size."""
+        return self._ratios, self.kernel_size, self.rounding, self.padding_mode
 
     def _again(self, x: Tensor) -> Tensor | None:
         """The output by the last call's kernels, if nothing has changed; on the CPU, where short calls gain by it."""
         kept = self._kept_kernels
         if kept is None or kept.last is None or torch.is_grad_enabled() or self.training or not x.is_cpu:
             return None
-        shape, scale, plan = kept.last
-        if x.shape != shape or self._ratios is not scale or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        shape, settings, plan = kept.last
+        if x.shape != shape or x.ndim != 4 or self._settings() != settings:
             return None
-        if not kept.is_current(self.internal_weight, self._hidden_layers()):
+        weight, hidden = self.internal_weight, self._hidden_layers()
+        if not may_keep((weight, *hidden)) or not kept.is_current(weight, hidden):
             return None
         return apply_kernels(x, kept.kernels, self.bias, plan, self.groups)
 
@@ -419,6 +425,14 @@ class ContinuousConv2d(ConstructedConv):
                 f"scale={_text(self._ratios)}: expected {wanted} which a plain convolution has too; `layer.scale` sets"
                 " it"
             )
+
+    def unsaved_setting(self) -> str | None:
+        if self._ratios == self._built_ratios:
+            return None
+        return f"scale={_text(self._ratios)}, built with {_text(self._built_ratios)}"
+
+    def reset_setting(self) -> None:
+        self._ratios = self._built_ratios
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         """Multiply-adds for one sample, at the layer's scale; building kernels is not counted."""
@@ -501,17 +515,37 @@ def _features(net: Callable[..., Tensor], hidden: Mapping[str, Tensor], rows: Te
 
 @torch.fx.wrap
 def _resize(
-    x: Tensor, weight: Tensor, hidden: Mapping[str, Tensor], bias: Tensor | None, scale: tuple[Ratio, Ratio],
-    kernel_size: tuple[int, int], rounding: Rounding, groups: int, padding_mode: PaddingMode, memory_limit: int | None,
+    x: Tensor, scale: Scale | None, size: int | Sequence[int] | None, weight: Tensor, hidden: Mapping[str, Tensor],
+    bias: Tensor | None, settings: _Settings, groups: int, memory_limit: int | None,
 ) -> Tensor:  # fmt: skip
     """`ContinuousConv2d.forward` as a function of the layer's parameters and settings."""
-    plan = resize_plan(x.shape[-2:], None, scale, kernel_size, rounding, padding_mode)
+    images = _images(x, weight.shape[1] * groups)
+    plan = _plan(tuple(x.shape[-2:]), scale, _check_size(size), settings)
     features = functools.partial(_features, internal_features, hidden)
-    if plan.phases > MOST_PHASES:
-        return features_first(x, weight, features, bias, plan, groups, memory_limit or _memory_limit(x))
-    rows, columns = (distances(axis, 0, axis.period, x.device)[1] for axis in plan.axes)
-    kernels = phase_kernels(rows, columns, weight.to(compute_dtype(weight.dtype)), features).to(weight.dtype)
-    return apply_kernels(x, kernels, bias, plan, groups)
+    if plan.phases <= MOST_PHASES:
+        rows, columns = (distances(axis, 0, axis.period, x.device)[1] for axis in plan.axes)
+        kernels = phase_kernels(rows, columns, weight.to(compute_dtype(weight.dtype)), features).to(weight.dtype)
+        y = apply_kernels(images, kernels, bias, plan, groups)
+    else:
+        y = features_first(images, weight, features, bias, plan, groups, memory_limit or _memory_limit(x))
+    return y if x.ndim == 4 else y.squeeze(0)
+
+
+def _images(x: Tensor, channels: int) -> Tensor:
+    """x with a batch dimension."""
+    if x.ndim not in (3, 4) or x.shape[-3] != channels:
+        raise ValueError(f"x: expected (N, {channels}, H, W) or ({channels}, H, W), got {tuple(x.shape)}")
+    return x if x.ndim == 4 else x.unsqueeze(0)
+
+
+def _plan(size: tuple[int, ...], scale: Scale | None, out_size: Sequence[int] | None, settings: _Settings) -> Plan:
+    ratio, kernel_size, rounding, padding_mode = settings
+    if scale is not None:
+        ratio = ratios("scale", scale)
+    elif out_size is not None:
+        ratio = fraction(out_size[0], size[0]), fraction(out_size[1], size[1])
+    make = resize_plan if torch.compiler.is_compiling() else _cached_plan
+    return make(size, out_size, ratio, kernel_size, rounding, padding_mode)
 
 
 _cached_plan = functools.lru_cache(maxsize=4096)(resize_plan)
@@ -524,7 +558,7 @@ def _memory_limit(x: Tensor) -> int:
 def _check_hidden(hidden: Sequence[int] | None) -> tuple[int, ...] | None:
     if hidden is None:
         return None
-    widths = tuple(hidden)
+    widths = tuple(hidden) if isinstance(hidden, Sequence) else ()
     if not widths or any(isinstance(w, bool) or not isinstance(w, int) or not 1 <= w <= LARGEST_WIDTH for w in widths):
         raise ValueError(f"hidden={hidden!r}: expected ints from 1 to {LARGEST_WIDTH}, one per hidden layer, or None")
     return widths
@@ -533,10 +567,13 @@ def _check_hidden(hidden: Sequence[int] | None) -> tuple[int, ...] | None:
 def _check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
-    sizes = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sizes) != 2 or min(sizes) < 1:
+    try:
+        sizes = tuple(map(operator.index, size if isinstance(size, Sequence) else (size, size)))
+    except TypeError:
+        sizes = ()
+    if isinstance(size, bool) or len(sizes) != 2 or min(sizes) < 1:
         raise ValueError(f"size={size!r}: expected a positive int, or one for rows and one for columns")
-    return sizes
+    return sizes[0], sizes[1]
 
 
 def _text(scale: tuple[Ratio, Ratio]) -> str:

@@ -6,7 +6,6 @@ how floating point rounds where a position lies halfway between two pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -111,10 +110,11 @@ def as_ratio(name: str, value: float | Fraction) -> Ratio:
         ValueError: it is not a number from 1/256 to 256.
     """
     try:
-        scale = Fraction(value).limit_denominator(LARGEST_DENOMINATOR)
+        exact = Fraction(value if isinstance(value, int | Fraction) else float(value))
+        scale = exact.limit_denominator(LARGEST_DENOMINATOR)
     except (TypeError, ValueError, OverflowError):
         scale = Fraction(0)
-    if isinstance(value, bool) or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+    if isinstance(value, bool | str) or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
         raise ValueError(f"{name}={value!r}: expected a number from 1/256 to 256, or one for each of two dimensions")
     return scale.numerator, scale.denominator
 
@@ -128,12 +128,14 @@ def ratios(name: str, value: Scale) -> tuple[Ratio, Ratio]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2:
             raise ValueError(f"{name}={value!r}: expected a number, or one for each of two dimensions")
-        return as_ratio(name, value[0]), as_ratio(name, value[1])
+        return as_ratio(f"{name}[0]", value[0]), as_ratio(f"{name}[1]", value[1])
     ratio = as_ratio(name, value)
     return ratio, ratio
 
 
 def fraction(numerator: int, denominator: int) -> Ratio:
     """The ratio of two sizes in lowest terms."""
-    divisor = math.gcd(numerator, denominator)
+    divisor, rest = numerator, denominator
+    while rest:  # not math.gcd, which torch.compile can't trace with sizes that change
+        divisor, rest = rest, divisor % rest
     return numerator // divisor, denominator // divisor

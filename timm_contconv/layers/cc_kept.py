@@ -20,9 +20,9 @@ WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 class KeptKernels:
     """Constructed kernels with what they were constructed from.
 
-    All values are compared, as edits through `.data`, views and communication buffers leave no other trace. The last
-    layer is as large as the kernels, so it is compared in the widest words that it divides into, which takes half the
-    time.
+    All values are compared, as edits through `.data`, views and communication buffers leave no other trace; an edit
+    of the kernels themselves shows in their version. The last layer is as large as the kernels, so it is compared in
+    the widest words that it divides into, which takes half the time.
 
     Args:
         key: what the kernels are for.
@@ -34,8 +34,9 @@ class KeptKernels:
     def __init__(self, key: Hashable, weight: Tensor, hidden: Iterable[Tensor], kernels: Tensor) -> None:
         self.key = key
         self.kernels = kernels.detach()
-        #: size of the last image, scale and plan that they were used with
+        #: size of the last image, settings of the layer and plan that they were used with
         self.last: tuple[torch.Size, Any, Plan] | None = None
+        self._version = self.kernels._version
         self._parameters = (weight, *hidden)
         self._pointers = [value.data_ptr() for value in self._parameters]
         self._is_contiguous = all(value.is_contiguous() for value in self._parameters)
@@ -46,7 +47,7 @@ class KeptKernels:
     def is_current(self, weight: Tensor, hidden: Iterable[Tensor]) -> bool:
         """Whether these values are those that the kernels were constructed from."""
         parameters = (weight, *hidden)
-        if not all(map(operator.is_, parameters, self._parameters)):
+        if self.kernels._version != self._version or not all(map(operator.is_, parameters, self._parameters)):
             return False
         if list(map(Tensor.data_ptr, parameters)) != self._pointers:
             return False

@@ -129,7 +129,7 @@ def interleaved_conv(x: Tensor, kernels: Tensor, bias: Tensor | None, plan: Plan
     Returns:
         (N, C_out, H', W').
     """
-    axes = plan.axes
+    axes, memory_format = plan.axes, _memory_format(x)
     stride, periods = (axes[0].denominator, axes[1].denominator), (axes[0].period, axes[1].period)
     x = pad_to(x, _phase_margins(axes[0]), _phase_margins(axes[1]), plan.padding_mode)
     starts, counts, lengths = zip(*(_windows(axis) for axis in axes), strict=True)
@@ -140,7 +140,8 @@ def interleaved_conv(x: Tensor, kernels: Tensor, bias: Tensor | None, plan: Plan
     ]
     y = torch.stack(phases).view(*periods, *x.shape[:1], kernels.shape[2], *counts)
     y = y.permute(2, 3, 4, 0, 5, 1).reshape(*y.shape[2:4], counts[0] * periods[0], counts[1] * periods[1])
-    return y[..., : axes[0].out_size, : axes[1].out_size]
+    rows, columns = (torch.arange(axis.out_size, device=x.device) for axis in axes)
+    return y[:, :, rows][..., columns].contiguous(memory_format=memory_format)
 
 
 def apply_kernels(x: Tensor, kernels: Tensor, bias: Tensor | None, plan: Plan, groups: int) -> Tensor:
@@ -161,25 +162,44 @@ def features_first(
 ) -> Tensor:
     """The neighbours summed with the features of their distances, then the net's last layer as a 1x1 convolution.
 
-    Works for any scale. Rows of the output are computed in chunks, and computed again in the backward pass, where all
-    at once would take more than `memory_limit`.
+    Works for any scale. Images and rows of the output are computed in chunks, and computed again in the backward pass,
+    where all at once would take more than `memory_limit`.
 
     Args:
         x, weight, features, bias, plan, groups: as for `phase_kernels` and `strided_conv`.
-        memory_limit: bytes that neighbours, features and their sums may take, as an estimate; at least one row is
-            computed at a time.
+        memory_limit: bytes, as an estimate, that a chunk may take: half for the padded images with a pixel's values
+            beside one another, half for neighbours, features and their sums. A chunk is at least a row of one image.
+            In a backward pass all padded images are there.
 
     Returns:
         (N, C_out, H', W').
     """
+    images, at_once = _chunk_sizes(x, weight, plan.axes, memory_limit)
+    parts = [_of_images(part, weight, features, bias, plan, groups, at_once) for part in x.split(images)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _chunk_sizes(x: Tensor, weight: Tensor, axes: tuple[Axis, Axis], memory_limit: int) -> tuple[int, int]:
+    """Images and, of these, rows of the output that are computed at once."""
+    (batch, channels), taps, features = x.shape[:2], axes[0].support * axes[1].support, weight.shape[-1]
+    limit = memory_limit // max(4, x.element_size()) // 2  # numbers, not bytes
+    height, width = [axis.size + sum(axis.margins) for axis in axes]  # padded
+    image = channels * height * width
+    row = axes[1].out_size * channels * (taps + features)
+    row_features = axes[1].out_size * taps * HELD_FEATURES * features
+    images = min(max(min(limit // image, (limit - row_features) // row), 1), batch)
+    return images, max(limit // (images * row + row_features), 1)
+
+
+def _of_images(
+    x: Tensor, weight: Tensor, features: Features, bias: Tensor | None, plan: Plan, groups: int, at_once: int
+) -> Tensor:
+    """`features_first` of all images at once, with so many rows at once."""
     axes = rows, columns = plan.axes
     neighbours = pad_to(x, rows.margins, columns.margins, plan.padding_mode)
     neighbours = neighbours.permute(2, 3, 0, 1).contiguous()  # a pixel's values lie together
-    taps, channels = rows.support * columns.support, x.shape[0] * x.shape[1]
-    numbers = columns.out_size * (channels * (taps + weight.shape[-1]) + taps * HELD_FEATURES * weight.shape[-1])
-    at_once = max(memory_limit // (numbers * max(4, x.element_size())), 1)
     if at_once >= rows.out_size:
-        y = _features_then_weight(neighbours, weight, features, axes, groups, 0, rows.out_size)
+        y = _features_then_weight((neighbours,), weight, features, axes, groups, 0, rows.out_size)
     else:
         y = _in_chunks(neighbours, weight, features, axes, groups, at_once)
     if bias is not None:
@@ -199,7 +219,7 @@ def _in_chunks(
     pieces = dict(zip(cuts, x.split([b - a for a, b in itertools.pairwise(cuts)]), strict=False))
     chunks = []
     for (start, stop), (first, last) in zip(ranges, windows, strict=True):
-        own = torch.cat([piece for cut, piece in pieces.items() if first <= cut < last])
+        own = tuple(piece for cut, piece in pieces.items() if first <= cut < last)
         arguments = (own, weight, features, axes, groups, start, stop)
         if torch.is_grad_enabled():
             y = checkpoint(_features_then_weight, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -210,23 +230,32 @@ def _in_chunks(
 
 
 def _features_then_weight(
-    x: Tensor, weight: Tensor, features: Features, axes: tuple[Axis, Axis], groups: int, start: int, stop: int
+    pieces: tuple[Tensor, ...],
+    weight: Tensor,
+    features: Features,
+    axes: tuple[Axis, Axis],
+    groups: int,
+    start: int,
+    stop: int,
 ) -> Tensor:
-    """Output rows start..stop-1, (stop - start, W', N, C_out), of their neighbours, (H, W, N, C_in)."""
+    """Output rows start..stop-1, (stop - start, W', N, C_out), of their neighbours, (H, W, N, C_in) in pieces."""
     rows, columns = axes
+    x = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
     first_row, row_distances = distances(rows, start, stop, x.device)
     first_column, column_distances = distances(columns, 0, columns.out_size, x.device)
     row = (first_row - rows.first(start)).unsqueeze(1) + torch.arange(rows.support, device=x.device)
     column = (first_column - columns.first(0)).unsqueeze(1) + torch.arange(columns.support, device=x.device)
     index = row[:, None, :, None] * x.shape[1] + column[None, :, None, :]  # (rows, W', S_y, S_x)
     batch, channels = x.shape[2:]
-    taps = rows.support * columns.support
-    patches = x.flatten(2).flatten(0, 1).index_select(0, index.flatten()).view(-1, taps, batch * channels)
+    pixels, taps = (stop - start) * columns.out_size, rows.support * columns.support
+    patches = x.flatten(2).flatten(0, 1).index_select(0, index.flatten()).view(pixels, taps, batch * channels)
     phi = features(row_distances.flatten(), column_distances.flatten()).to(x.dtype)
-    phi = phi.view(*row_distances.shape, *column_distances.shape, -1).transpose(1, 2).reshape(-1, taps, phi.shape[-1])
+    phi = (
+        phi.view(*row_distances.shape, *column_distances.shape, -1).transpose(1, 2).reshape(pixels, taps, phi.shape[-1])
+    )
     sums = torch.bmm(patches.transpose(1, 2), phi)  # (pixels, N * C_in, F)
-    y = _grouped_linear(sums.view(-1, channels, phi.shape[-1]), weight, groups)
-    return y.view(stop - start, columns.out_size, batch, -1)
+    y = _grouped_linear(sums.view(pixels * batch, channels, phi.shape[-1]), weight, groups)
+    return y.view(stop - start, columns.out_size, batch, weight.shape[0])
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, groups: int) -> Tensor:

@@ -85,10 +85,9 @@ def strided_plain_conv(
         first: index of the first output pixel's first neighbour, for rows and columns.
         rounding, padding_mode, groups: of the layer.
     """
-    before = [max(index, 0) for index in first]  # a kernel smaller than the stride may start inside
-    kernel = nn.functional.pad(kernel, (before[1], before[1], before[0], before[0]))
-    pads, size = [max(-index, 0) for index in first], tuple(kernel.shape[2:])
-    channels = kernel.shape[1] * groups, kernel.shape[0]
+    pads = [max(-index, 0) for index in first]
+    kernel = nn.functional.pad(kernel, [n for dim in (1, 0) for n in _zeros_around(kernel.shape[2 + dim], first[dim])])
+    size, channels = tuple(kernel.shape[2:]), (kernel.shape[1] * groups, kernel.shape[0])
     short = any(2 * p - k != -1 for p, k in zip(pads, size, strict=True))  # of ceil(size / stride) outputs
     even = all((k - s) % 2 == 0 for k, s in zip(size, stride, strict=True))
     if rounding != "floor" and short and even and padding_mode == "zeros":
@@ -100,6 +99,16 @@ def strided_plain_conv(
         )  # fmt: skip
     conv.weight = nn.Parameter(kernel.clone())
     return conv
+
+
+def _zeros_around(size: int, first: int) -> tuple[int, int]:
+    """With which a kernel that reaches from pixel `first` on is placed by the same padding on both sides.
+
+    It may start inside, being smaller than the stride; and where it ends before the padding does, as even ones with
+    stride 1, it would be applied once too often.
+    """
+    inside = max(first, 0)
+    return inside, max(inside, -2 * first + 1 - size)
 
 
 def covering_support(conv: PlainConv, dim: int, rounding: Rounding) -> int:

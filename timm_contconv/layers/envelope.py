@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.problem import compute_dtype
-from .base import plain_arguments
+from .base import may_look, plain_arguments
 from .envelope_plain import all_delta, dense_conv, dense_kernel, plain_convs
 from .gaussian import smooth, smooth_and_convolve, spread_taps
 from .replacement import NEGLIGIBLE, ConvReplacement, PlainConv, copy_bias_, relative_error, require_weights
@@ -213,13 +213,11 @@ class GaussianEnvelopeConv2d(ConvReplacement, nn.Conv2d):
         every step, and is otherwise kept for as long as the parameter's version is the same.
         """
         sigma = self.geometry["sigma"]
-        if not isinstance(sigma, Tensor) or sigma.is_meta:  # torch.fx passes proxies
-            return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if not may_look((sigma,)):
             return False
         if sigma.device.type == "cpu":
             return all_delta(sigma)
-        if self.training or sigma.is_inference() or (sigma.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self.training or sigma.is_inference():
             return False
         known = self._decision
         if known is None or known[0] is not sigma or known[1] != sigma._version:

@@ -147,6 +147,13 @@ class ConvReplacement(nn.Module):
         """`multiply_adds` as the method's paper counts, where this implementation needs fewer."""
         return self.multiply_adds(output_size)
 
+    def unsaved_setting(self) -> str | None:
+        """What was set on the layer after it was built, which a saved model does not hold; None where nothing was."""
+        return None
+
+    def reset_setting(self) -> None:
+        """Undo what `unsaved_setting` names."""
+
     def constrain_(self) -> None:
         """Clamp parameters, in place, into the range that the method needs after an optimiser step."""
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import ConstructedConv, is_causal, plain_arguments
+from .base import ConstructedConv, is_causal, may_look, plain_arguments
 from .compilation import CompileMode
 from .least_squares import Geometry, fit_separately, pixels_by_energy
 from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
@@ -406,9 +406,7 @@ def small_kernel_sizes(
 
 def _require_finite(name: str, value: Tensor, training: bool) -> None:
     """Refuse NaN and infinity, where the values can be looked at without holding up an accelerator every step."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(value, Tensor) or value.is_meta:
-        return
-    if value.device.type != "cpu" and (training or torch.cuda.is_current_stream_capturing()):
+    if not may_look((value,)) or (training and value.device.type != "cpu"):
         return
     if wrong := int((~value.detach().isfinite()).sum()):
         raise ValueError(

@@ -120,7 +120,8 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
 
     Args:
         model: a patched model; it is not run or changed.
-        input_size: (channels, *size) of one sample, for multiply-adds. Default: that of the model's
+        input_size: (channels, *size) of one sample, for multiply-adds; these are of the model as it was built, without
+            scales that were set on layers later. Default: that of the model's
             `pretrained_cfg`; without one, multiply-adds are left out.
 
     Raises:
@@ -132,7 +133,7 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
         input_size = (getattr(model, "in_chans", channels), *size)
     original = original_architecture(model)
     before, old_outputs = _count_multiply_adds(original, input_size, record.replaced)
-    merged = merge(copy.deepcopy(model).to("meta"), inplace=True)
+    merged = merge(_as_built(copy.deepcopy(model).to("meta")), inplace=True)
     after, outputs = _count_multiply_adds(merged, input_size, record.replaced)
     existed = dict(original.named_modules())
     rows = [_row(model, record, n, existed.get(n), old_outputs.get(n), outputs.get(n)) for n in record.replaced]
@@ -150,6 +151,14 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
         multiply_adds_published=None if after is None else after + spared,
         input_size=None if input_size is None else tuple(input_size),
     )
+
+
+def _as_built(shadow: nn.Module) -> nn.Module:
+    """With the layers' own settings, of which the sizes are known to fit."""
+    for module in shadow.modules():
+        if isinstance(module, ConvReplacement):
+            module.reset_setting()
+    return shadow
 
 
 def _count_multiply_adds(

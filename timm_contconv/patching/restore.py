@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import TypeVar, cast
 
 from torch import nn
@@ -30,7 +32,8 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
         The model without layers of this package.
 
     Raises:
-        ValueError: the model holds no such layer.
+        ValueError: the model holds no such layer, or one without a plain convolution, as of scale 0.7; nothing is
+            changed then.
     """
     if not any(isinstance(module, ConvReplacement) for module in model.modules()):
         raise ValueError(f"model: this {type(model).__name__} holds no layer of timm_contconv: nothing to merge")
@@ -39,7 +42,10 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
     if not inplace:
         model = copy.deepcopy(model)
     layers = _outermost_layers(model)
-    plain = {name: layer.to_dense_conv() if dense else layer.to_conv() for name, layer in layers.items()}
+    plain = {}
+    for name, layer in layers.items():
+        with _named(name):
+            plain[name] = layer.to_dense_conv() if dense else layer.to_conv()
     merged = {name: with_hooks(layer, plain[name]) for name, layer in layers.items()}
     swap(model, merged)
     remove_traces(model, get_record(model))
@@ -63,7 +69,8 @@ def unpatch(model: Model) -> Model:
     too_large: list[str] = []
     for name, original in record.replaced.items():
         layer = cast(ConvReplacement, model.get_submodule(name))
-        conv = layer.to_conv_like(original)
+        with _named(name):
+            conv = layer.to_conv_like(original)
         if conv is None:
             too_large.append(f"{name} ({layer.receptive_field()} into {original.kernel_size})")
         else:
@@ -92,6 +99,15 @@ def original_architecture(model: nn.Module) -> nn.Module:
     revert(shadow, record.rewired)
     remove_traces(shadow, record)
     return shadow
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which layer an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _outermost_layers(model: nn.Module) -> dict[str, ConvReplacement]:
