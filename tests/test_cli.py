@@ -1,13 +1,18 @@
 """The command line."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import timm
 from click.testing import Result
 from typer.testing import CliRunner
 
 from timm_contconv.cli import app
+
+HUB = Path(__file__).parents[1] / "hub"
 
 
 def contconv(*arguments: str) -> Result:
@@ -51,6 +56,10 @@ def test_patch_prints_the_report():
         (("patch", "no_such_model", "dcls"), "timm has no such model"),
         (("patch", "resnet18", "dcls"), "matches no convolution"),
         (("patch", "resnet18", "missing.toml"), "missing.toml"),
+        (("patch", "resnet18", "genv", "--min-kernel-size", "-1"), "--min-kernel-size"),
+        (("patch", "test_convnext.no_such_tag", "dcls", "--pretrained"), "MODEL='test_convnext.no_such_tag': "),
+        (("patch", "flexnet3", "dcls", "--pretrained"), "MODEL='flexnet3': No pretrained weights"),
+        (("show", "missing.toml"), "missing.toml"),
     ],
 )
 def test_mistakes_are_explained_without_a_traceback(arguments, message):
@@ -58,6 +67,89 @@ def test_mistakes_are_explained_without_a_traceback(arguments, message):
     assert result.exit_code == 2
     assert message in result.output.replace("\n", " ")
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("convnext_atto_dcl", "convnext_atto_dcls"), ("resnet50_gen", "resnet50_genv"), ("dcls_triangl", "dcls_triangle")],
+)
+def test_show_suggests_models_and_recipes_of_similar_names(name, near):
+    result = contconv("show", name)
+    assert result.exit_code == 2
+    assert f"NAME='{name}': no such recipe or registered model; did you mean {near}" in result.output
+
+
+def test_show_suggests_nothing_where_nothing_is_similar():
+    result = contconv("show", "zzzzzz")
+    assert result.exit_code == 2
+    assert "did you mean" not in result.output
+    assert "contconv list lists all" in result.output
+
+
+@pytest.mark.parametrize("size", [("4", "64", "64"), ("3", "0", "64"), ("3", "64", "-5")])
+def test_an_impossible_input_size_is_refused_before_anything_is_written(size, tmp_path):
+    result = contconv("patch", "test_convnext", "dcls", "--input-size", *size, "--save", str(tmp_path / "saved"))
+    assert result.exit_code == 2
+    assert result.output.strip() == (
+        f"--input-size {' '.join(size)}: expected 3 channels, as test_convnext takes,"
+        " and a height and a width of at least 1"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_size_that_the_model_cannot_take_is_refused_before_anything_is_written(tmp_path):
+    result = contconv(
+        "patch", "test_convnext", "dcls", "--input-size", "3", "2", "2", "--save", str(tmp_path / "saved")
+    )
+    assert result.exit_code == 2
+    assert result.output.startswith("--input-size 3 2 2: the model can't take it: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_input_size_is_what_multiply_adds_are_counted_for(tmp_path):
+    options = ("--input-size", "3", "32", "32", "--json", "--save", str(tmp_path / "saved"))
+    result = contconv("patch", "test_convnext", "dcls", "--init", "random", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["input_size"] == [3, 32, 32]
+    assert timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).stages[0].blocks[0].conv_dw.method
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_an_unknown_init_is_refused(more):
+    result = contconv("patch", "test_convnext", "dcls", "--init", "zzz", *more)
+    assert result.exit_code == 2
+    assert "--init" in result.output
+    assert "'fit'" in result.output
+    assert "'random'" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("patch", "test_convnext", "dcls", "--init", "random", "--save"), ("demo", "--epochs", "1", "--output")],
+)
+def test_a_folder_that_cannot_be_written_is_named_with_its_option(arguments, tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "saved"
+    result = contconv(*arguments, str(folder))
+    assert result.exit_code == 2
+    assert " ".join(result.output.split()).startswith(f"{arguments[-1]} {folder}: can't be written: ")
+
+
+def test_a_folder_that_holds_something_else_is_named_with_its_option(tmp_path):
+    (tmp_path / "notes").touch()
+    result = contconv("patch", "test_convnext", "dcls", "--init", "random", "--save", str(tmp_path))
+    assert result.exit_code == 2
+    assert " ".join(result.output.split()).startswith(f"--save {tmp_path}: holds something other than a saved model")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.pth", b""), ("a.pth", b"abc"), ("a.safetensors", b"\xff" * 100)])
+def test_publish_names_a_file_without_weights(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    folder, file = str(HUB / "convnext_tiny_dcls.zenodo_in1k"), str(tmp_path / name)
+    result = contconv("publish", folder, "--file", file, "--repo-id", "me/x")
+    assert result.exit_code == 2, result.output
+    assert f"{file}: holds no weights of convnext_tiny_dcls" in " ".join(result.output.split())
 
 
 def test_demo_runs_to_a_saved_model_and_a_picture(tmp_path):

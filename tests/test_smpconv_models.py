@@ -302,7 +302,16 @@ def test_tcn_is_causal_in_every_block():
     assert not torch.allclose(model(x), model(other))
 
 
-@pytest.mark.parametrize(("options", "message"), [({"blocks": 0}, "blocks=0"), ({"kernel_count": 0}, "kernel_count=0")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": -1}, "num_classes=-1"),
+        ({"length": 0}, "length=0"),
+        ({"channels": 0}, "channels=0"),
+        ({"blocks": 0}, "blocks=0"),
+        ({"kernel_count": 0}, "kernel_count=0"),
+    ],
+)
 def test_tcn_names_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        SmpTCN(1, 10, length=8, channels=4, **options)
+    with pytest.raises(ValueError, match=f"^{message}: expected a positive int"):
+        SmpTCN(**{"in_channels": 1, "num_classes": 10, "length": 8, "channels": 4, **options})

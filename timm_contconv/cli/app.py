@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import timm
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
+from timm.models._input import get_model_input_config
+from torch import nn
 
 from .. import patching
 from ..hub import save_pretrained
 from ..layers.replacement import Init
 from ..models.patched import PATCHED
+from ..patching import PatchReport, PatchSpec
 from ..train import training_hooks
 from . import demo as demo_command
 from . import publish as publish_command
@@ -48,8 +54,8 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, or a registered mod
             console.print(patching.report(timm.create_model(name)))
         return
     try:
-        console.print(patching.load_patch(name).to_toml(), highlight=False, markup=False)
-    except (ValueError, FileNotFoundError) as error:
+        console.print(_recipe(name).to_toml(), highlight=False, markup=False)
+    except (ValueError, OSError) as error:
         raise _refused(error) from None
 
 
@@ -58,8 +64,8 @@ def patch(
     model: Annotated[str, typer.Argument(help="A timm model.")],
     recipe: Annotated[str, typer.Argument(help="A recipe, or the path of a .toml.")],
     select: Annotated[list[str] | None, typer.Option(help="What to replace instead of the recipe's choice.")] = None,
-    min_kernel_size: Annotated[int | None, typer.Option(help="Leave out kernels smaller than this.")] = None,
-    init: Annotated[str, typer.Option(help="'fit' starts from the replaced kernels, 'random' does not.")] = "fit",
+    min_kernel_size: Annotated[int | None, typer.Option(min=1, help="Leave out kernels smaller than this.")] = None,
+    init: Annotated[Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' does not.")] = "fit",
     pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained weights.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only tell what would change: no weights are made or saved.")] = False,
@@ -69,24 +75,25 @@ def patch(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Patch a timm model, print what changes, and save it where asked to."""
-    if not timm.is_model(model):
-        raise _refused(ValueError(f"MODEL={model!r}: timm has no such model; timm.list_models() lists all"))
     if dry_run and save is not None:
         raise _refused(ValueError(f"--save {save}: not together with --dry-run, which saves nothing"))
     try:
         with torch.device("meta") if dry_run else nullcontext():
-            patched = patching.patch(
-                timm.create_model(model, pretrained=pretrained and not dry_run),
+            patched = _create(model, pretrained and not dry_run)
+            _check_input_size(input_size, model, patched)
+            patching.patch(
+                patched,
                 recipe,
                 select=select,
                 min_kernel_size=min_kernel_size,
-                init="random" if dry_run else cast(Init, init),
+                init="random" if dry_run else init,
             )
+        report = _report(patched, input_size)
         if save is not None:
-            save_pretrained(patched, save)
+            with _writing("--save", save):
+                save_pretrained(patched, save)
     except (ValueError, OSError) as error:
         raise _refused(error) from None
-    report = patching.report(patched, input_size)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -99,7 +106,8 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, for each model.")] = 20,
 ) -> None:
     """Train a plain and a DCLS model on real digits; patch, merge, save, load; draw learned kernels."""
-    demo_command.run(console, output, epochs)
+    with _writing("--output", output):
+        demo_command.run(console, output, epochs)
 
 
 @app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
@@ -150,6 +158,62 @@ def publish(
         )
     except (ValueError, OSError) as error:
         raise _refused(error) from None
+
+
+def _recipe(name: str) -> PatchSpec:
+    recipes = patching.list_patches()
+    if name in recipes or name.endswith(".toml"):
+        return patching.load_patch(name)
+    near = difflib.get_close_matches(name, [*recipes, *PATCHED])
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"NAME={name!r}: no such recipe or registered model; {hint}contconv list lists all; a path must end in .toml"
+    )
+
+
+def _create(name: str, pretrained: bool) -> nn.Module:
+    if not timm.is_model(name):
+        raise ValueError(f"MODEL={name!r}: timm has no such model; timm.list_models() lists all")
+    try:
+        return timm.create_model(name, pretrained=pretrained)
+    except RuntimeError as error:  # no such tag, or no weights
+        raise ValueError(f"MODEL={name!r}: {error}") from None
+
+
+def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Module) -> None:
+    if size is None:
+        return
+    channels = get_model_input_config(model)["input_size"][0]
+    if size[0] != channels or min(size) < 1:
+        raise ValueError(
+            f"{_option(size)}: expected {channels} channels, as {name} takes, and a height and a width of at least 1"
+        )
+
+
+def _report(model: nn.Module, size: tuple[int, int, int] | None) -> PatchReport:
+    try:
+        return patching.report(model, size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if size is None:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{_option(size)}: the model can't take it: {reason}; try another size") from None
+
+
+def _option(input_size: tuple[int, int, int]) -> str:
+    return f"--input-size {' '.join(map(str, input_size))}"
+
+
+@contextmanager
+def _writing(option: str, folder: Path) -> Iterator[None]:
+    """What goes wrong in writing to a folder is the fault of the option that named it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None)
+        said = str(error).removeprefix(f"folder={str(folder)!r}: ")
+        reason = f"can't be written: {cause}; choose another" if cause else said
+        raise _refused(ValueError(f"{option} {folder}: {reason}")) from None
 
 
 def _refused(error: Exception) -> typer.Exit:

@@ -28,7 +28,11 @@ def run(console: Console, output: Path, epochs: int) -> None:
         console: where to print.
         output: folder for the saved model and the picture.
         epochs: passes over the training images, for each model.
+
+    Raises:
+        OSError: the folder can't be written, or what is to be replaced there is not a saved model.
     """
+    output.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
     console.print(
         f"{len(digits.train_labels)} digits to train on, {len(digits.test_labels)} to test on (scikit-learn),"
@@ -41,7 +45,6 @@ def run(console: Console, output: Path, epochs: int) -> None:
     _patch_by_hand(console)
     _merge(console, trained, digits)
     _save_and_load(console, trained, digits, output / PATCHED)
-    output.mkdir(parents=True, exist_ok=True)
     picture = viz.save_kernel_figure(trained, output / "kernels.png")
     console.print(f"learned kernels and the positions of their elements: {picture}")
 

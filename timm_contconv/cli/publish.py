@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import pickle
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import timm
 from huggingface_hub import HfApi
 from rich.console import Console
+from safetensors import SafetensorError
 from timm.models import set_pretrained_download_progress
 from timm.models._hub import get_cache_dir
 from torch import nn
@@ -20,6 +22,9 @@ from ..untrusted import WEIGHTS
 from ..weights import TRAINING, Publication, Weight, record_publication
 
 __all__ = ["run"]
+
+#: what timm and PyTorch raise for files that hold no weights
+READ_ERRORS = (AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
 def run(
@@ -93,7 +98,13 @@ def _load(weight: Weight, folder: Path, file: Path | None) -> tuple[nn.Module, P
 
 def _create(weight: Weight, config: dict[str, object]) -> nn.Module:
     untagged = {key: None for key in ("hf_hub_id", "file") if key not in config}
-    return timm.create_model(weight.architecture, pretrained=True, pretrained_cfg_overlay={**untagged, **config})
+    try:
+        return timm.create_model(weight.architecture, pretrained=True, pretrained_cfg_overlay={**untagged, **config})
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"{config.get('file') or config['url']}: holds no weights of {weight.architecture} that can be read:"
+            f" {type(error).__name__}: {error}"
+        ) from error
 
 
 def _provenance(weight: Weight, folder: Path, source: Path, digest: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..layers import FlexConv1d
-from .tcn import TCN
+from .tcn import TCN, check_counts
 
 __all__ = ["FlexTCN"]
 
@@ -45,6 +45,7 @@ class FlexTCN(TCN):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_counts(length=length)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         conv = functools.partial(FlexConv1d, kernel_size=length, padding="causal", **(flex_args or {}), **dd)
         super().__init__(in_channels, num_classes, conv, channels, blocks, dropout, **dd)

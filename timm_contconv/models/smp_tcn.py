@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..layers import SmpConv1d
-from .tcn import TCN
+from .tcn import TCN, check_counts
 
 __all__ = ["SmpTCN"]
 
@@ -46,6 +46,7 @@ class SmpTCN(TCN):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_counts(length=length)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         conv = functools.partial(
             SmpConv1d, kernel_size=length, padding="causal", kernel_count=kernel_count, initial_radius=initial_radius,

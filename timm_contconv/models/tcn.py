@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TCN", "TemporalBlock"]
+__all__ = ["TCN", "TemporalBlock", "check_counts"]
 
 #: a causal convolution with so many input and output channels
 CausalConv = Callable[[int, int], nn.Module]
@@ -79,8 +80,9 @@ class TCN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if blocks < 1:
-            raise ValueError(f"blocks={blocks}: expected a positive int")
+        check_counts(in_channels=in_channels, num_classes=num_classes, channels=channels, blocks=blocks)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout={dropout}: expected a probability, from 0 to 1")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         widths = [in_channels] + [channels] * blocks
         self.num_classes = num_classes
@@ -96,3 +98,14 @@ class TCN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, T) to (N, num_classes)."""
         return self.head(self.forward_features(x)[..., -1])
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse numbers of things that are not positive ints.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected a positive int")
