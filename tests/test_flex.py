@@ -1,10 +1,11 @@
-"""FlexConv kernels are those of the paper's equations, crops change nothing but the cost, frequencies are bounded."""
+"""FlexConv kernels are those of the paper's equations, crops change nothing but the cost, frequencies are known."""
 
 import copy
 import itertools
 import math
 import pickle
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from scipy.signal import fftconvolve
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_contconv as tcc
@@ -23,15 +25,18 @@ from tests.flexnet_peer import ReleasedFlexConv
 from timm_contconv import viz
 from timm_contconv.layers import FlexConv1d, FlexConv2d, MAGNet
 from timm_contconv.layers.flex import FlexSpec
-from timm_contconv.layers.magnet import gabor_filters
+from timm_contconv.layers.magnet import filter_frequencies, gabor_filters
 
 MAGNET = ("sine_weight", "sine_bias", "mean", "gamma", "hidden_weight", "hidden_bias", "output_weight", "output_bias")
 
 
-def direct_kernel(layer: FlexConv1d | FlexConv2d, crop: bool = True) -> np.ndarray:
+def direct_kernel(
+    layer: FlexConv1d | FlexConv2d, crop: bool = True, axes: Sequence[np.ndarray] | None = None
+) -> np.ndarray:
     """Eq. 1-8, one point of the grid at a time, in float64; then the crop of Fig. 7."""
     p = {name: getattr(layer, name).detach().double().numpy() for name in MAGNET}
-    axes = [np.linspace(-1, 1, size) if size > 1 else np.zeros(1) for size in layer.kernel_size]
+    if axes is None:
+        axes = [np.linspace(-1, 1, size) if size > 1 else np.zeros(1) for size in layer.kernel_size]
     kernel = np.zeros((*p["output_bias"].shape, *layer.kernel_size))
 
     def gabor(level: int, x: np.ndarray) -> np.ndarray:
@@ -192,6 +197,13 @@ def test_causal_masks_start_at_the_newest_sample():
     assert (layer.weight[..., :32] == 0).all()
 
 
+@pytest.mark.parametrize("layer_type", [FlexConv1d, FlexConv2d])
+@pytest.mark.parametrize("size", range(1, 7))
+def test_kernels_of_few_pixels_start_with_some(layer_type, size):
+    layer = layer_type(2, 3, size)
+    assert (layer.weight.detach() != 0).any(-1 if layer_type is FlexConv1d else (-1, -2)).all()
+
+
 # ---- the crop
 
 
@@ -304,6 +316,51 @@ def test_constraint_keeps_a_pixel_of_the_mask():
     assert (layer.weight.detach() != 0).any((0, 1, 2)).sum() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [2, 5, 8, 33])
+def test_constraint_keeps_a_pixel_wherever_the_mask_is(dtype, size):
+    layer = FlexConv1d(1, 1, size, padding="same", dtype=dtype)
+    for pixel in np.arange(0, size - 0.9, 0.5):  # on pixels, and half-way between two
+        set_mask_(layer, [2 * pixel / (size - 1) - 1], [0.0])
+        tcc.constrain_(layer)
+        assert layer.weight.any(), f"pixel {pixel}"
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"mask": False}])
+def test_constraint_and_cadence_are_of_no_concern_where_nothing_is_cropped(options, x):
+    layer = make(**options, crop_every=2).train()
+    for _ in range(3):
+        layer(x)
+        tcc.constrain_(layer)
+    assert layer.crop() == ((0, 15), (0, 15))
+
+
+def test_constraints_are_the_steps_once_they_are_called(x):
+    layer = make(kernel_size=33, crop_every=4).train()
+    layer(x)
+    tcc.constrain_(layer)
+    set_mask_(layer, [0.0, 0.0], [0.18, 0.18])
+    sizes = []
+    for _ in range(4):
+        layer(x), layer(x), layer(x)
+        sizes.append(layer.receptive_field()[0])
+        tcc.constrain_(layer)
+    assert sizes == [13, 13, 13, 17], "the fourth constraint looks, the ninth forward pass did not"
+
+
+@pytest.mark.parametrize(("constrain", "crop_every"), [(True, 2), (False, 3)])
+def test_checkpointed_passes_meet_the_crop_of_the_first_time(constrain, crop_every, x):
+    layer = make(kernel_size=33, crop_every=crop_every).train()
+    sizes = set()
+    for step in range(30):
+        set_mask_(layer, [0.0, 0.0], [0.1 + 0.01 * step] * 2)
+        checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+        if constrain:
+            tcc.constrain_(layer)
+        sizes.add(layer.receptive_field())
+    assert len(sizes) > 3
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_mask_that_is_not_finite_is_refused(value, x):
     layer = make()
@@ -335,6 +392,10 @@ def test_compiled_training_crops_once_constraints_follow(x):
         tcc.constrain_(layer)
         torch.testing.assert_close(compiled(x), layer(x), atol=1e-4, rtol=1e-4)
     assert graphs == [[(33, 33)], [(9, 9)], [(17, 17)]], "one graph per size of the crop"
+    layer.eval()(x)
+    layer.train()
+    torch.testing.assert_close(compiled(x), layer(x), atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 3, "a crop survives an evaluation"
 
 
 # ---- CKConv
@@ -398,6 +459,16 @@ def test_a_filter_has_the_frequency_of_its_sine_and_two_deviations_of_its_envelo
         magnet.gamma.copy_(math.pi * torch.tensor([[[1.0, 1], [4, 3]], [[2, 5], [1, 1]]]))
     # Eq. 21: max(3 + 1, 2 + 3) + max(0.5 + 2, 0 + 1)
     assert magnet.max_frequency() == pytest.approx(5 + 2.5, rel=1e-6)
+
+
+def test_an_elongated_filter_exceeds_the_papers_estimate():
+    weight, gamma, axis = torch.zeros(1, 2), torch.tensor([[15.0, 0.0]]), torch.linspace(-1, 1, 257)
+    assert filter_frequencies(weight[None], gamma[None]).item() == 0
+    profile = gabor_filters(weight, torch.tensor([math.pi / 2]), weight, gamma, [axis, axis[:1]]).flatten()
+    energy, cycles = torch.fft.rfft(profile, n=4096).abs().square(), torch.fft.rfftfreq(4096, 2 / 256)
+    share = 1 - math.erf(2 * math.pi / 15)  # of a Gaussian's energy beyond 1 cycle per unit
+    assert energy[cycles > 1].sum() / energy.sum() == pytest.approx(share, abs=0.02)
+    assert share > 0.5
 
 
 def test_the_mask_adds_two_deviations_of_the_wider_side():
@@ -482,6 +553,78 @@ def test_a_denser_kernel_takes_the_same_values_where_the_grids_meet_scaled():
     torch.testing.assert_close(layer.weight.detach(), before, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("size", "source", "target"), [(7, 224, 256), (33, 32, 33), (33, 32, 35), (31, 224, 256), (31, 224, 112)]
+)
+def test_a_kernel_keeps_its_sum_at_any_resolution(size, source, target):
+    layer = FlexConv2d(1, 1, size, initial_sigma=0.3, threshold=0.0, input_scale=0.1, dtype=torch.float64)
+    before = layer.weight.sum().item()
+    after = layer.at_resolution(source, target).weight.sum().item()
+    assert after == pytest.approx(before, rel=0.01)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.45])
+@pytest.mark.parametrize(
+    ("size", "source", "target", "expected"),
+    [(7, 224, 256, 7), (15, 14, 15, 15), (15, 14, 23, 23), (10, 9, 14, 14), (15, 14, 6, 7), (2, 4, 1, 1)],
+)
+def test_pixels_are_a_step_apart_about_the_centre(size, source, target, expected, mean, x):
+    layer = set_mask_(make(kernel_size=size), [mean, 0.0], [0.3, 0.6]).at_resolution(source, target)
+    assert layer.kernel_size == (expected, expected)
+    step = 2 / (size - 1) * source / target
+    axis = (np.arange(expected) - (expected - 1) / 2) * step
+    kernel = torch.from_numpy(direct_kernel(layer, axes=[axis, axis]) * (source / target) ** 2).float()
+    torch.testing.assert_close(layer.weight.detach(), kernel, atol=1e-5, rtol=1e-4)
+    before, after = (expected - 1) // 2, expected // 2
+    y = F.conv2d(F.pad(x, (before, after, before, after)), kernel, layer.bias, groups=8)
+    torch.testing.assert_close(layer(x), y, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer.to_conv()(x), y, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "source", "target", "expected"), [(8, 8, 16, 15), (20, 20, 27, 27), (21, 10, 3, 7)])
+def test_pixels_of_causal_kernels_are_a_step_apart_from_the_newest(size, source, target, expected):
+    layer = set_mask_(FlexConv1d(2, 2, size), [0.8], [0.4]).at_resolution(source, target)
+    assert layer.kernel_size == (expected,)
+    axis = 1 - np.arange(expected)[::-1] * 2 / (size - 1) * source / target
+    kernel = torch.from_numpy(direct_kernel(layer, axes=[axis]) * source / target).float()
+    x = torch.randn(1, 2, 30)
+    y = F.conv1d(F.pad(x, (expected - 1, 0)), kernel, layer.bias)
+    torch.testing.assert_close(layer(x), y, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.to_conv()(x), y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("resolutions", [(224, 112, 224), (32, 20, 32), (32, 33, 7, 32), (224, 256, 300, 224)])
+@pytest.mark.parametrize("options", [{"kernel_size": 31}, {"kernel_size": 8}, {"kernel_size": 9, "padding": (0, 3)}])
+def test_turns_there_and_back_leave_a_layer_as_it_was(resolutions, options):
+    layer = make(**options)
+    before, padding = layer.weight.detach(), layer.padding
+    for source, target in itertools.pairwise(resolutions):
+        layer.at_resolution(source, target)
+    assert layer.padding == padding
+    torch.testing.assert_close(layer.weight.detach(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("size", "padding"), [(7, 0), (7, 1), (8, 0), (3, 0), (5, (0, 4))])
+@pytest.mark.parametrize(("source", "target"), [(224, 256), (224, 200), (7, 3), (10, 11)])
+def test_a_layer_at_any_resolution_has_padding_and_merges(size, padding, source, target):
+    layer = FlexConv2d(1, 1, size, padding=padding, mask=False).at_resolution(source, target)
+    assert min(layer.padding) >= 0
+    x = torch.randn(1, 1, 20, 20)
+    torch.testing.assert_close(tcc.merge(nn.Sequential(layer))(x), layer(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_at_another_resolution_is_copied_compiled_exported_and_traced(x):
+    layer = make().eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for source, target in ((7, 8), (8, 15), (15, 4)):
+        expected = layer.at_resolution(source, target)(x)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+        exported = torch.export.export(layer, (x,)).module(check_guards=False)
+        for graph in (compiled, exported, torch.fx.symbolic_trace(layer)):
+            torch.testing.assert_close(graph(x), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("padding", ["same", 8, 5, 0])
 def test_output_keeps_its_place_at_another_resolution(padding):
     layer = FlexConv2d(1, 1, 17, padding=padding)
@@ -513,6 +656,8 @@ def test_resolution_of_a_whole_model_and_what_is_left_alone():
         tcc.at_resolution(nn.Conv2d(1, 1, 3), 14, 28)
     with pytest.raises(ValueError, match="target=0: expected a positive int"):
         tcc.at_resolution(model, 28, 0)
+    with pytest.raises(ValueError, match="source=True: expected a positive int"):
+        tcc.at_resolution(model, True, 28)
     assert model[0].kernel_size == (29, 29)
 
 
@@ -656,6 +801,11 @@ def test_compiled_exported_and_traced_layers_equal_eager(kind, training, x):
     assert {name for name, _ in traced.named_parameters()} == {name for name, _ in layer.named_parameters()}
 
 
+def test_a_traced_causal_layer_equals_eager():
+    layer, x = FlexConv1d(2, 3, 16).eval(), torch.randn(1, 2, 16)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x), atol=1e-5, rtol=1e-4)
+
+
 def test_traced_graphs_follow_the_mask(x):
     layer = make().eval()
     traced = torch.fx.symbolic_trace(layer)
@@ -709,12 +859,19 @@ def test_gradcheck_of_a_float64_layer():
     ("options", "message"),
     [
         ({"hidden_channels": 0}, "hidden_channels=0: expected a positive int"),
+        ({"hidden_channels": True}, "hidden_channels=True: expected a positive int"),
         ({"hidden_layers": 0}, "hidden_layers=0: expected a positive int"),
         ({"input_scale": 0}, "input_scale=0: expected a positive number"),
+        ({"input_scale": "a"}, "input_scale='a': expected a positive number"),
+        ({"mask": "no"}, "mask='no': expected True or False"),
+        ({"penalize_mask": 1}, "penalize_mask=1: expected True or False"),
+        ({"initial_sigma": "x"}, "initial_sigma='x': expected at least"),
         ({"initial_sigma": 0}, "initial_sigma=0: expected at least"),
         ({"initial_sigma": math.nan}, "initial_sigma=nan: expected at least"),
         ({"threshold": 1}, "threshold=1: expected at least 0"),
+        ({"threshold": None}, "threshold=None: expected at least 0"),
         ({"crop_every": 0}, "crop_every=0: expected a positive int"),
+        ({"crop_every": 1.5}, "crop_every=1.5: expected a positive int"),
         ({"kernel_size": 0}, "kernel_size=0: expected a positive int"),
         ({"dilation": 2}, "dilation=2: expected 1"),
         ({"padding": "causal"}, "padding='causal': expected"),

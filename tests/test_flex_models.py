@@ -3,6 +3,7 @@
 import copy
 import statistics
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,6 +17,7 @@ from tests.flexnet_peer import ReleasedFlexNet, randomize_
 from timm_contconv.layers import FlexConv1d, FlexConv2d, MAGNet
 from timm_contconv.models.flex_tcn import FlexTCN
 from timm_contconv.models.flexnet import FlexNet
+from timm_contconv.models.tcn import TCN
 
 NAMES = ["flexnet3", "flexnet5", "flexnet7"]
 SMALL = {"img_size": 16, "dim": 4, "flex_args": {"hidden_channels": 6}}
@@ -61,6 +63,7 @@ def test_parameter_counts_of_flextcn_are_those_of_the_paper(blocks, thousands):
 def test_kernels_are_as_large_as_the_images_or_one_larger():
     assert on_meta("flexnet3").stem.conv.kernel_size == (33, 33)
     assert on_meta("flexnet3", img_size=29).blocks[2].conv2.kernel_size == (29, 29)
+    assert on_meta("flexnet3", img_size=[16, 25]).blocks[2].conv2.kernel_size == (17, 25)
 
 
 # ---- the authors' checkpoints
@@ -229,8 +232,37 @@ def test_a_saved_model_is_rebuilt(x, tmp_path):
     torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("img_size", [16, (16, 24)])
+def test_a_saved_model_is_loaded_with_its_image_size(img_size, tmp_path):
+    model = small(img_size=img_size).eval()
+    tcc.save_pretrained(model, tmp_path / "model")
+    images = torch.randn(2, 3, 16, 24)
+    for loaded in (
+        tcc.from_pretrained(tmp_path / "model"),
+        timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True),
+    ):
+        torch.testing.assert_close(loaded.eval()(images), model(images), rtol=0, atol=0)
+
+
+def test_saving_warns_of_a_resolution_that_is_lost(tmp_path):
+    model = tcc.at_resolution(small(), 16, 24)
+    with pytest.warns(UserWarning, match=r"saved without .* stem.conv \(at 3/2 times the resolution that it was made"):
+        tcc.save_pretrained(model, tmp_path / "model")
+
+
 @pytest.mark.parametrize(
-    ("options", "message"), [({"width_factors": ()}, "one factor per block"), ({"img_size": 0}, "img_size=0")]
+    ("options", "message"),
+    [
+        ({"width_factors": ()}, "one factor per block"),
+        ({"img_size": 0}, "img_size=0: expected a positive int"),
+        ({"img_size": True}, "img_size=True: expected a positive int"),
+        ({"img_size": "x"}, "img_size='x': expected a positive int"),
+        ({"img_size": (16, 24, 32)}, r"img_size=\(16, 24, 32\): expected a positive int, in pixels, or two of them"),
+        ({"img_size": (16, 24.5)}, r"img_size=\(16, 24.5\): expected a positive int"),
+        ({"flex_args": {"kernel_size": 3}}, "flex_args={'kernel_size': 3}: expected a dict of .* img_size gives"),
+        ({"flex_args": {"sigma": 3}}, "flex_args={'sigma': 3}: expected a dict of .*initial_sigma"),
+        ({"flex_args": [3]}, r"flex_args=\[3\]: expected a dict of"),
+    ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
@@ -281,9 +313,34 @@ def test_tcn_runs_at_another_sampling_rate():
     assert model(torch.randn(1, 1, 65)).shape == (1, 4)
 
 
-def test_tcn_names_bad_arguments():
-    with pytest.raises(ValueError, match="blocks=0: expected a positive int"):
-        FlexTCN(1, 10, length=8, blocks=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_channels": 0}, "in_channels=0: expected a positive int"),
+        ({"num_classes": -1}, "num_classes=-1: expected a positive int"),
+        ({"num_classes": 0}, "num_classes=0: expected a positive int"),
+        ({"length": 0}, "length=0: expected a positive int"),
+        ({"length": 8.0}, "length=8.0: expected a positive int"),
+        ({"channels": 0}, "channels=0: expected a positive int"),
+        ({"blocks": 0}, "blocks=0: expected a positive int"),
+        ({"blocks": True}, "blocks=True: expected a positive int"),
+        ({"dropout": 1.5}, "dropout=1.5: expected a probability, from 0 to 1"),
+        ({"dropout": float("nan")}, "dropout=nan: expected a probability, from 0 to 1"),
+    ],
+)
+def test_tcn_names_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        FlexTCN(**{"in_channels": 1, "num_classes": 10, "length": 8, **options})
+
+
+def test_tcn_of_any_convolution_refuses_a_width_of_zero():
+    with pytest.raises(ValueError, match="^channels=0: expected a positive int"):
+        TCN(1, 10, lambda i, o: nn.Conv1d(i, o, 1), channels=0, blocks=1, dropout=0.0)
+
+
+def test_tcn_takes_the_ints_of_numpy():
+    model = FlexTCN(np.int64(1), np.int64(3), length=np.int64(8), channels=np.int64(4), blocks=np.int64(2))
+    assert model(torch.randn(2, 1, 8)).shape == (2, 3)
 
 
 # ---- what MAGNets can describe, in short; benchmarks/flex_fit.py is the long form

@@ -84,7 +84,7 @@ def check_config(path: Path) -> dict[str, Any]:
     arguments = config.get("model_args", {})
     if not isinstance(arguments, dict):
         raise ValueError(f"{path}: model_args={_short(arguments)}: expected an object of arguments")
-    check_arguments(arguments, f"{path}: model_args", tables=("base_args", "patch", "patch_args"))
+    check_arguments(arguments, f"{path}: model_args", tables=("base_args", "flex_args", "patch", "patch_args"))
     inner = config.get("pretrained_cfg", {})
     if not isinstance(inner, dict):
         raise ValueError(f"{path}: pretrained_cfg={_short(inner)}: expected an object")

@@ -6,10 +6,12 @@ Where the mask is under a threshold the kernel is zero, and what is zero at its 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -18,12 +20,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import conv as convolve
-from ..ops.problem import compute_dtype
-from .base import ConstructedConv, is_causal, plain_arguments
+from .base import ConstructedConv, is_causal, may_look, plain_arguments
 from .compilation import CompileMode
 from .flex_crop import Crop, crop_to_mask, is_inside, margins, pad_to_crop, slices, visible, whole
 from .flex_fit import fit_magnet_
-from .magnet import ENVELOPE_CUT, check_magnet, filter_frequencies, magnet_features, magnet_shapes, reset_magnet_
+from .flex_grid import resampled_padding, sampled_axis
+from .magnet import (
+    ENVELOPE_CUT,
+    check_magnet,
+    filter_frequencies,
+    is_number,
+    is_positive_int,
+    magnet_features,
+    magnet_shapes,
+    reset_magnet_,
+)
 from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, require_weights
 from .spec import KernelSpec
 
@@ -37,6 +48,7 @@ INITIAL_SIGMA = 0.125  # appendix D.1
 INPUT_SCALE = 25.6  # appendix D.1
 THRESHOLD = 0.1  # Fig. 7
 CROP_EVERY = 16  # training steps between two looks at a mask, where looking makes an accelerator wait
+NARROWEST = 1.01  # pixels that a constrained mask shows, more than one by what rounding may take away, in bfloat16 too
 GROWTH = 1 / 16  # what a mask may grow by between two looks, on either side; half a kernel is 1
 
 
@@ -114,13 +126,15 @@ class _FlexConv(ConstructedConv):
         hidden_channels: of the MAGNet.
         hidden_layers: of the MAGNet, which has one Gabor filter more.
         input_scale: speed of the MAGNet's initial sines (appendix D.1).
-        mask: False leaves the mask out: CKConv.
-        initial_sigma: the mask's width at the start; half a kernel is 1.
+        mask: False leaves the mask out: CKConv. What follows concerns the mask and is then without effect.
+        initial_sigma: the mask's width at the start; half a kernel is 1. Where that is too narrow to leave a pixel of
+            the kernel, the mask starts as wide as `constrain_` keeps it.
         threshold: where the mask is under it the kernel is zero (Fig. 7); 0 for no cropping.
         penalize_mask: count the mask's frequency in the penalty (Eq. 26); off in the paper's experiments but one.
         crop_every: training steps between two looks at the mask. Default: 1 on the CPU; 16 elsewhere, because
             looking makes an accelerator wait: there the crop has room for the growth of 16 steps at the paper's
-            learning rate, and a mask that grows faster is cut for so long, with a warning.
+            learning rate, and a mask that grows faster is cut for so long, with a warning. Forward passes in training
+            are counted; from the first call of `tcc.constrain_` on, its calls, so it then has to follow every step.
 
     Parameters:
         sine_weight, mean, gamma: (L, H, D) of L = hidden_layers + 1 Gabor filters with H channels.
@@ -178,7 +192,7 @@ class _FlexConv(ConstructedConv):
             device, dtype, compile=compile,
         )  # fmt: skip
         check_magnet(hidden_channels, hidden_layers, input_scale)
-        _check_mask(initial_sigma, threshold, crop_every)
+        _check_mask(mask, initial_sigma, threshold, penalize_mask, crop_every)
         self.causal = causal
         self.hidden_channels = hidden_channels
         self.hidden_layers = hidden_layers
@@ -188,7 +202,8 @@ class _FlexConv(ConstructedConv):
         self.threshold = threshold
         self.penalize_mask = penalize_mask
         self.crop_every = crop_every
-        self.kernel_scale = 1.0
+        self._made_size, self._made_padding = self.kernel_size, self.padding
+        self._sample_at(Fraction(1))
         self._crop: Crop | None = None
         self._steps_since_look = 0
         self._is_constrained = False
@@ -209,12 +224,13 @@ class _FlexConv(ConstructedConv):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values of section 3.2 and appendix D.1; causal masks start at the newest sample."""
+        """Initial values of section 3.2 and appendix D.1; causal masks start at the newest sample, all with a pixel."""
         reset_magnet_(self._magnet(), self.input_scale)
         self._forget_crop()
         if self.mask:
             nn.init.constant_(self.geometry["mask_mean"], 1.0 if self.causal else 0.0)
-            nn.init.constant_(self.geometry["mask_sigma"], self.initial_sigma)
+            for d, smallest in enumerate(self._smallest_sigma()):
+                self.geometry["mask_sigma"][d] = max(self.initial_sigma, smallest)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -222,7 +238,7 @@ class _FlexConv(ConstructedConv):
 
     def kernel_inputs(self) -> Mapping[str, Tensor]:
         like = next(self.parameters())  # not sine_weight: under torch.fx that is a proxy
-        axes = [_grid(c, k, like) for c, k in zip(self.crop(), self.kernel_size, strict=True)]
+        axes = [axis.positions(*ends, like) for axis, ends in zip(self._axes, self.crop(), strict=True)]
         return {**self._magnet(), **self.geometry, **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
 
     def kernel_function(self) -> Callable[..., Tensor]:
@@ -239,8 +255,8 @@ class _FlexConv(ConstructedConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x, (N, C_in, *size) or (C_in, *size), with the part of the constructed kernel that is not zero."""
-        if self.training and self.geometry and not _is_traced(tuple(self.geometry.values())):
-            self._count_step()
+        if self.training and self._is_cropped and not self._is_constrained:
+            self._count_forward()
         crop = self.crop()
         kernel = self._construct_crop() if self.training else self.weight[slices(crop)]
         x, padding = self._pad_for(crop, x)
@@ -267,10 +283,10 @@ class _FlexConv(ConstructedConv):
         outlive the values of today's mask; but in compiled training from the first call of `tcc.constrain_` on,
         which then has to follow every step.
         """
-        values = tuple(self.geometry.values())
-        if not values or self.threshold == 0:
+        if not self._is_cropped:
             return whole(self.kernel_size)
-        if _is_traced(values):
+        values = tuple(self.geometry.values())
+        if not may_look(values):
             follows = torch.compiler.is_compiling() and self.training and self._is_constrained
             known = follows or all(isinstance(value, Tensor) and value.is_meta for value in values)
             return self._crop if known and self._crop is not None else whole(self.kernel_size)
@@ -279,10 +295,19 @@ class _FlexConv(ConstructedConv):
         assert self._crop is not None
         return self._crop
 
+    @property
+    def _is_cropped(self) -> bool:
+        return self.mask and self.threshold > 0
+
     def _looks_every(self) -> int:
         if self.crop_every is not None:
             return self.crop_every
         return 1 if self.geometry["mask_mean"].device.type == "cpu" else CROP_EVERY
+
+    def _count_forward(self) -> None:
+        """Forward passes that a backward pass repeats are no steps, and have to meet the crop of the first time."""
+        if may_look(self.geometry.values()) and torch._C._current_graph_task_id() == -1:
+            self._count_step()
 
     def _count_step(self) -> None:
         self._steps_since_look += 1
@@ -298,7 +323,7 @@ class _FlexConv(ConstructedConv):
                 " and train with gradient clipping or a lower learning rate"
             )
         rarely = self.training and self._looks_every() > 1
-        now = visible(mean, sigma, self.kernel_size, self.threshold)
+        now = visible(mean, sigma, self._axes, self.threshold)
         if rarely and self._crop is not None and not is_inside(now, self._crop):
             warnings.warn(
                 f"a mask grew out of its crop in {self._looks_every()} training steps and was cut meanwhile: give"
@@ -307,16 +332,21 @@ class _FlexConv(ConstructedConv):
                 stacklevel=3,
             )
         margin = GROWTH if rarely else 0.0
-        self._crop = crop_to_mask(mean, sigma, self.kernel_size, self.threshold, self.causal, margin)
+        self._crop = crop_to_mask(mean, sigma, self._axes, self.threshold, self.causal, margin)
         self._steps_since_look = 0
 
     def _forget_crop(self) -> None:
         self._crop = None
 
     def train(self, mode: bool = True) -> Self:
-        if mode != self.training:
+        changes = mode != self.training
+        super().train(mode)
+        if changes:
             self._forget_crop()
-        return super().train(mode)
+            if mode and self._is_constrained and may_look(self.geometry.values()):  # compiled forwards can't look
+                with contextlib.suppress(ValueError):  # what is not finite is refused where it is used
+                    self._look()
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -331,29 +361,39 @@ class _FlexConv(ConstructedConv):
     @torch.no_grad()
     def constrain_(self) -> None:
         """Keep the mask's centre in the kernel, and the mask wide enough to leave a pixel of it; look at the mask."""
-        if not self.mask:
+        if self.mask:
+            self.geometry["mask_mean"].clamp_(-1, 1)
+        if not self._is_cropped:
             return
-        self.geometry["mask_mean"].clamp_(-1, 1)
-        if self.threshold > 0:
-            smallest = [_narrowest(size, self.threshold) for size in self.kernel_size]
-            sigma = self.geometry["mask_sigma"]
-            sigma.copy_(sigma.abs().clamp_(min=torch.tensor(smallest, dtype=sigma.dtype, device=sigma.device)))
+        sigma = self.geometry["mask_sigma"]
+        smallest = torch.tensor(self._smallest_sigma(), dtype=sigma.dtype, device=sigma.device)
+        sigma.copy_(sigma.abs().clamp_(min=smallest))
         self._is_constrained = True
         if self._looks_every() == 1 or self._crop is None:
             self._look()
-        else:  # compiled forwards do not count
+        else:
             self._count_step()
+
+    def _smallest_sigma(self) -> list[float]:
+        """Of a mask that leaves a pixel wherever its centre is in the kernel; 0 without a threshold."""
+        if self.threshold == 0:
+            return [0.0] * self.ndim
+        return [NARROWEST * sigma for sigma in self._sigma_of_a_pixel(self.threshold)]
+
+    def _sigma_of_a_pixel(self, threshold: float) -> list[float]:
+        """Of a mask that is over the threshold along a pixel's width, per dimension."""
+        return [0.5 / axis.half / math.sqrt(-2 * math.log(threshold)) for axis in self._axes]
 
     # ---- frequencies
 
     @property
     def nyquist_frequency(self) -> float:
         """The highest frequency that the grid can show (Eq. 24), in cycles per unit; the kernel spans two units."""
-        return (min(self.kernel_size) - 1) / 4
+        return min(axis.extent for axis in self._axes) / 4
 
     def highest_frequency(self) -> float | None:
         """`max_frequency()` in cycles per pixel."""
-        return None if self.sine_weight.is_meta else self.max_frequency() * 2 / max(min(self.kernel_size) - 1, 1)
+        return None if self.sine_weight.is_meta else self.max_frequency() / min(axis.half for axis in self._axes)
 
     def receptive_field(self) -> tuple[int, ...]:
         """Pixels of the kernel that are convolved with."""
@@ -361,7 +401,9 @@ class _FlexConv(ConstructedConv):
 
     @torch.no_grad()
     def max_frequency(self, mask: bool = True) -> float:
-        """f+ (Eq. 21 and 22): the highest frequency of the kernel, in cycles per unit; the kernel spans two units.
+        """f+ (Eq. 21 and 22): the paper's estimate of the kernel's highest frequency, see `filter_frequencies`.
+
+        In cycles per unit; the kernel spans two units.
 
         Args:
             mask: count what the mask adds.
@@ -389,8 +431,10 @@ class _FlexConv(ConstructedConv):
     def at_resolution(self, source: int, target: int) -> Self:
         """Turn a layer for one resolution, in place, into the same function at another (Eq. 9).
 
-        The kernel is sampled more (or less) densely and multiplied by (source / target)^D, so that the layer sums
-        over the same region of its input.
+        The kernel is sampled at steps source / target as large, from its centre or from the newest sample of a causal
+        one, and multiplied by (source / target)^D, so that the layer sums over the same region of its input. Its size,
+        and padding that is given in pixels, are rounded: the region may end up to a pixel earlier or later. Turns of a
+        layer multiply exactly: one there and one back leave it as it was made.
 
         Args:
             source, target: sizes of the layer's input, in pixels, now and from now on.
@@ -402,19 +446,27 @@ class _FlexConv(ConstructedConv):
             ValueError: a resolution is not positive; then nothing is changed.
         """
         for name, value in (("source", source), ("target", target)):
-            if not isinstance(value, int) or value < 1:
+            if not is_positive_int(value):
                 raise ValueError(f"{name}={value!r}: expected a positive int, a resolution in pixels")
-        sizes = tuple(_resampled_size(size, source, target) for size in self.kernel_size)
-        if isinstance(self.padding, tuple) and not self.causal:
-            self.padding = tuple(
-                (new - 1 - round((old - 1 - 2 * p) * target / source)) // 2
-                for new, old, p in zip(sizes, self.kernel_size, self.padding, strict=True)
-            )
-        self.kernel_size = sizes
-        self.kernel_scale *= (source / target) ** self.ndim
+        self._sample_at(self.resolution_ratio * Fraction(target, source))
         self._kept = None
         self._forget_crop()
         return self
+
+    def _sample_at(self, ratio: Fraction) -> None:
+        """The kernel's grid, factor and padding at `ratio` times the resolution that the layer was made for."""
+        self.resolution_ratio = ratio
+        self._axes = tuple(sampled_axis(size, ratio, self.causal) for size in self._made_size)
+        self.kernel_size = tuple(axis.size for axis in self._axes)
+        self.kernel_scale = float(ratio) ** -self.ndim
+        if isinstance(self._made_padding, tuple) and not self.causal:
+            made = zip(self._made_padding, self._made_size, self._axes, strict=True)
+            self.padding = tuple(resampled_padding(padding, size, axis, ratio) for padding, size, axis in made)
+
+    def unsaved_setting(self) -> str | None:
+        if self.resolution_ratio == 1:
+            return None
+        return f"at {self.resolution_ratio} times the resolution that it was made for"
 
     # ---- to and from plain convolutions
 
@@ -448,7 +500,7 @@ class _FlexConv(ConstructedConv):
     def _mask_out_(self, sizes: Sequence[int]) -> None:
         """A centred mask that leaves so many pixels."""
         threshold = self.threshold or THRESHOLD
-        wanted = [size * _narrowest(k, threshold) for size, k in zip(sizes, self.kernel_size, strict=True)]
+        wanted = [size * sigma for size, sigma in zip(sizes, self._sigma_of_a_pixel(threshold), strict=True)]
         self.geometry["mask_mean"].zero_()
         self.geometry["mask_sigma"].copy_(torch.tensor(wanted))
 
@@ -459,12 +511,12 @@ class _FlexConv(ConstructedConv):
         crop = self.crop()
         target = centred(kept, self.kernel_size)[slices(crop)]
         double = torch.empty(0, dtype=torch.float64)
-        axes = [_grid(c, k, double) for c, k in zip(crop, self.kernel_size, strict=True)]
+        axes = [axis.positions(*ends, double) for axis, ends in zip(self._axes, crop, strict=True)]
         mask = torch.ones(math.prod(target.shape[2:]), dtype=torch.float64)
         if self.mask:
             mean, sigma = (self.geometry[name].double().cpu() for name in ("mask_mean", "mask_sigma"))
             mask = gaussian_mask(mean, sigma, axes, self.threshold)
-        reach = [i / max(k - 1, 1) for i, k in zip(inner, self.kernel_size, strict=True)]
+        reach = [i / 2 / axis.half for i, axis in zip(inner, self._axes, strict=True)]
         fit_magnet_(self._magnet(), target, mask, axes, reach, self.nyquist_frequency)
 
     def to_conv(self) -> nn.Module:
@@ -522,32 +574,6 @@ class FlexSpec(KernelSpec):
     crop_every: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
-def _grid(crop: tuple[int, int], size: int, like: Tensor) -> Tensor:
-    """The points first to last of `size` points from -1 to 1; a single one is at 0."""
-    points = torch.arange(*crop, device=like.device, dtype=compute_dtype(like.dtype))
-    return (2 * points - (size - 1)) / max(size - 1, 1)
-
-
-def _is_traced(values: Sequence[Any]) -> bool:
-    """Whether values can't be looked at here: they are traced, captured, or have none."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    if any(not isinstance(value, Tensor) or value.is_meta for value in values):  # torch.fx passes proxies
-        return True
-    return any(value.is_cuda for value in values) and torch.cuda.is_current_stream_capturing()
-
-
-def _narrowest(size: int, threshold: float) -> float:
-    """The sigma of a mask whose visible part is as wide as a pixel."""
-    return 1 / (max(size - 1, 1) * math.sqrt(-2 * math.log(threshold)))
-
-
-def _resampled_size(size: int, source: int, target: int) -> int:
-    """The size, as even or odd, that covers the same part of an input at another resolution."""
-    parity = (size - 1) % 2
-    return 2 * round(((size - 1) * target / source - parity) / 2) + parity + 1
-
-
 def _shrunk(
     conv: nn.Conv1d | nn.Conv2d, cut: Sequence[tuple[int, int]], padding: str | Sequence[int]
 ) -> nn.Conv1d | nn.Conv2d:
@@ -562,10 +588,17 @@ def _shrunk(
     return new.train(conv.training)
 
 
-def _check_mask(initial_sigma: float, threshold: float, crop_every: int | None) -> None:
-    if not SMALLEST_SIGMA <= initial_sigma < math.inf:
-        raise ValueError(f"initial_sigma={initial_sigma}: expected at least {SMALLEST_SIGMA}; half a kernel is 1")
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold={threshold}: expected at least 0 (no cropping) and less than 1, the mask's centre")
-    if crop_every is not None and crop_every < 1:
-        raise ValueError(f"crop_every={crop_every}: expected a positive int, training steps")
+def _check_mask(
+    mask: bool, initial_sigma: float, threshold: float, penalize_mask: bool, crop_every: int | None
+) -> None:
+    for name, value in (("mask", mask), ("penalize_mask", penalize_mask)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: expected True or False")
+    if not is_number(initial_sigma) or not SMALLEST_SIGMA <= initial_sigma < math.inf:
+        raise ValueError(f"initial_sigma={initial_sigma!r}: expected at least {SMALLEST_SIGMA}; half a kernel is 1")
+    if not is_number(threshold) or not 0 <= threshold < 1:
+        raise ValueError(
+            f"threshold={threshold!r}: expected at least 0 (no cropping) and less than 1, the mask's centre"
+        )
+    if crop_every is not None and not is_positive_int(crop_every):
+        raise ValueError(f"crop_every={crop_every!r}: expected a positive int, training steps")

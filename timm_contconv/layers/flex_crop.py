@@ -12,6 +12,8 @@ from types import EllipsisType
 from torch import Tensor
 from torch.nn import functional as F
 
+from .flex_grid import Axis
+
 __all__ = ["Crop", "crop_to_mask", "is_inside", "margins", "pad_to_crop", "slices", "visible", "whole"]
 
 Crop = tuple[tuple[int, int], ...]
@@ -26,33 +28,32 @@ def whole(kernel_size: Sequence[int]) -> Crop:
 
 
 def visible(
-    mean: Sequence[float], sigma: Sequence[float], kernel_size: Sequence[int], threshold: float, margin: float = 0.0
+    mean: Sequence[float], sigma: Sequence[float], axes: Sequence[Axis], threshold: float, margin: float = 0.0
 ) -> Crop:
     """The pixels where a Gaussian mask reaches the threshold along each axis; at least one.
 
     Args:
         mean, sigma: of the mask, one per dimension; the kernel spans -1 to 1.
-        kernel_size: of the whole kernel.
+        axes: of the whole kernel.
         threshold: between 0 and 1.
         margin: what the mask may grow by, on either side, in the unit of the mean.
     """
     deviations = math.sqrt(-2 * math.log(threshold))
     crop = []
-    for centre, width, size in zip(mean, sigma, kernel_size, strict=True):
-        half = (size - 1) / 2
+    for middle, width, axis in zip(mean, sigma, axes, strict=True):
         reach = abs(width) * deviations + margin
-        first = math.ceil((centre - reach + 1) * half - ROUNDING)
-        last = math.floor((centre + reach + 1) * half + ROUNDING)
+        first = math.ceil(axis.centre + (middle - reach) * axis.half - ROUNDING)
+        last = math.floor(axis.centre + (middle + reach) * axis.half + ROUNDING)
         if first > last:  # between two pixels
             first, last = last, first
-        crop.append((min(max(first, 0), size - 1), max(min(last, size - 1), 0) + 1))
+        crop.append((min(max(first, 0), axis.size - 1), max(min(last, axis.size - 1), 0) + 1))
     return tuple(crop)
 
 
 def crop_to_mask(
     mean: Sequence[float],
     sigma: Sequence[float],
-    kernel_size: Sequence[int],
+    axes: Sequence[Axis],
     threshold: float,
     causal: bool = False,
     margin: float = 0.0,
@@ -62,7 +63,8 @@ def crop_to_mask(
     Steps count from the centre, or from the last pixel of a causal kernel.
     """
     crop = []
-    for (first, end), size in zip(visible(mean, sigma, kernel_size, threshold, margin), kernel_size, strict=True):
+    for (first, end), axis in zip(visible(mean, sigma, axes, threshold, margin), axes, strict=True):
+        size = axis.size
         step = max(1, (size - 1) // COARSENESS)
         origin = size - 1 if causal else (size - 1) // 2
         low = origin + step * math.floor((first - origin) / step)
@@ -90,7 +92,7 @@ def pad_to_crop(x: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
     """Zeros before and after each spatial dimension of x; a negative number of them cuts."""
     if any(max(side) > 0 for side in sides):
         x = F.pad(x, [max(amount, 0) for side in reversed(sides) for amount in side])
-    for dim, (before, after) in enumerate(sides, start=x.ndim - len(sides)):
+    for dim, (before, after) in enumerate(sides, start=-len(sides)):
         if min(before, after) < 0:
             first, removed = max(-before, 0), max(-before, 0) + max(-after, 0)
             x = x.narrow(dim, first, x.shape[dim] - removed)

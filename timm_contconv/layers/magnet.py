@@ -1,12 +1,13 @@
-"""Multiplicative anisotropic Gabor networks (Romero et al. 2022, "FlexConv"): functions of bounded frequency.
+"""Multiplicative anisotropic Gabor networks (Romero et al. 2022, "FlexConv"): functions of controlled frequency.
 
 A MAGNet maps coordinates to channels. It multiplies linear functions of its hidden channels by Gabor filters of the
-coordinates, layer after layer, so it is a sum of products of Gabor filters, whose highest frequency is known.
+coordinates, layer after layer, so it is a sum of products of Gabor filters, whose frequency its parameters tell.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ __all__ = [
     "check_magnet",
     "filter_frequencies",
     "gabor_filters",
+    "is_number",
+    "is_positive_int",
     "magnet_features",
     "magnet_shapes",
     "reset_magnet_",
@@ -90,15 +93,17 @@ def magnet_features(
 
 
 def filter_frequencies(sine_weight: Tensor, gamma: Tensor) -> Tensor:
-    """The highest frequency of each Gabor filter of a MAGNet (Romero et al. 2022, the summands of Eq. 21).
+    """An estimate of the highest frequency of each layer's Gabor filters (Romero et al. 2022, the summands of Eq. 21).
 
-    Signs of `sine_weight` and `gamma` do not matter: they do not change the spectrum.
+    Signs of `sine_weight` and `gamma` do not matter: they do not change the spectrum. The narrower side of an envelope,
+    its larger gamma, is left out, as in Eq. 14: a filter that is much narrower along one axis exceeds the estimate.
 
     Args:
         sine_weight, gamma: (L, H, D).
 
     Returns:
-        (L,), in cycles per unit of the coordinates. Their sum bounds the frequency of the MAGNet.
+        (L,), in cycles per unit of the coordinates. Where envelopes are about as wide along both axes, their sum bounds
+        the MAGNet's frequency but for the tails of Gaussian spectra beyond two standard deviations.
     """
     radians = sine_weight.abs().amax(-1) + ENVELOPE_CUT * gamma.abs().amin(-1)
     return radians.amax(-1) / (2 * math.pi)
@@ -149,10 +154,20 @@ def check_magnet(hidden_channels: int, hidden_layers: int, input_scale: float) -
         ValueError: names the argument, its value and what is allowed.
     """
     for name, value in (("hidden_channels", hidden_channels), ("hidden_layers", hidden_layers)):
-        if not isinstance(value, int) or value < 1:
+        if not is_positive_int(value):
             raise ValueError(f"{name}={value!r}: expected a positive int")
-    if not 0 < input_scale < math.inf:
-        raise ValueError(f"input_scale={input_scale}: expected a positive number; 25.6 in the released code")
+    if not is_number(input_scale) or not 0 < input_scale < math.inf:
+        raise ValueError(f"input_scale={input_scale!r}: expected a positive number; 25.6 in the released code")
+
+
+def is_number(value: Any) -> bool:
+    """Whether an argument is a real number; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_positive_int(value: Any) -> bool:
+    """Whether an argument is 1, 2, ...; True is not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class MAGNet(nn.Module):
@@ -198,8 +213,8 @@ class MAGNet(nn.Module):
         super().__init__()
         if ndim not in (1, 2):
             raise ValueError(f"ndim={ndim!r}: expected 1 or 2 coordinates")
-        if out_channels < 1:
-            raise ValueError(f"out_channels={out_channels}: expected a positive int")
+        if not is_positive_int(out_channels):
+            raise ValueError(f"out_channels={out_channels!r}: expected a positive int")
         check_magnet(hidden_channels, hidden_layers, input_scale)
         self.ndim = ndim
         self.input_scale = input_scale
@@ -223,5 +238,5 @@ class MAGNet(nn.Module):
 
     @torch.no_grad()
     def max_frequency(self) -> float:
-        """f+ of Eq. 21, in cycles per unit of the coordinates."""
+        """f+ of Eq. 21, in cycles per unit of the coordinates: an estimate, see `filter_frequencies`."""
         return filter_frequencies(self.sine_weight, self.gamma).sum().item()

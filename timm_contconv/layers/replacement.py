@@ -152,7 +152,7 @@ class ConvReplacement(nn.Module):
         return None
 
     def reset_setting(self) -> None:
-        """Undo what `unsaved_setting` names."""
+        """Undo what `unsaved_setting` names, where it keeps the layer from being merged."""
 
     def constrain_(self) -> None:
         """Clamp parameters, in place, into the range that the method needs after an optimiser step."""

@@ -5,16 +5,18 @@ Named by their blocks: the paper's FlexNet-16, which counts layers, is the one t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..convert import to_native
 from ..layers import FlexConv2d
+from ..layers.magnet import is_positive_int
 from .build import build_model_with_cfg
 from .classifier import Classifier
 
@@ -23,11 +25,14 @@ __all__ = ["FlexBlock", "FlexNet", "flexnet3", "flexnet5", "flexnet7"]
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
+#: arguments of FlexConv2d that the network gives
+GIVEN = ("in_channels", "out_channels", "kernel_size", "device", "dtype")
+
 
 class FlexStem(nn.Module):
     """FlexConv, batch norm, ReLU: (N, C_in, H, W) to (N, C_out, H, W)."""
 
-    def __init__(self, in_chs: int, out_chs: int, kernel_size: int, **flex: Any) -> None:
+    def __init__(self, in_chs: int, out_chs: int, kernel_size: int | Sequence[int], **flex: Any) -> None:
         super().__init__()
         self.conv = FlexConv2d(in_chs, out_chs, kernel_size, **flex)
         self.norm = nn.BatchNorm2d(out_chs, **_placement(self.conv))
@@ -50,7 +55,13 @@ class FlexBlock(nn.Module):
     """
 
     def __init__(
-        self, in_chs: int, out_chs: int, kernel_size: int, dropout: float = 0.2, drop_path: float = 0.0, **flex: Any
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int | Sequence[int],
+        dropout: float = 0.2,
+        drop_path: float = 0.0,
+        **flex: Any,
     ) -> None:
         super().__init__()
         self.conv1 = FlexConv2d(in_chs, out_chs, kernel_size, **flex)
@@ -75,14 +86,14 @@ class FlexNet(Classifier):
         in_chans: channels of the images.
         num_classes: outputs of the head; 0 for none.
         global_pool: pooling before the head, as in timm; "" for none.
-        img_size: of the training images; kernels are as large, or one larger where that is even. Images of other
-            sizes are taken, too; `tcc.at_resolution` turns the kernels to another resolution.
+        img_size: of the training images, an int or (height, width); kernels are as large, or one larger where that
+            is even. Images of other sizes are taken, too; `tcc.at_resolution` turns the kernels to another resolution.
         dim: channels of the stem.
         width_factors: channels of the blocks relative to the stem's.
         dropout: probability in the blocks.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
-        flex_args: other arguments of `FlexConv2d`.
+        flex_args: other arguments of `FlexConv2d`, by name.
         device, dtype: of the parameters.
 
     Raises:
@@ -94,7 +105,7 @@ class FlexNet(Classifier):
         in_chans: int = 3,
         num_classes: int = 10,
         global_pool: str = "avg",
-        img_size: int = 32,
+        img_size: int | tuple[int, int] = 32,
         dim: int = 24,
         width_factors: Sequence[float] = (1, 1, 1.5, 1.5, 1.5, 2, 2),
         dropout: float = 0.2,
@@ -107,11 +118,9 @@ class FlexNet(Classifier):
         super().__init__()
         if not width_factors:
             raise ValueError(f"width_factors={width_factors!r}: expected one factor per block, at least one")
-        if img_size < 1:
-            raise ValueError(f"img_size={img_size}: expected a positive int, in pixels")
+        kernel_size = _kernel_size(img_size)
         dd = {"device": device, "dtype": dtype}
-        flex = {**(flex_args or {}), **dd}
-        kernel_size = img_size + 1 - img_size % 2
+        flex = {**_checked(flex_args or {}), **dd}
         dims = [int(dim * factor) for factor in width_factors]
         rates = calculate_drop_path_rates(drop_path_rate, len(dims))
         self.num_classes = num_classes
@@ -155,6 +164,23 @@ class FlexNet(Classifier):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
+
+
+def _kernel_size(img_size: int | Sequence[int]) -> tuple[int, ...]:
+    """As large as the images, or one larger to be odd."""
+    sides = to_2tuple(img_size)
+    if len(sides) != 2 or not all(map(is_positive_int, sides)):
+        raise ValueError(f"img_size={img_size!r}: expected a positive int, in pixels, or two of them")
+    return tuple(side + 1 - side % 2 for side in sides)
+
+
+def _checked(flex_args: Mapping[str, Any]) -> Mapping[str, Any]:
+    allowed = [name for name in inspect.signature(FlexConv2d).parameters if name not in GIVEN]
+    if not isinstance(flex_args, Mapping) or any(name not in allowed for name in flex_args):
+        raise ValueError(
+            f"flex_args={flex_args!r}: expected a dict of {', '.join(allowed)}; img_size gives the size of the kernels"
+        )
+    return flex_args
 
 
 def _placement(conv: FlexConv2d) -> dict[str, Any]:

@@ -16,8 +16,10 @@ __all__ = ["constrain_", "constrain_layers_", "mean_penalty", "penalty"]
 def penalty(model: nn.Module) -> Tensor:
     """The methods' regularisers, a scalar to add to the loss with a factor of your choice.
 
-    For DCLS, how close a kernel's elements are to one another (0 to 1, mean over layers); the released training
-    code adds its square from epoch 20 on. Under FSDP2 the parameters are gathered for it.
+    For DCLS, how close a kernel's elements are to one another (0 to 1); the released training code adds its square
+    from epoch 20 on. For FlexConv, by how much a kernel's filters exceed the frequency that its grid can show (Eq. 26
+    of its paper), in squared cycles per unit; the released code adds 0.1 times the sum over layers. Under FSDP2 the
+    parameters are gathered for it.
 
     Returns:
         The mean over the layers that have a regulariser; 0 where none has.
