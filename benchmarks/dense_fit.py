@@ -48,7 +48,7 @@ def passes(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> dict[str, Cal
         return plain(*leaves, None, 1, padding).square().sum().backward()
 
     def fft() -> object:
-        y = dense_fft.output(x, weight, ones, padding, 1).to(x.dtype).contiguous()
+        y = dense_fft.output(x, weight, ones, padding, 1)
         dense_fft.input_gradient(y, weight, size, ones, padding, 1)
         return dense_fft.weight_gradient(y, x, kernel_size, ones, padding, 1)
 

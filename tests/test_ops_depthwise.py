@@ -242,6 +242,13 @@ def test_arguments_that_do_not_fit_are_named(shape, weight, stride, padding, say
         ops.depthwise_conv(torch.randn(shape), torch.randn(weight), None, stride, padding)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_what_is_no_real_floating_point_number_is_pytorchs(dtype):
+    x, weight = torch.randint(-5, 5, (1, 4, 20, 20)).to(dtype), torch.randint(-5, 5, (4, 1, 9, 9)).to(dtype)
+    with ops.algorithm("fft"):
+        assert torch.equal(ops.depthwise_conv2d(x, weight, padding=4), F.conv2d(x, weight, padding=4, groups=4))
+
+
 def test_an_empty_batch():
     weight = torch.randn(4, 1, 9, 9, requires_grad=True)
     out = ops.depthwise_conv2d(torch.randn(0, 4, 9, 9), weight, None, 1, 4)

@@ -6,9 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["register"]
+__all__ = ["autocast_dtype", "register"]
 
 _library = torch.library.Library("timm_contconv", "FRAGMENT")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an operator gets x."""
+    device = x.device.type
+    if _is_castable(x) and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def register(name: str, operator: Callable[..., Tensor]) -> None:
@@ -30,6 +38,8 @@ def _rule(device: str, operator: Callable[..., Tensor]) -> Callable[..., Tensor]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-        return value.to(dtype)
-    return value
+    return value.to(dtype) if isinstance(value, Tensor) and _is_castable(value) else value
+
+
+def _is_castable(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dtype != torch.float64

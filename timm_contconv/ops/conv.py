@@ -6,10 +6,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import plain
+from .autocast import autocast_dtype
 from .dense import chosen_conv, fft_conv, has_choice, is_cheaper_by_fft
 from .depthwise import depthwise_conv as _operator
 from .dispatch import forced, is_plain
-from .problem import CONVOLUTIONS, Problem, memory_format
+from .problem import Problem, memory_format, per_dimension
 
 __all__ = ["conv", "depthwise_conv", "depthwise_conv1d", "depthwise_conv2d", "depthwise_conv3d"]
 
@@ -32,11 +34,11 @@ def conv(
     if 1 < groups == weight.shape[0] and weight.shape[1] == 1:
         return depthwise_conv(x, weight, bias, stride, padding)
     if torch.compiler.is_compiling():
-        if has_choice(x, weight, groups):
+        if has_choice(x, weight, bias, stride, padding, groups):
             return chosen_conv(x, weight, bias, stride, padding, groups)
-    elif is_cheaper_by_fft(x, weight, tuple(stride), tuple(padding), groups):
+    elif is_cheaper_by_fft(x, weight, bias, stride, padding, groups):
         return fft_conv(x, weight, bias, stride, padding, groups)
-    return CONVOLUTIONS[weight.ndim - 2](x, weight, bias, tuple(stride), tuple(padding), 1, groups)
+    return plain.convolution(x, weight, bias, stride, padding, groups)
 
 
 def depthwise_conv(
@@ -49,7 +51,8 @@ def depthwise_conv(
     """Convolution of every channel with its own kernel, by the fastest algorithm that is known for the shape.
 
     Differentiable to any order, and one operator in compiled and exported graphs. On CUDA it is PyTorch's own
-    convolution unless another algorithm is forced: no faster one has been measured there yet.
+    convolution unless another algorithm is forced: no faster one has been measured there yet. Under the transforms of
+    torch.func, in forward mode, and for integers and complex numbers it is PyTorch's own whatever is forced.
 
     Args:
         x: (N, C, *size) images, in 1, 2 or 3 spatial dimensions and any layout.
@@ -64,10 +67,9 @@ def depthwise_conv(
         ValueError: if shapes, dtypes or devices do not fit together, or a forced algorithm does not apply.
     """
     dims = weight.ndim - 2
-    stride = (stride,) * dims if isinstance(stride, int) else tuple(stride)
-    padding = (padding,) * dims if isinstance(padding, int) else tuple(padding)
-    if not torch.compiler.is_compiling() and _stays_plain(x, weight, stride, padding):
-        return CONVOLUTIONS[dims](x, weight, bias, stride, padding, 1, weight.shape[0])
+    stride, padding = per_dimension(stride, dims), per_dimension(padding, dims)
+    if _must_be_plain(x) or (not torch.compiler.is_compiling() and _is_best_plain(x, weight, stride, padding)):
+        return plain.convolution(x, weight, bias, stride, padding, weight.shape[0])
     return _operator(x, weight, bias, stride, padding)
 
 
@@ -110,17 +112,19 @@ def _with_dims(weight: Tensor, dims: int) -> Tensor:
     return weight
 
 
-def _stays_plain(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
+def _must_be_plain(x: Tensor) -> bool:
+    return plain.is_transformed() or not x.is_floating_point()
+
+
+def _is_best_plain(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
     """Whether PyTorch's own convolution is best for all passes that will run, and nothing is forced."""
     if x.ndim != weight.ndim or forced():
         return False
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if _autocasts(device) else x.dtype
     passes: tuple[str, ...] = ("output",)
     if torch.is_grad_enabled():
         passes += ("input",) * x.requires_grad + ("weight",) * weight.requires_grad
     last = memory_format(x) is not torch.contiguous_format
-    return _is_plain(x.shape, weight.shape[2:], stride, padding, dtype, device, last, passes)
+    return _is_plain(x.shape, weight.shape[2:], stride, padding, autocast_dtype(x), x.device.type, last, passes)
 
 
 @lru_cache(maxsize=4096)
@@ -136,8 +140,3 @@ def _is_plain(
 ) -> bool:
     problem = Problem(x[0], x[1], tuple(x[2:]), tuple(kernel), stride, padding, dtype, device, channels_last)
     return is_plain(problem, passes)
-
-
-def _autocasts(device: str) -> bool:
-    """Whether autocast is on; some devices (meta) do not have it."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -9,10 +9,22 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autocast, dense_dft, dense_fft
+from . import autocast, dense_dft, dense_fft, plain
+from .autocast import autocast_dtype
 from .costs import predict
 from .fft import axes_of
-from .problem import CONVOLUTIONS, as_format, new_tensor, output_size
+from .problem import (
+    as_format,
+    check,
+    compute_dtype,
+    in_format,
+    kind_misfit,
+    memory_format,
+    new_tensor,
+    output_size,
+    per_dimension,
+    size_misfit,
+)
 
 __all__ = ["chosen_conv", "dense_cost_key", "dense_features", "fft_conv", "has_choice", "is_cheaper_by_fft"]
 
@@ -25,6 +37,8 @@ _FEWEST_TAPS_EXPORTED = 65
 _MEASURED_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # The longest line that is transformed by a matrix product.
 _LONGEST_LINE = 192
+# What PyTorch may round to inside float32 matrix products on the CPU.
+_matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def fft_conv(
@@ -38,7 +52,8 @@ def fft_conv(
     """`torch.nn.functional.conv1d`, `conv2d` or `conv3d` by discrete Fourier transforms, for large kernels.
 
     On the CPU, transforms of images of up to about 128 pixels a side are matrix products, others are FFTs. They run in
-    float32 (float64 for float64). Differentiable to any order, and one operator in compiled and exported graphs.
+    float32 (float64 for float64). Differentiable to any order, and one operator in compiled and exported graphs. Under
+    the transforms of torch.func and in forward mode it is PyTorch's own convolution.
 
     Args:
         x: (N, C_in, *size).
@@ -51,18 +66,13 @@ def fft_conv(
         (N, C_out, *output_size), with the dtype and the memory format of `x`.
 
     Raises:
-        ValueError: if the channels of `x` and `weight` do not fit together, or kernels are larger than padded images.
+        ValueError: if shapes, dtypes or devices do not fit together, or kernels are larger than padded images.
     """
     dims = weight.ndim - 2
-    if x.ndim != weight.ndim or x.shape[1] != groups * weight.shape[1] or weight.shape[0] % groups:
-        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, groups={groups}: these do not fit")
-    stride = (stride,) * dims if isinstance(stride, int) else tuple(stride)
-    padding = (padding,) * dims if isinstance(padding, int) else tuple(padding)
-    if min(output_size(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
-        raise ValueError(
-            f"weight {tuple(weight.shape)}: expected kernels no larger than the padded image, x {tuple(x.shape)} with"
-            f" padding={padding}"
-        )
+    stride, padding = per_dimension(stride, dims), per_dimension(padding, dims)
+    check(x, weight, bias, stride, padding, groups)
+    if plain.is_transformed():
+        return plain.convolution(x, weight, bias, stride, padding, groups)
     return _with_bias(_convolve(x, weight, stride, padding, groups, True), bias)
 
 
@@ -84,9 +94,10 @@ def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
 def _convolve(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, forced: bool
 ) -> Tensor:
-    if _stays_plain(x, weight, stride, padding, groups, forced):
-        return as_format(CONVOLUTIONS[weight.ndim - 2](x, weight, None, stride, padding, 1, groups), x)
-    if _is_exact(x) and _by_matrices(x.shape[2:], weight.shape[2:], stride, padding, groups):
+    chosen = _chosen(x, weight, stride, padding, groups, forced)
+    if chosen == "pytorch":
+        return as_format(plain.convolution(x, weight, None, stride, padding, groups), x)
+    if chosen == "dft":
         return as_format(dense_dft.output(x, weight, stride, padding), x)
     return as_format(dense_fft.output(x, weight, stride, padding, groups), x)
 
@@ -96,17 +107,21 @@ def _input_gradient(
     grad: Tensor,
     weight: Tensor,
     input_size: Sequence[int],
+    channels_last: bool,
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
     forced: bool,
 ) -> Tensor:
     x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *input_size)
-    if _stays_plain(x, weight, stride, padding, groups, forced):
-        return as_format(_gradients(grad, x, weight, stride, padding, groups, 0), grad)
-    if _is_exact(grad) and _by_matrices(input_size, weight.shape[2:], stride, padding, groups):
-        return as_format(dense_dft.input_gradient(grad, weight, input_size, stride, padding), grad)
-    return as_format(dense_fft.input_gradient(grad, weight, input_size, stride, padding, groups), grad)
+    chosen = _chosen(x, weight, stride, padding, groups, forced)
+    if chosen == "pytorch":
+        out = plain.input_gradient(grad, weight, input_size, stride, padding, groups)
+    elif chosen == "dft":
+        out = dense_dft.input_gradient(grad, weight, input_size, stride, padding)
+    else:
+        out = dense_fft.input_gradient(grad, weight, input_size, stride, padding, groups)
+    return in_format(out, grad.dtype, _format(channels_last, grad.ndim))
 
 
 @torch.library.custom_op("timm_contconv::fft_conv_weight_gradient", mutates_args=())
@@ -120,43 +135,46 @@ def _weight_gradient(
     forced: bool,
 ) -> Tensor:
     weight = x.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, *kernel_size)
-    if _stays_plain(x, weight, stride, padding, groups, forced):
-        return _gradients(grad, x, weight, stride, padding, groups, 1).contiguous()
-    if _is_exact(x) and _by_matrices(x.shape[2:], kernel_size, stride, padding, groups):
+    chosen = _chosen(x, weight, stride, padding, groups, forced)
+    if chosen == "pytorch":
+        return plain.weight_gradient(grad, x, kernel_size, stride, padding, groups).contiguous()
+    if chosen == "dft":
         return dense_dft.weight_gradient(grad, x, kernel_size, stride, padding)
     return dense_fft.weight_gradient(grad, x, kernel_size, stride, padding, groups)
 
 
-def _stays_plain(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, forced: bool
-) -> bool:
-    """Whether PyTorch's own convolution runs: where it is faster, if that is asked, and for no images."""
-    return not x.numel() or not (forced or is_cheaper_by_fft(x, weight, tuple(stride), tuple(padding), groups))
+def _chosen(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, forced: bool) -> str:
+    """What runs: "pytorch" where it is faster, if that is asked, and for no images; or else "dft" or "fft"."""
+    if not x.numel() or not (forced or is_cheaper_by_fft(x, weight, None, stride, padding, groups)):
+        return "pytorch"
+    exact = x.is_cpu and _is_exact(x.dtype)
+    return _transform(x.shape[2:], weight.shape[2:], stride, padding, groups, exact)
 
 
-def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, which: int
-) -> Tensor:
-    """PyTorch's gradient of x (0) or weight (1)."""
-    dims = weight.ndim - 2
-    result: Tensor = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, (1,) * dims, False, (0,) * dims, groups, (which == 0, which == 1, False)
-    )[which]
-    return result
+def _transform(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    exact: bool,
+) -> str:
+    """ "dft" where transforms are matrix products, which have to be exact, or else "fft"."""
+    if not exact or len(size) != 2 or groups != 1:
+        return "fft"
+    longest = max(a.shortest for a in axes_of(size, kernel_size, stride, padding))
+    return "dft" if longest <= _LONGEST_LINE else "fft"
 
 
-def _by_matrices(
-    size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
-) -> bool:
-    """Whether transforms are matrix products, where those are exact."""
-    if len(size) != 2 or groups != 1:
-        return False
-    return max(a.shortest for a in axes_of(size, kernel_size, stride, padding)) <= _LONGEST_LINE
+def _is_exact(dtype: torch.dtype) -> bool:
+    """Whether matrix products on the CPU have the precision of transforms: bfloat16 or TF32 inside would ruin them."""
+    return compute_dtype(dtype) == torch.float64 or _matmul.fp32_precision in ("none", "ieee")
 
 
-def _is_exact(x: Tensor) -> bool:
-    """Whether matrix products have the precision that transforms need: bfloat16 or TF32 inside would ruin them."""
-    return x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+def _format(channels_last: bool, ndim: int) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if ndim == 4 else torch.channels_last_3d
 
 
 @_convolve.register_fake
@@ -167,9 +185,18 @@ def _(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], 
 
 @_input_gradient.register_fake
 def _(
-    grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: Any, padding: Any, groups: int, forced: bool
+    grad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    channels_last: bool,
+    stride: Any,
+    padding: Any,
+    groups: int,
+    forced: bool,
 ) -> Tensor:
-    return new_tensor(grad, (grad.shape[0], weight.shape[1] * groups, *input_size))
+    form = _format(channels_last, grad.ndim)
+    size = (grad.shape[0], weight.shape[1] * groups, *input_size)
+    return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=form)
 
 
 @_weight_gradient.register_fake
@@ -180,7 +207,46 @@ def _(
 
 
 # ------------------------------------------------------------------------------------------------- gradients
-# Each operator is linear in two tensors, so the gradients of the three are again among the three.
+# Each operator is linear in two tensors, so the gradients of the three are again among the three. A backward may run
+# under a transform that its forward was not under.
+
+
+def _to_output(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int, forced: bool
+) -> Tensor:
+    if plain.is_transformed():
+        return plain.convolution(x, weight, None, stride, padding, groups)
+    return _convolve(x, weight, stride, padding, groups, forced)
+
+
+def _to_x(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    forced: bool,
+) -> Tensor:
+    size = x.shape[2:]
+    if plain.is_transformed():
+        return plain.input_gradient(grad, weight, size, stride, padding, groups)
+    channels_last = memory_format(x) is not torch.contiguous_format
+    return _input_gradient(grad, weight, size, channels_last, stride, padding, groups, forced)
+
+
+def _to_weight(
+    grad: Tensor,
+    x: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    forced: bool,
+) -> Tensor:
+    if plain.is_transformed():
+        return plain.weight_gradient(grad, x, size, stride, padding, groups)
+    return _weight_gradient(grad, x, size, stride, padding, groups, forced)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -191,24 +257,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
-    to_x = _input_gradient(grad, weight, x.shape[2:], *ctx.geometry) if need_x else None
-    to_weight = _weight_gradient(grad, x, weight.shape[2:], *ctx.geometry) if need_weight else None
+    to_x = _to_x(grad, weight, x, *ctx.geometry) if need_x else None
+    to_weight = _to_weight(grad, x, weight.shape[2:], *ctx.geometry) if need_weight else None
     return to_x, to_weight, None, None, None, None
 
 
 def _input_backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
     grad, weight = ctx.saved_tensors
     need_grad, need_weight = ctx.needs_input_grad[:2]
-    to_grad = _convolve(x, weight, *ctx.geometry) if need_grad else None
-    to_weight = _weight_gradient(grad, x, weight.shape[2:], *ctx.geometry) if need_weight else None
-    return to_grad, to_weight, None, None, None, None, None
+    to_grad = _to_output(x, weight, *ctx.geometry) if need_grad else None
+    to_weight = _to_weight(grad, x, weight.shape[2:], *ctx.geometry) if need_weight else None
+    return to_grad, to_weight, None, None, None, None, None, None
 
 
 def _weight_backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
     grad, x = ctx.saved_tensors
     need_grad, need_x = ctx.needs_input_grad[:2]
-    to_grad = _convolve(x, weight, *ctx.geometry) if need_grad else None
-    to_x = _input_gradient(grad, weight, x.shape[2:], *ctx.geometry) if need_x else None
+    to_grad = _to_output(x, weight, *ctx.geometry) if need_grad else None
+    to_x = _to_x(grad, weight, x, *ctx.geometry) if need_x else None
     return to_grad, to_x, None, None, None, None, None
 
 
@@ -239,39 +305,54 @@ def _(grad: Any, x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> in
 # ---------------------------------------------------------------------------------------------------- choice
 
 
-def has_choice(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether `fft_conv` may be the faster one, by what does not change with the size of images.
-
-    False where nothing was recorded, which today is every device but the CPU.
-    """
-    if x.device.type != "cpu" or x.ndim != weight.ndim or x.shape[1] != groups * weight.shape[1]:
+def has_choice(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> bool:
+    """Whether `fft_conv` may be the faster one, by what does not change with the size of images."""
+    if not _is_measured(x, weight, bias):
         return False
-    fewest = _FEWEST_TAPS_EXPORTED if torch.compiler.is_exporting() else _FEWEST_TAPS[weight.ndim - 2]
-    return math.prod(weight.shape[2:]) >= fewest
+    return size_misfit(x.shape, weight.shape, _shape(bias), stride, padding, groups) is None
 
 
 def is_cheaper_by_fft(
-    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
     """Whether the recorded costs expect `fft_conv` to be faster than PyTorch's convolution."""
-    if not has_choice(x, weight, groups):
+    if not _is_measured(x, weight, bias):
         return False
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return _is_cheaper(tuple(x.shape), tuple(weight.shape), stride, padding, groups, dtype)
+    dtype = autocast_dtype(x) if torch.is_autocast_enabled("cpu") else x.dtype
+    exact = _is_exact(dtype)
+    return _is_cheaper(x.shape, weight.shape, _shape(bias), tuple(stride), tuple(padding), groups, dtype, exact)
+
+
+def _is_measured(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether costs of such tensors were recorded, today on the CPU only, and nothing demands PyTorch's convolution."""
+    fewest = _FEWEST_TAPS_EXPORTED if torch.compiler.is_exporting() else _FEWEST_TAPS.get(weight.ndim - 2, math.inf)
+    if math.prod(weight.shape[2:]) < fewest or not x.is_cpu or plain.is_transformed():
+        return False
+    return kind_misfit(x, weight, bias) is None
+
+
+def _shape(bias: Tensor | None) -> torch.Size | None:
+    return None if bias is None else bias.shape
 
 
 @lru_cache(maxsize=4096)
 def _is_cheaper(
-    x: tuple[int, ...],
-    weight: tuple[int, ...],
+    x: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size | None,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     groups: int,
     dtype: torch.dtype,
+    exact: bool,
 ) -> bool:
-    if x[0] < 1 or min(output_size(x[2:], weight[2:], stride, padding)) < 1:
+    if size_misfit(x, weight, bias, stride, padding, groups) or 0 in x:
         return False
-    ours = "dft" if _by_matrices(x[2:], weight[2:], stride, padding, groups) else "fft"
+    if min(output_size(x[2:], weight[2:], stride, padding)) < 1:
+        return False
+    ours = _transform(x[2:], weight[2:], stride, padding, groups, exact)
     costs = predict(
         dense_cost_key(len(x) - 2, dtype), lambda name: dense_features(name, x, weight, stride, padding, groups)
     )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autocast
+from . import autocast, plain
 from .dispatch import choose, forced, inherited
-from .problem import Problem, as_format, new_tensor, output_size
+from .problem import Problem, as_format, check, new_tensor, output_size
 
 __all__ = ["depthwise_conv", "input_gradient", "weight_gradient"]
 
@@ -64,29 +64,31 @@ def _(grad: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> None:
-    dims = len(stride)
-    if weight.ndim != dims + 2 or x.ndim != dims + 2 or len(padding) != dims:
-        raise ValueError(
-            f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, stride {tuple(stride)}, padding "
-            f"{tuple(padding)}: expected (N, C, *size), (C, 1, *kernel), and one stride and padding per dimension"
-        )
-    if weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
+    if weight.shape[:2] != (x.shape[1], 1):
         raise ValueError(f"weight {tuple(weight.shape)}: expected ({x.shape[1]}, 1, ...) for x {tuple(x.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)}: expected ({weight.shape[0]},)")
-    for name, other in (("weight", weight), ("bias", bias)):
-        if other is not None and (other.dtype != x.dtype or other.device != x.device):
-            raise ValueError(f"{name} is {other.dtype} on {other.device}: expected x's {x.dtype} on {x.device}")
-    if min(stride) < 1 or min(padding) < 0:
-        raise ValueError(f"stride={tuple(stride)}, padding={tuple(padding)}: expected at least 1 and 0")
-    if min(output_size(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
-        raise ValueError(
-            f"kernel {tuple(weight.shape[2:])}: larger than the input {tuple(x.shape[2:])} with its padding "
-            f"{tuple(padding)} on both sides"
-        )
+    check(x, weight, bias, stride, padding, x.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------- gradients
+# A backward may run under a transform that its forward was not under.
+
+
+def _to_output(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    if plain.is_transformed():
+        return plain.convolution(x, weight, None, stride, padding, x.shape[1])
+    return depthwise_conv(x, weight, None, stride, padding)
+
+
+def _to_x(grad: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    if plain.is_transformed():
+        return plain.input_gradient(grad, weight, size, stride, padding, grad.shape[1])
+    return input_gradient(grad, weight, size, stride, padding)
+
+
+def _to_weight(grad: Tensor, x: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    if plain.is_transformed():
+        return plain.weight_gradient(grad, x, size, stride, padding, grad.shape[1])
+    return weight_gradient(grad, x, size, stride, padding)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -101,9 +103,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * 5
     with inherited(ctx.forced):
         if ctx.needs_input_grad[0]:
-            grads[0] = input_gradient(grad, weight, ctx.input_size, ctx.stride, ctx.padding)
+            grads[0] = _to_x(grad, weight, ctx.input_size, ctx.stride, ctx.padding)
         if ctx.needs_input_grad[1]:
-            grads[1] = weight_gradient(grad, x, ctx.kernel_size, ctx.stride, ctx.padding)
+            grads[1] = _to_weight(grad, x, ctx.kernel_size, ctx.stride, ctx.padding)
     if ctx.needs_input_grad[2]:
         grads[2] = grad.sum([0, *range(2, grad.ndim)])
     return tuple(grads)
@@ -118,9 +120,9 @@ def _input_backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
     grad, weight = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * 5
     if ctx.needs_input_grad[0]:
-        grads[0] = depthwise_conv(x, weight, None, ctx.stride, ctx.padding)
+        grads[0] = _to_output(x, weight, ctx.stride, ctx.padding)
     if ctx.needs_input_grad[1]:
-        grads[1] = weight_gradient(grad, x, weight.shape[2:], ctx.stride, ctx.padding)
+        grads[1] = _to_weight(grad, x, weight.shape[2:], ctx.stride, ctx.padding)
     return tuple(grads)
 
 
@@ -133,9 +135,9 @@ def _weight_backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
     grad, x = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * 5
     if ctx.needs_input_grad[0]:
-        grads[0] = depthwise_conv(x, weight, None, ctx.stride, ctx.padding)
+        grads[0] = _to_output(x, weight, ctx.stride, ctx.padding)
     if ctx.needs_input_grad[1]:
-        grads[1] = input_gradient(grad, weight, x.shape[2:], ctx.stride, ctx.padding)
+        grads[1] = _to_x(grad, weight, x.shape[2:], ctx.stride, ctx.padding)
     return tuple(grads)
 
 

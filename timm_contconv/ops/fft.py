@@ -98,7 +98,7 @@ def image_spectrum(x: Tensor, axes: list[Axis]) -> Tensor:
 def gradient_spectrum(grad: Tensor, axes: list[Axis]) -> Tensor:
     grad = grad.to(compute_dtype(grad.dtype))
     if any(a.stride > 1 for a in axes):
-        spread = grad.new_zeros((*grad.shape[:2], *((a.outputs - 1) * a.stride + 1 for a in axes)))
+        spread = grad.new_zeros((*grad.shape[: -len(axes)], *((a.outputs - 1) * a.stride + 1 for a in axes)))
         spread[spatial([slice(None, None, a.stride) for a in axes])] = grad
         grad = spread
     return transform(grad, axes)

@@ -1,0 +1,58 @@
+"""PyTorch's own convolution and its two gradients, in 1, 2 or 3 spatial dimensions, and when only they will do."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["convolution", "input_gradient", "is_transformed", "weight_gradient"]
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, or differentiation in forward mode, is at work.
+
+    A custom operator refuses the one and loses the tangents of the other; PyTorch's own know both.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> Tensor:
+    """The convolution of x (N, C_in, *size) with weight (C_out, C_in/groups, *kernel), plus bias (C_out,)."""
+    return _CONVOLUTIONS[weight.ndim - 2](x, weight, bias, tuple(stride), tuple(padding), 1, groups)
+
+
+def input_gradient(
+    grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
+) -> Tensor:
+    """The gradient of `convolution` with respect to x, (N, C_in, *input_size)."""
+    x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *input_size)
+    return _gradients(grad, x, weight, stride, padding, groups, (True, False, False))[0]
+
+
+def weight_gradient(
+    grad: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
+) -> Tensor:
+    """The gradient of `convolution` with respect to its weight, (C_out, C_in/groups, *kernel_size)."""
+    weight = x.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, *kernel_size)
+    return _gradients(grad, x, weight, stride, padding, groups, (False, True, False))[1]
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    ones, zeros = [1] * len(stride), [0] * len(stride)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, ones, False, zeros, groups, wanted
+    )
