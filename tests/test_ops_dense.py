@@ -1,6 +1,7 @@
 """Convolutions between all channels by discrete Fourier transforms, against PyTorch's in float64."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -294,3 +295,21 @@ def test_autocast_brings_dtypes_together():
     torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
     with pytest.raises(ValueError, match="weight is torch.float32"):
         ops.fft_conv(x, weight, bias, 1, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("channels", "kernel"),
+    [(2, (32,)), (4, (16,)), (6, (16,)), (8, (8,)), (8, (12,)), (14, (16,)), (4, (64,)), (8, (8, 8))],
+)
+def test_half_precision_where_onednn_errs(channels: int, kernel: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(2, channels, *[40] * len(kernel))
+    weight, bias = torch.randn(6, channels, *kernel) / math.prod(kernel) ** 0.5, torch.randn(6)
+    geometry = (1,) * len(kernel), tuple(k // 2 for k in kernel), 1
+    convolve = F.conv1d if len(kernel) == 1 else F.conv2d
+    expected = convolve(x.double(), weight.double(), bias.double(), *geometry[:2]).float()
+    actual = ops.conv(x.to(dtype), weight.to(dtype), bias.to(dtype), *geometry)
+    assert actual.dtype == dtype
+    assert (actual - expected).norm() < 0.02 * expected.norm()
+    with torch.autocast("cpu", dtype):
+        assert (ops.conv(x, weight, bias, *geometry) - expected).norm() < 0.02 * expected.norm()

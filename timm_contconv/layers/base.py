@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import conv as convolve
+from ..ops.plain import is_transformed
 from ..ops.problem import compute_dtype
 from .compilation import CompileMode, check_compile_mode, construct_compiled, should_compile
 from .once import interpolation_of
@@ -302,7 +303,7 @@ def may_keep(inputs: Iterable[Any]) -> bool:
 
 def may_look(values: Iterable[Any]) -> bool:
     """Whether values can be looked at here: not where they are traced, transformed or captured, or where none are."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or _is_recorded():
         return False
     is_cuda = False
     for value in values:
@@ -312,10 +313,8 @@ def may_look(values: Iterable[Any]) -> bool:
     return not (is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _is_transformed() -> bool:
-    """Under torch.func, or while operators are recorded or run on fake tensors: there values can't be looked at."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
+def _is_recorded() -> bool:
+    """Whether operators are recorded, or run on fake tensors."""
     modes = torch._C._TorchDispatchModeKey
     return torch._C._len_torch_dispatch_stack() > 0 and any(
         torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .autocast import autocast_dtype
+
 __all__ = ["convolution", "input_gradient", "is_transformed", "weight_gradient"]
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -24,7 +26,25 @@ def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> Tensor:
     """The convolution of x (N, C_in, *size) with weight (C_out, C_in/groups, *kernel), plus bias (C_out,)."""
-    return _CONVOLUTIONS[weight.ndim - 2](x, weight, bias, tuple(stride), tuple(padding), 1, groups)
+    convolve = _CONVOLUTIONS[weight.ndim - 2]
+    if not _is_wrong_in_half_precision(x, weight):
+        return convolve(x, weight, bias, tuple(stride), tuple(padding), 1, groups)
+    with torch.autocast("cpu", enabled=False):
+        wide = convolve(
+            x.float(), weight.float(), None if bias is None else bias.float(), tuple(stride), tuple(padding), 1, groups
+        )
+    return wide.to(autocast_dtype(x))
+
+
+def _is_wrong_in_half_precision(x: Tensor, weight: Tensor) -> bool:
+    """Where oneDNN's bfloat16 and float16 convolutions are wrong on processors with matrix units (torch 2.15).
+
+    Seen with 2, 4, ..., 14 channels in a group and a row of the kernel of 32 * n numbers, n of 2 and more.
+    """
+    channels, row = weight.shape[1], weight.shape[1] * weight.shape[-1]
+    if channels >= 16 or channels % 2 or row % 32 or row < 64 or not x.is_cpu:
+        return False
+    return autocast_dtype(x) in (torch.bfloat16, torch.float16)
 
 
 def input_gradient(
