@@ -16,7 +16,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import timm_contconv as tcc
-from timm_contconv.layers import DclsConv1d, DclsConv2d, DclsConv3d, DclsSpec, FlexConv2d, SmpConv2d, compilation
+from timm_contconv.layers import (
+    DclsConv1d,
+    DclsConv2d,
+    DclsConv3d,
+    DclsSpec,
+    FlexConv1d,
+    FlexConv2d,
+    GaussianEnvelopeConv2d,
+    SmpConv2d,
+    compilation,
+)
 
 INTERPOLATIONS = ("bilinear", "triangle", "gauss")
 
@@ -379,3 +389,33 @@ def test_layers_in_eval_mode_under_function_transforms(x):
 def test_a_constructed_kernel_cannot_be_set():
     with pytest.raises(AttributeError, match="weight: it is constructed and can't be set; to_conv"):
         nn.utils.fuse_conv_bn_eval(make().eval(), nn.BatchNorm2d(8).eval())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        DclsConv1d(4, 4, 7, padding=3, groups=4, kernel_count=5),
+        DclsConv2d(4, 4, 7, padding=3, groups=4, kernel_count=5),
+        DclsConv3d(4, 4, 3, padding=1, groups=4, kernel_count=5),
+        DclsConv2d(4, 6, 7, padding=3, padding_mode="reflect", kernel_count=5),
+        DclsConv2d(4, 4, 6, 2, "same", groups=4, kernel_count=3),
+        SmpConv2d(4, 4, 7, padding=3, groups=4),
+        FlexConv1d(4, 4, 9, groups=4),
+        FlexConv2d(4, 4, 7, padding=3, groups=4),
+        GaussianEnvelopeConv2d(4, 4, 3, padding=1, groups=4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_one_image_without_a_batch_dimension_and_traced(layer, training):
+    x = torch.randn(2, 4, *[12] * (layer.weight.ndim - 2))
+    layer.train(training)
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))
+
+
+def test_data_parallel_is_refused_with_the_way_out():
+    with pytest.raises(
+        NotImplementedError, match="DclsConv2d: nn.DataParallel does not .* DistributedDataParallel, or"
+    ):
+        make()._replicate_for_data_parallel()

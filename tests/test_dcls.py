@@ -155,6 +155,9 @@ def test_repulsion_of_one_element_is_zero():
     ("arguments", "message"),
     [
         ({"kernel_count": 0}, "kernel_count=0: expected a positive int"),
+        ({"kernel_count": 2.5}, "kernel_count=2.5: expected a positive int"),
+        ({"kernel_count": True}, "kernel_count=True: expected a positive int"),
+        ({"kernel_count": 3, "position_dims": 1}, "position_dims=1: expected ascending spatial dimensions"),
         ({"kernel_count": 3, "kernel_size": 0}, "kernel_size=0: expected a positive int"),
         ({"kernel_count": 3, "kernel_size": (3, 3, 3)}, "or 2 of them"),
         ({"kernel_count": 3, "interpolation": "cubic"}, "interpolation='cubic': expected one of bilinear"),
@@ -186,3 +189,10 @@ def test_layer_convolves_with_its_kernel_in_every_padding_mode():
         padded = F.pad(x, (1, 1, 2, 2), mode="constant" if mode == "zeros" else mode)
         expected = F.conv2d(padded, layer.construct(), layer.bias, groups=2)
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "triangle", "gauss"])
+def test_a_position_that_is_not_a_number_shows(interpolation):
+    layer = DclsConv2d(2, 2, 7, groups=2, kernel_count=3, interpolation=interpolation)
+    layer.position.data[0, 0, 0, 0] = torch.nan
+    assert layer.weight[0].isnan().any()

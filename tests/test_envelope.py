@@ -345,3 +345,10 @@ def test_half_precision_parameters(dtype: torch.dtype) -> None:
     layer, x = build("strided"), images()
     expected = layer(x)
     torch.testing.assert_close(layer.to(dtype)(x.to(dtype)).double(), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_delta_gives_sigma_a_gradient_of_zero() -> None:
+    """Without one, DistributedDataParallel and torch.autograd.grad would miss a parameter."""
+    layer = GaussianEnvelopeConv2d(4, 4, 3, 2, 1, initial_sigma=0)
+    for gradient in torch.autograd.grad(layer(torch.randn(2, 4, 8, 8)).sum(), tuple(layer.geometry.values())):
+        assert not gradient.any()

@@ -229,3 +229,24 @@ def test_convnext_tiny_is_fitted_within_a_minute(recipe):
     start = time.perf_counter()
     tcc.patch(model, recipe)
     assert time.perf_counter() - start < 60
+
+
+@pytest.mark.parametrize("recipe", ["dcls", "dcls_gauss", "smp", "flex", "genv", "cc"])
+@pytest.mark.parametrize("context", [lambda: torch.device("meta"), torch.inference_mode], ids=["device", "inference"])
+def test_a_warm_start_is_the_same_whatever_surrounds_it(recipe, context):
+    model = timm.create_model("test_resnet" if recipe in ("genv", "cc") else "test_convnext")
+    options = {} if recipe in ("genv", "cc") else {"kernel_size": 9}
+    options |= {"kernel_count": 10} if recipe.startswith("dcls") else {}
+    other = copy.deepcopy(model)
+    tcc.patch(model, recipe, **options)
+    with context():
+        tcc.patch(other, recipe, **options)
+    for value, expected in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_a_kernel_that_is_not_finite_is_refused():
+    conv = nn.Conv2d(2, 2, 3)
+    conv.weight.data[0, 0, 1, 1] = torch.nan
+    with pytest.raises(ValueError, match="init='fit': 1 of 36 values of Conv2d.* are NaN or infinite"):
+        DclsConv2d.from_conv(conv, DclsSpec(interpolation="gauss", kernel_size=5, kernel_count=3))

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -130,3 +131,35 @@ def test_unpatching_takes_the_hooks_off():
     tcc.merge(tcc.patch(model, "dcls_gauss", init="random"), inplace=True)
     after = sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
     assert after == before == 0
+
+
+@pytest.mark.parametrize("between", ["no_grad", "inference_mode", "evaluation", "weight"])
+def test_a_checkpointed_model_may_run_without_gradients_before_its_backward(between: str) -> None:
+    model, images = model_of("dcls_gauss").train(), torch.randn(2, 3, 32, 32)
+    expected = gradients(model, images)
+    model.set_grad_checkpointing()
+    model.zero_grad()
+    loss = model(images).square().sum()
+    with torch.inference_mode() if between == "inference_mode" else torch.no_grad():
+        if between == "weight":
+            assert model.stages[1].blocks[0].conv_dw.weight.any()
+        else:
+            model.train(between != "evaluation")(images)
+    model.train()
+    loss.backward()
+    assert_equal_gradients({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+
+
+def test_several_threads_may_train_one_model() -> None:
+    model, images = model_of("dcls_gauss").train(), torch.randn(2, 3, 32, 32)
+    once = gradients(model, images)
+    model.zero_grad()
+
+    def train(_: int) -> None:
+        for _ in range(4):
+            model(images).square().sum().backward()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(train, range(3)))
+    summed = {name: parameter.grad / 12 for name, parameter in model.named_parameters()}
+    assert_equal_gradients(summed, once)

@@ -27,7 +27,16 @@ from .compilation import CompileMode, check_compile_mode, construct_compiled, sh
 from .once import interpolation_of
 from .replacement import ConvReplacement, PlainConv
 
-__all__ = ["ConstructedConv", "is_causal", "may_keep", "may_look", "plain_arguments", "to_be_kept", "without_autocast"]
+__all__ = [
+    "ConstructedConv",
+    "as_int",
+    "is_causal",
+    "may_keep",
+    "may_look",
+    "plain_arguments",
+    "to_be_kept",
+    "without_autocast",
+]
 
 torch.fx.wrap("convolve")  # the engine chooses by shape, which symbolic tracing does not know
 
@@ -189,10 +198,8 @@ class ConstructedConv(ConvReplacement):
         ):
             return x, tuple(k // 2 for k in self.kernel_size)
         else:
-            sizes = x.shape[-self.ndim :]
-            sides = [_same_sides(*d) for d in zip(sizes, self.kernel_size, self.stride, strict=True)]
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, [amount for side in reversed(sides) for amount in side], mode=mode), none
+            return _pad_same(x, self.kernel_size, self.stride, self.padding_mode), none
+        return _pad_sides(x, sides, self.padding_mode), none
 
     def to_conv(self) -> nn.Module:
         """The plain convolution (`nn.Conv1d/2d/3d`, or timm's `Conv2dSame`) with the same output."""
@@ -367,6 +374,18 @@ def _any_requires_grad(inputs: Any) -> bool:
     return any(value.requires_grad for value in inputs)
 
 
+@torch.fx.wrap
+def _pad_same(x: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], padding_mode: str) -> Tensor:
+    """So that the output has ceil(input / stride) pixels; sizes are known when a traced module runs."""
+    sizes = x.shape[-len(kernel_size) :]
+    return _pad_sides(x, [_same_sides(*d) for d in zip(sizes, kernel_size, stride, strict=True)], padding_mode)
+
+
+def _pad_sides(x: Tensor, sides: Sequence[tuple[int, int]], padding_mode: str) -> Tensor:
+    amounts = [amount for side in reversed(sides) for amount in side]
+    return F.pad(x, amounts, mode="constant" if padding_mode == "zeros" else padding_mode)
+
+
 def _same_sides(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
     total = max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
     return total // 2, total - total // 2
@@ -374,7 +393,7 @@ def _same_sides(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
 
 def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-        number = _as_int(value)
+        number = as_int(value)
         if number is None or number < 1:
             raise ValueError(f"{name}={value!r}: expected a positive int")
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -384,14 +403,14 @@ def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
 
 def _per_dimension(name: str, value: int | Sequence[int], ndim: int, minimum: int) -> tuple[int, ...]:
     given = value if isinstance(value, Sequence) else (value,) * ndim
-    values = tuple(v for v in map(_as_int, given) if v is not None and v >= minimum)
+    values = tuple(v for v in map(as_int, given) if v is not None and v >= minimum)
     if not len(values) == len(given) == ndim:
         wanted = "a positive int" if minimum == 1 else f"an int of at least {minimum}"
         raise ValueError(f"{name}={value!r}: expected {wanted}, or {ndim} of them")
     return values
 
 
-def _as_int(value: Any) -> int | None:
+def as_int(value: Any) -> int | None:
     """Python's int for one of any library; None for all else, bools and tensors too."""
     if isinstance(value, bool | Tensor):
         return None

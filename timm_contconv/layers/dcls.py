@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import ConstructedConv, plain_arguments
+from .base import ConstructedConv, as_int, plain_arguments
 from .compilation import CompileMode
 from .least_squares import Geometry, fit_separately, pixels_by_energy
 from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
@@ -147,7 +147,7 @@ def _hat(distance: Tensor) -> Tensor:
     That of abs() and relu() is 0 there, so that an element on a whole pixel would never move.
     """
     hat = torch.where(distance > 0, 1 - distance, 1 + distance)
-    return torch.where((distance > -1) & (distance <= 1), hat, 0)
+    return torch.where((distance <= -1) | (distance > 1), 0, hat)  # NaN shows
 
 
 def _mass(factors: Sequence[Tensor]) -> Tensor:
@@ -222,13 +222,14 @@ class _DclsConv(ConstructedConv):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
             device, dtype, compile=compile,
         )  # fmt: skip
-        if kernel_count < 1:
+        elements = as_int(kernel_count)
+        if elements is None or elements < 1:
             raise ValueError(
-                f"kernel_count={kernel_count}: expected a positive int; DCLS needs at least one element per kernel"
+                f"kernel_count={kernel_count!r}: expected a positive int; DCLS needs at least one element per kernel"
             )
         if interpolation not in KERNEL_FUNCTIONS:
             raise ValueError(f"interpolation={interpolation!r}: expected one of {', '.join(KERNEL_FUNCTIONS)}")
-        self.kernel_count = kernel_count
+        self.kernel_count = kernel_count = elements
         self.interpolation = interpolation
         self.position_dims = _position_dims(position_dims, self.ndim)
         dense = [k for d, k in enumerate(self.kernel_size) if d not in self.position_dims]
@@ -410,7 +411,7 @@ class DclsSpec(KernelSpec):
 
     def _parameters_per_element(self, group: Sequence[PlainConv]) -> int:
         ndim = len(group[0].kernel_size)
-        moving = range(ndim) if self.position_dims is None else self.position_dims
+        moving = _position_dims(self.position_dims, ndim)
         dense = math.prod(k for d, k in enumerate(self.sizes(ndim)) if d not in moving)
         places = [conv.weight.shape[:2].numel() * dense for conv in group]
         shared_kinds = len(moving) * (1 if self.interpolation == "bilinear" else 2)
@@ -436,7 +437,7 @@ def fit_elements(
     """
     targets = targets.detach().double().cpu()
     margins = [margin(old, new) for old, new in zip(targets.shape[2:], kernel_size, strict=True)]
-    offset = torch.tensor([m - k // 2 for m, k in zip(margins, kernel_size, strict=True)], dtype=torch.float64)
+    offset = targets.new_tensor([m - k // 2 for m, k in zip(margins, kernel_size, strict=True)])
     start = {"position": pixels_by_energy(targets, len(kernel_size), count) + offset}
     if interpolation != "bilinear":
         start["sigma"] = torch.full_like(start["position"], max(INITIAL_SIGMA[interpolation], SMALLEST_START_SIGMA))
@@ -470,6 +471,7 @@ def _partly_dense_kernel(
 def _position_dims(dims: Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     if dims is None:
         return tuple(range(ndim))
-    if not dims or sorted(set(dims)) != list(dims) or dims[0] < 0 or dims[-1] >= ndim:
+    wrong = not isinstance(dims, Sequence) or any(as_int(dim) is None for dim in dims)
+    if wrong or not dims or sorted(set(dims)) != list(dims) or dims[0] < 0 or dims[-1] >= ndim:
         raise ValueError(f"position_dims={dims!r}: expected ascending spatial dimensions out of 0..{ndim - 1}")
     return tuple(dims)

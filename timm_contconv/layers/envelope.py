@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.problem import compute_dtype
-from .base import may_look, plain_arguments
+from .base import as_int, may_look, plain_arguments
 from .envelope_plain import all_delta, dense_conv, dense_kernel, plain_convs
 from .gaussian import smooth, smooth_and_convolve, spread_taps
 from .replacement import NEGLIGIBLE, ConvReplacement, PlainConv, copy_bias_, relative_error, require_weights
@@ -105,8 +105,10 @@ class GaussianEnvelopeConv2d(ConvReplacement, nn.Conv2d):
             raise ValueError(f"order={order!r}: expected 'before' or 'after' (the convolution)")
         if sigma_per not in ("channel", "layer"):
             raise ValueError(f"sigma_per={sigma_per!r}: expected 'channel' or 'layer'")
-        if initial_sigma is not None and not 0 <= initial_sigma < math.inf:
-            raise ValueError(f"initial_sigma={initial_sigma}: expected a width of at least 0 pixels, or None")
+        if initial_sigma is not None and not 0 <= initial_sigma <= LARGEST_KERNEL:
+            raise ValueError(
+                f"initial_sigma={initial_sigma}: expected a width of 0 to {LARGEST_KERNEL} pixels, or None"
+            )
         self.envelope_size = _check_size("envelope_size", envelope_size, LARGEST_KERNEL)
         self.inference_size = self.envelope_size
         self.order = order
@@ -162,7 +164,7 @@ class GaussianEnvelopeConv2d(ConvReplacement, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Smooth and convolve x, (N, C_in, H, W) or (C_in, H, W)."""
         if self._is_delta():
-            return self._convolve(x, self.bias, self.stride)
+            return self._convolve(x, self.bias, self.stride, self._weight_with_sigma())
         if self.order == "before":
             taken, left = self.split_stride()
             if not isinstance(self.padding, str) and self._only_sigma_learns_from(x):
@@ -172,8 +174,14 @@ class GaussianEnvelopeConv2d(ConvReplacement, nn.Conv2d):
                 )  # fmt: skip
                 return self._add_bias(y)
             x = smooth(x, self.variance, self.current_size, taken, self.padding_mode)
-            return self._convolve(x, self.bias, left)
-        y = smooth(self._convolve(x, None, self.stride), self.variance, self.current_size, (1, 1), self.padding_mode)
+            return self._convolve(x, self.bias, left, self.weight)
+        y = smooth(
+            self._convolve(x, None, self.stride, self.weight),
+            self.variance,
+            self.current_size,
+            (1, 1),
+            self.padding_mode,
+        )
         return self._add_bias(y)
 
     def _only_sigma_learns_from(self, x: Tensor) -> bool:
@@ -185,13 +193,19 @@ class GaussianEnvelopeConv2d(ConvReplacement, nn.Conv2d):
     def _add_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
 
-    def _convolve(self, x: Tensor, bias: Tensor | None, stride: tuple[int, ...]) -> Tensor:
+    def _weight_with_sigma(self) -> Tensor:
+        """The weight, with which sigma gets its gradient, 0: a parameter without one is no part of the graph to DDP."""
+        sigma = self.geometry["sigma"]
+        learns = torch.is_grad_enabled() and sigma.requires_grad
+        return self.weight + 0 * sigma.sum().to(self.weight.dtype) if learns else self.weight
+
+    def _convolve(self, x: Tensor, bias: Tensor | None, stride: tuple[int, ...], weight: Tensor) -> Tensor:
         padding: Any = self.padding
         if padding == "same" and max(self.stride) > 1:
             x, padding = pad_same(x, self.kernel_size, stride, self.dilation), 0
         elif self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        return F.conv2d(x, self.weight, bias, stride, padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, stride, padding, self.dilation, self.groups)
 
     def split_stride(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The stride along each axis that the smoothing takes, and that left to the convolution.
@@ -353,6 +367,7 @@ def _inverse_softplus(value: float) -> float:
 
 
 def _check_size(name: str, size: int, largest: int) -> int:
-    if isinstance(size, bool) or not isinstance(size, int) or size % 2 == 0 or not 3 <= size <= largest:
+    taps = as_int(size)
+    if taps is None or taps % 2 == 0 or not 3 <= taps <= largest:
         raise ValueError(f"{name}={size!r}: expected an odd int from 3 to {largest}")
-    return size
+    return taps

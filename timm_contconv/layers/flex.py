@@ -492,9 +492,10 @@ class _FlexConv(ConstructedConv):
         whole_sizes = enumerate(layers[0].kernel_size)
         sizes = [max(min(k, conv.kernel_size[d]) for conv in convs) for d, k in whole_sizes]
         for layer, conv in zip(layers, convs, strict=True):
-            if layer.mask:
-                layer._mask_out_(sizes)
-            layer._fit_kernel_(conv)
+            with torch.device("cpu"):  # whatever the default is
+                if layer.mask:
+                    layer._mask_out_(sizes)
+                layer._fit_kernel_(conv)
             copy_bias_(layer, conv)
 
     def _mask_out_(self, sizes: Sequence[int]) -> None:

@@ -62,12 +62,13 @@ def fit_separately(
     """
     at_once = max(1, LARGEST_TENSOR // numbers)
     pieces = []
-    for first in range(0, targets.shape[0], at_once):
-        part = slice(first, first + at_once)
-        wanted = targets[part]
-        own = functools.partial(equations, wanted)
-        geometry = refine(own, {k: v[part] for k, v in start.items()}, wanted.square().sum().item(), units)
-        pieces.append((geometry, solve(*own(geometry))))
+    with torch.inference_mode(False):
+        for first in range(0, targets.shape[0], at_once):
+            part = slice(first, first + at_once)
+            wanted = targets[part].clone()
+            own = functools.partial(equations, wanted)
+            geometry = refine(own, {k: v[part] for k, v in start.items()}, wanted.square().sum().item(), units)
+            pieces.append((geometry, solve(*own(geometry))))
     geometry = {name: torch.cat([g[name] for g, _ in pieces]) for name in start}
     return geometry, torch.cat([weight for _, weight in pieces])
 
@@ -88,7 +89,7 @@ def refine(equations: NormalEquations, start: Geometry, energy: float, units: Ma
     optimizer = torch.optim.Adam([{"params": [v], "lr": LARGEST_STEP * units[k]} for k, v in variables.items()])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     best = dict(start)
-    least = torch.tensor(torch.inf, dtype=torch.float64)
+    least = variables[next(iter(variables))].new_tensor(torch.inf)
     for _ in range(STEPS + 1):
         with torch.enable_grad():
             gram, products = equations(variables)
@@ -121,9 +122,10 @@ def pixels_by_energy(targets: Tensor, ndim: int, count: int) -> Tensor:
     """
     size = targets.shape[-ndim:]
     energy = targets.square().sum(1).flatten(1)
-    axes = torch.meshgrid(*(torch.arange(k, dtype=energy.dtype) for k in size), indexing="ij")
+    device = energy.device
+    axes = torch.meshgrid(*(torch.arange(k, dtype=energy.dtype, device=device) for k in size), indexing="ij")
     pixels = torch.stack(axes, -1).flatten(0, -2)
-    from_centre = (pixels - (torch.tensor(size) - 1) / 2).square().sum(-1).to(energy)
+    from_centre = (pixels - (energy.new_tensor(size) - 1) / 2).square().sum(-1)
     rank = energy / energy.amax(1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
     order = (rank - 1e-12 * from_centre).argsort(dim=1, descending=True, stable=True)
-    return pixels.to(energy)[order[:, torch.arange(count) % order.shape[1]]]
+    return pixels.to(energy)[order[:, torch.arange(count, device=device) % order.shape[1]]]

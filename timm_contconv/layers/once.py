@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -28,6 +29,7 @@ class _Interpolation:
 
     values: dict[str, Tensor]
     state: tuple[tuple[int, int], ...]
+    thread: int
     running: bool = True
 
 
@@ -57,10 +59,12 @@ def interpolation_of(layer: ConstructedConv) -> dict[str, Tensor] | None:
     kept = _KEPT.get(layer.geometry)
     if kept is None or kept.state != _state(layer.geometry):
         return None
-    if not torch.is_grad_enabled():  # a reentrant checkpoint, which will run the layer again, in a backward of its own
-        del _KEPT[layer.geometry]
+    is_own = kept.running and kept.thread == threading.get_ident()
+    if not torch.is_grad_enabled():
+        if is_own:  # a reentrant checkpoint, which will run the layer again, in a backward of its own
+            del _KEPT[layer.geometry]
         return None
-    return kept.values if kept.running or torch._C._current_graph_task_id() != -1 else None
+    return kept.values if is_own or torch._C._current_graph_task_id() != -1 else None
 
 
 def _begin(home: nn.Module, _: Any) -> None:
@@ -69,7 +73,7 @@ def _begin(home: nn.Module, _: Any) -> None:
     for layer in _first_layers(home):
         values = layer.interpolate()
         if values is not None:
-            _KEPT[layer.geometry] = _Interpolation(values, _state(layer.geometry))
+            _KEPT[layer.geometry] = _Interpolation(values, _state(layer.geometry), threading.get_ident())
 
 
 def _end(home: nn.Module, *_: Any) -> None:
@@ -77,7 +81,7 @@ def _end(home: nn.Module, *_: Any) -> None:
         return
     for layer in _first_layers(home):
         kept = _KEPT.get(layer.geometry)
-        if kept is not None:
+        if kept is not None and kept.thread == threading.get_ident():
             kept.running = False
 
 

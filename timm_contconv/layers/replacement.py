@@ -147,6 +147,12 @@ class ConvReplacement(nn.Module):
         """`multiply_adds` as the method's paper counts, where this implementation needs fewer."""
         return self.multiply_adds(output_size)
 
+    def _replicate_for_data_parallel(self) -> Self:
+        raise NotImplementedError(
+            f"{type(self).__name__}: nn.DataParallel does not copy parameters that layers construct kernels from; use"
+            " DistributedDataParallel, or tcc.merge(model) to evaluate"
+        )
+
     def unsaved_setting(self) -> str | None:
         """What was set on the layer after it was built, which a saved model does not hold; None where nothing was."""
         return None
@@ -175,10 +181,16 @@ def require_weights(convs: Sequence[PlainConv]) -> None:
     """Refuse convolutions that have no values to start from.
 
     Raises:
-        ValueError: one is on the meta device.
+        ValueError: one is on the meta device, or holds NaN or infinity.
     """
     if any(conv.weight.is_meta for conv in convs):
         raise ValueError("init='fit': the convolutions are on the meta device and hold no kernels; use init='random'")
+    for conv in convs:
+        if wrong := int((~conv.weight.detach().isfinite()).sum()):
+            raise ValueError(
+                f"init='fit': {wrong} of {conv.weight.numel()} values of {conv} are NaN or infinite, expected finite"
+                " numbers; use init='random'"
+            )
 
 
 @torch.no_grad()

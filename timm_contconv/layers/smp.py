@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import ConstructedConv, is_causal, may_look, plain_arguments
+from .base import ConstructedConv, as_int, is_causal, may_look, plain_arguments
 from .compilation import CompileMode
 from .least_squares import Geometry, fit_separately, pixels_by_energy
 from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
@@ -110,15 +110,15 @@ def fit_points(
     """
     targets = targets.detach().double().cpu()
     size = targets.shape[2:]
-    margins = torch.tensor([margin(old, new) for old, new in zip(size, kernel_size, strict=True)])
-    last = torch.tensor([max(k - 1, 1) for k in kernel_size], dtype=torch.float64)
+    margins = targets.new_tensor([margin(old, new) for old, new in zip(size, kernel_size, strict=True)])
+    last = targets.new_tensor([max(k - 1, 1) for k in kernel_size])
     pixels = pixels_by_energy(targets, len(size), count) + margins
     spacing = 2 / last.max().item()
     used = int((targets != 0).any(1).flatten(1).sum(1).max())
     radius = (ALONE if count >= used else 1.5) * spacing
     start = {
-        "coordinate": (2 * pixels - torch.tensor(kernel_size) + 1) / last + OFF_CENTRE * spacing,
-        "radius": torch.full(pixels.shape[:2], min(max(radius, radii[0]), radii[1]), dtype=torch.float64),
+        "coordinate": (2 * pixels - targets.new_tensor(kernel_size) + 1) / last + OFF_CENTRE * spacing,
+        "radius": targets.new_full(pixels.shape[:2], min(max(radius, radii[0]), radii[1])),
     }
 
     def equations(wanted: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -371,9 +371,10 @@ class SmpSpec(KernelSpec):
 def _kernel_count(count: int | None, kernel_size: Sequence[int]) -> int:
     if count is None:
         return SEQUENCE_COUNT if len(kernel_size) == 1 else max(1, math.prod(kernel_size) // 4)
-    if count < 1:
-        raise ValueError(f"kernel_count={count}: expected a positive int; SMP needs at least one point per kernel")
-    return count
+    points = as_int(count)
+    if points is None or points < 1:
+        raise ValueError(f"kernel_count={count!r}: expected a positive int; SMP needs at least one point per kernel")
+    return points
 
 
 def _check_points(points: str, coordinate_std: float, min_radius: float, initial_radius: float | None) -> None:
@@ -394,7 +395,8 @@ def small_kernel_sizes(
         return None
     if causal:
         raise ValueError(f"small_kernel={small_kernel!r}: expected None in a causal convolution; it would be centred")
-    small = (small_kernel,) * len(kernel_size) if isinstance(small_kernel, int) else tuple(small_kernel)
+    given = small_kernel if isinstance(small_kernel, Sequence) else (small_kernel,) * len(kernel_size)
+    small = tuple(as_int(size) or 0 for size in given)
     pairs = zip(small, kernel_size, strict=False)
     if len(small) != len(kernel_size) or any(not 1 <= s <= k or (k - s) % 2 for s, k in pairs):
         raise ValueError(

@@ -72,8 +72,15 @@ class KernelSpec(LayerSpec):
     kernel_size: KernelSize
 
     def sizes(self, ndim: int) -> tuple[int, ...]:
-        """kernel_size, one int per dimension."""
-        return (self.kernel_size,) * ndim if isinstance(self.kernel_size, int) else self.kernel_size
+        """kernel_size, one int per dimension.
+
+        Raises:
+            ValueError: it has another number of them.
+        """
+        sizes = (self.kernel_size,) * ndim if isinstance(self.kernel_size, int) else self.kernel_size
+        if len(sizes) != ndim:
+            raise ValueError(f"kernel_size={self.kernel_size}: expected an int, or {ndim} of them, one per dimension")
+        return sizes
 
     def refusal(self, conv: PlainConv) -> str | None:
         reason = super().refusal(conv)

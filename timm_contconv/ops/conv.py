@@ -22,15 +22,17 @@ def conv(
     """Convolution with symmetric zero padding, in 1, 2 or 3 spatial dimensions.
 
     Args:
-        x: (N, C_in, *size) images.
+        x: (N, C_in, *size) images, or one, (C_in, *size).
         weight: (C_out, C_in/groups, *kernel) kernels.
         bias: (C_out,), or None.
         stride, padding: one int per spatial dimension.
         groups: number of blocks of channels that are convolved apart.
 
     Returns:
-        (N, C_out, *output_size), in the memory format of `x`.
+        (N, C_out, *output_size), in the memory format of `x`; without N as `x` is.
     """
+    if x.ndim == weight.ndim - 1:
+        return conv(x.unsqueeze(0), weight, bias, stride, padding, groups).squeeze(0)
     if 1 < groups == weight.shape[0] and weight.shape[1] == 1:
         return depthwise_conv(x, weight, bias, stride, padding)
     if torch.compiler.is_compiling():
