@@ -211,6 +211,13 @@ def test_ccnet_of_another_image_size() -> None:
         timm.create_model("ccnet", img_size=30)
 
 
+@pytest.mark.parametrize("name", CCNETS)
+def test_a_chain_has_no_path_to_drop(name: str) -> None:
+    assert timm.create_model(name, dims=4, drop_path_rate=0.0)(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"drop_path_rate=0\.1: expected 0"):
+        timm.create_model(name, dims=4, drop_path_rate=0.1)
+
+
 def test_variances_are_kept_through_the_layers() -> None:
     x = torch.randn(4, 3, 32, 32)
     for name in CCNETS:

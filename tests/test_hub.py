@@ -111,6 +111,29 @@ def test_a_named_model_that_was_patched_anew_is_saved_with_its_new_patch(tmp_pat
     assert_same_logits(model, tcc.from_pretrained(tmp_path / "model"), x)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"foo": 1}, "^foo=1: timm can't build"),
+        ({"in_chans": -1, "num_classes": 3}, "^in_chans=-1, num_classes=3: timm can't build"),
+        ({"num_classes": "3"}, "^num_classes='3': expected an int of at least 0"),
+        ({"num_classes": -1}, "^num_classes=-1: expected an int of at least 0"),
+        ({"pretrained": False}, "^pretrained=False: not an argument of from_pretrained"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named(tmp_path, arguments, message):
+    tcc.save_pretrained(hand_patched(), tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        tcc.from_pretrained(tmp_path / "model", **arguments)
+
+
+def test_a_configuration_that_does_not_fit_is_named_whatever_the_arguments(tmp_path):
+    folder = tcc.save_pretrained(hand_patched(), tmp_path / "model")
+    change_config(folder, lambda config: config["model_args"]["base_args"].__setitem__("foo", 1))
+    with pytest.raises(ValueError, match=r"config\.json: timm can't build"):
+        tcc.from_pretrained(folder, num_classes=3)
+
+
 def test_shared_positions_are_stored_once(tmp_path):
     tcc.save_pretrained(timm.create_model("test_convnext_dcls"), tmp_path / "model")
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
@@ -158,6 +181,41 @@ def test_what_can_not_be_saved_is_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
 
 
+def with_another_stem(model):
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 5, stride=2, padding=2, bias=False)
+
+
+def with_another_head(model):
+    model.fc = nn.Linear(model.num_features, 3)
+
+
+def with_a_layer_more(model):
+    model.extra = nn.Linear(2, 2, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (with_another_stem, r"conv1\.weight is \(64, 3, 5, 5\), and \(64, 3, 7, 7\) where timm rebuilds"),
+        (with_another_head, r"fc\.weight is \(3, 512\), and \(7, 512\) .* reset_classifier"),
+        (with_a_layer_more, r"extra\.weight is \(2, 2\), and missing where"),
+    ],
+)
+def test_a_model_that_timm_does_not_rebuild_is_refused(tmp_path, edit, message):
+    model = timm.create_model("resnet18", num_classes=7)
+    edit(model)
+    tcc.patch(model, "dcls", select="layer1.0.*", kernel_size=5, kernel_count=4, init="random")
+    with pytest.raises(ValueError, match=message):
+        tcc.save_pretrained(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_draws_no_random_numbers(tmp_path):
+    model, state = hand_patched(), torch.get_rng_state()
+    tcc.save_pretrained(model, tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.fixture(scope="module")
 def saved_once(tmp_path_factory):
     return tcc.save_pretrained(hand_patched(), tmp_path_factory.mktemp("saved") / "model")
@@ -175,6 +233,32 @@ def test_a_truncated_weights_file_is_refused(saved, keep):
     weights.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(ValueError, match="damaged or cut short"):
         tcc.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("other", [".git/HEAD", "ckpt/last.pt", "train.py", "pytorch_model.bin"])
+def test_a_folder_that_holds_more_than_a_saved_model_is_not_replaced(saved, other):
+    (saved / other).parent.mkdir(exist_ok=True)
+    (saved / other).write_text("mine")
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    message = f"holds something other than a saved model: {other.split('/')[0]}. .*; choose a new one"
+    with pytest.raises(FileExistsError, match=message):
+        tcc.save_pretrained(hand_patched(), saved)
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_configuration_without_weights_is_not_replaced(tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"config\.json, but no model\.safetensors"):
+        tcc.save_pretrained(hand_patched(), tmp_path / "project")
+    assert (tmp_path / "project" / "config.json").read_text() == "mine"
+
+
+def test_an_empty_folder_is_replaced(tmp_path):
+    (tmp_path / "model").mkdir()
+    tcc.save_pretrained(hand_patched(), tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 def change_config(folder, change):

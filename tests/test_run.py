@@ -64,7 +64,7 @@ def script(tmp_path):
 
 def test_a_script_gets_all_that_follows_it_and_gives_its_exit_code(script, tmp_path):
     flags = ["data", "--penalty", "9", "-x", "--", "--help"]
-    command = [sys.executable, "-m", "timm_contconv", "run", "--penalty-power", "2", script.name, *flags]
+    command = [sys.executable, "-m", "timm_contconv", "run", "--position-lr-scale", "5", script.name, *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
@@ -100,6 +100,9 @@ def test_an_error_of_the_script_is_its_own(tmp_path):
         (("--penality", "1", "script.py"), "No such option: --penality"),
         (("--penalty", "-1", "script.py"), "Invalid value for '--penalty': Input should be greater than or equal to 0"),
         (("--position-lr-scale", "0", "script.py"), "--position-lr-scale=0.0: expected more than 0"),
+        (("--position-lr-scale", "inf", "script.py"), "--position-lr-scale=inf: expected more than 0, and finite"),
+        (("--penalty", "inf", "script.py"), "--penalty=inf: expected a finite number"),
+        (("--penalty-power", "2", "script.py"), "--penalty-power=2: expected --penalty too"),
     ],
 )
 def test_mistakes_are_explained_before_the_script_starts(script, monkeypatch, arguments, message):
@@ -108,6 +111,14 @@ def test_mistakes_are_explained_before_the_script_starts(script, monkeypatch, ar
     assert result.exit_code == 2
     assert message in re.sub(r"[\s│]+", " ", result.output)
     assert "__main__" not in result.output
+
+
+def test_a_power_without_a_penalty_is_refused_before_the_script_starts(script):
+    result = contconv("run", "--penalty-power", "2", script)
+    assert result.exit_code != 0
+    said = re.sub(r"[\s│]+", " ", f"{result.output} {result.exception}")
+    assert "--penalty-power" in said
+    assert "__main__" not in said
 
 
 def test_an_unmodified_training_script_is_constrained_and_gets_its_rates(tmp_path):

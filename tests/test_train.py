@@ -107,6 +107,40 @@ def test_frozen_parameters_are_in_no_group(model):
     assert [name for group in groups for name in group["param_names"]] == ["head.fc.weight"]
 
 
+def test_a_part_without_its_layers_shared_geometry_is_refused(model):
+    stage = model.stages[2]
+    part = torch.nn.Sequential(stage.downsample, stage.blocks)
+    with pytest.raises(ValueError, match=r"1\.0\.conv_dw, .*registered outside of this Sequential, .*pass its parent"):
+        tcc.param_groups(part, lr=0.1, weight_decay=0.05)
+    whole = tcc.param_groups(stage, lr=0.1, weight_decay=0.05)
+    assert "dcls_geometry.position" in [name for group in whole for name in group["param_names"]]
+    for layer in layers_of(part):
+        layer.geometry.requires_grad_(False)
+    groups = tcc.param_groups(part, lr=0.1, weight_decay=0.05)
+    assert sum(len(group["params"]) for group in groups) == len(list(part.parameters()))
+
+
+@pytest.mark.parametrize("recipe", tcc.list_patches())
+def test_every_parameter_of_a_feature_extractor_is_in_a_group(recipe):
+    model = timm.create_model(smallest_model(recipe), features_only=True)
+    groups = tcc.param_groups(model, lr=0.1, weight_decay=0.05)
+    used = geometry_of(model) | {id(p) for p in model.parameters()}
+    assert {id(p) for group in groups for p in group["params"]} == used
+
+
+@pytest.mark.parametrize("value", [-1e-3, float("inf"), float("nan"), "5"])
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "layer_decay"])
+def test_rates_out_of_range_are_refused(model, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}: expected a finite number of at least 0"):
+        tcc.param_groups(model, **{"lr": 1e-3, "weight_decay": 0.05, name: value})
+
+
+@pytest.mark.parametrize("value", [0, -5.0, float("inf"), float("nan"), "5"])
+def test_a_learning_rate_scale_of_positions_out_of_range_is_refused(model, value):
+    with pytest.raises(ValueError, match=f"position_lr_scale={value!r}: expected more than 0, and finite"):
+        tcc.param_groups(model, 1e-3, 0.05, position_lr_scale=value)
+
+
 # Penalty and constraints
 
 
@@ -224,6 +258,61 @@ def test_hooks_end_with_their_block(model):
     assert layers_of(model)[0].position.max() == 1000
 
 
+class Outer(torch.optim.SGD):
+    """An optimiser around another, as torch's ZeroRedundancyOptimizer; it steps `times` times."""
+
+    def __init__(self, params, lr, times=1):
+        super().__init__(params, lr=lr)
+        self.inner, self.times = torch.optim.SGD(self.param_groups, lr=lr), times
+
+    def step(self):
+        for _ in range(self.times):
+            self.inner.step()
+
+
+def test_a_penalty_is_added_once_by_an_optimizer_inside_of_another(model):
+    hooks = {"penalty_factor": FACTOR}
+    expected = trained(model, plain_step, hooks=hooks)
+    torch.testing.assert_close(trained(model, plain_step, hooks=hooks, optimizer=Outer), expected)
+
+
+def test_a_penalty_is_added_once_under_zero_redundancy(model, tmp_path):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    hooks = {"penalty_factor": FACTOR}
+    expected = trained(model, plain_step, hooks=hooks)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        zero = functools.partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD)
+        found = trained(model, plain_step, hooks=hooks, optimizer=zero)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_penalty_is_added_after_a_step_that_raised(model):
+    def step_after_an_error(model, optimizer, extra):
+        with pytest.raises(TypeError):
+            Outer(torch.nn.Linear(1, 1).parameters(), lr=1.0, times=None).step()
+        plain_step(model, optimizer, extra)
+
+    hooks = {"penalty_factor": FACTOR}
+    expected = trained(model, plain_step, hooks=hooks)
+    torch.testing.assert_close(trained(model, step_after_an_error, hooks=hooks), expected)
+
+
+def test_a_second_block_of_hooks_is_refused_and_the_first_stays(model):
+    with training_hooks():
+        with pytest.raises(RuntimeError, match="training_hooks: its hooks are in force already"), training_hooks():
+            pytest.fail("entered")
+        with torch.no_grad():
+            layers_of(model)[0].position.fill_(1000.0)
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert layers_of(model)[0].position.max() == 8
+    with training_hooks():
+        pass
+
+
 def test_a_penalty_with_a_closure_is_refused(model):
     optimizer = torch.optim.LBFGS(model.parameters())
     with pytest.raises(ValueError, match=r"tcc\.penalty\(model\) to the loss"), training_hooks(penalty_factor=1.0):
@@ -235,6 +324,8 @@ def test_a_penalty_with_a_closure_is_refused(model):
     [
         ({"penalty_factor": -1.0}, "penalty_factor=-1.0: expected at least 0"),
         ({"penalty_power": 0}, "penalty_power=0: expected an int of at least 1"),
+        ({"penalty_factor": 1.0, "penalty_power": 1.5}, "penalty_power=1.5: expected an int of at least 1"),
+        ({"penalty_power": 2}, "penalty_power=2: expected 1 with penalty_factor=0"),
         ({"position_lr_scale": 0.0}, "lr_scale=0.0: expected more than 0"),
     ],
 )
@@ -387,8 +478,3 @@ def test_bfloat16_training_on_digits_is_within_noise_of_float32(digits):
 def test_bfloat16_training_on_digits_learns_as_float32_does(digits):
     """Two passes over the data; the noise of a seed is about a percent (benchmarks/bfloat16_digits.py)."""
     assert abs(benchmark.difference(digits, seed=0, epochs=2)) < 0.03
-
-
-def test_a_learning_rate_scale_of_zero_is_refused():
-    with pytest.raises(ValueError, match="position_lr_scale=0: expected more than 0"):
-        tcc.param_groups(timm.create_model("test_convnext_dcls"), 1e-3, 0.05, position_lr_scale=0)

@@ -7,6 +7,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,20 @@ from torch import Tensor, nn
 
 from .download import download
 from .layers import ConvReplacement
-from .model_card import CardFacts, write_card
+from .model_card import CARD, PICTURE, CardFacts, write_card
 from .models.patched import HAND_PATCHED, PATCHED
 from .patching.record import PatchRecord, get_record, require_record
-from .untrusted import WEIGHTS, check_config, check_weights, memory_bound
+from .untrusted import LARGEST_MODEL, WEIGHTS, check_config, check_weights, memory_bound
 
 __all__ = ["from_pretrained", "save_pretrained", "verify_folder", "write_folder"]
 
 CONFIG = "config.json"
+#: everything that `write_folder` may write
+FILES = frozenset((CONFIG, WEIGHTS, CARD, PICTURE))
 #: what timm's architectures raise for arguments that make no sense to them
 BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+#: what to do with a model that its configuration does not rebuild
+WAYS_OUT = "use create_model's arguments and reset_classifier instead, or save its state_dict() with safetensors"
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
@@ -37,7 +42,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` and `from_pretrained` load it. A model of a named
     architecture is saved under its name; one patched by hand under "contconv", which rebuilds it from its base and
-    its patch. The folder appears when it is whole; one that is there is replaced by the new one.
+    its patch. The folder appears when it is whole; a saved model that is there is replaced by the new one.
 
     Args:
         model: a named model or a timm model patched by hand.
@@ -47,8 +52,9 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model is not patched (merged models too), or is not a timm model.
-        FileExistsError: the folder holds something other than a saved model.
+        ValueError: the model is not patched (merged models too), is not a timm model, or was edited so that timm does
+            not rebuild it.
+        FileExistsError: the folder holds something other than a saved model, or something beside one.
     """
     _saveable_record(model)
     folder = Path(folder)
@@ -72,9 +78,47 @@ def write_folder(model: nn.Module, folder: Path, facts: CardFacts) -> None:
     """
     record = _saveable_record(model)
     _warn_of_unsaved_settings(model)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
     _write_config(model, record, folder / CONFIG)
+    _require_rebuild(model, folder)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
     write_card(model, record, facts, folder)
+
+
+def _require_rebuild(model: nn.Module, folder: Path) -> None:
+    """Refuse a model whose tensors would not fit into what its configuration builds.
+
+    Raises:
+        ValueError: names a tensor, or what timm says of the configuration.
+    """
+    held = _shapes(model)
+    with contextlib.suppress(*BUILD_ERRORS, ValueError):  # some architectures are not built on the meta device
+        if _rebuilt_shapes(folder, "meta") == held:
+            return
+    try:
+        rebuilt = _rebuilt_shapes(folder, "cpu")
+    except BUILD_ERRORS as error:
+        raise ValueError(
+            f"model: timm can't rebuild it from its arguments: {type(error).__name__}: {error}; {WAYS_OUT}"
+        ) from error
+    for key in (*held, *rebuilt):
+        ours, theirs = held.get(key, "missing"), rebuilt.get(key, "missing")
+        if ours != theirs:
+            raise ValueError(
+                f"model: its {key} is {ours}, and {theirs} where timm rebuilds it from its arguments: it was edited by"
+                f" hand; {WAYS_OUT}"
+            )
+
+
+def _rebuilt_shapes(folder: Path, device: str) -> dict[str, tuple[int, ...]]:
+    """Of a model that is built from a folder's configuration; random numbers are drawn as if it were not."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+        warnings.simplefilter("ignore")  # said when the model itself was built
+        with torch.device(device), memory_bound(LARGEST_MODEL):
+            return _shapes(timm.create_model(f"local-dir:{folder}"))
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def _warn_of_unsaved_settings(model: nn.Module) -> None:
@@ -108,13 +152,15 @@ def from_pretrained(
         revision: branch, tag or commit of the repository; "main" if None.
         token: as huggingface_hub takes it: None for the one of `hf auth login`.
         cache_dir: instead of the Hub's cache.
-        **kwargs: arguments of `timm.create_model`, as num_classes.
+        **kwargs: arguments of `timm.create_model`, as num_classes; not `pretrained`.
 
     Raises:
         FileNotFoundError: the folder has no config.json or no model.safetensors.
         HfHubHTTPError, OSError: the Hub said no, or did not answer; the message says what to do.
-        ValueError: the configuration asks for something unknown or out of range, or the weights are damaged.
+        ValueError: the configuration or an argument asks for something unknown or out of range, or the weights are
+            damaged.
     """
+    _check_arguments(kwargs)
     folder = Path(id_or_folder)
     if not folder.is_dir():
         if folder.is_absolute() or len(folder.parts) != 2:
@@ -129,15 +175,44 @@ def from_pretrained(
                 f"id_or_folder={str(id_or_folder)!r}: has no {name}; tcc.save_pretrained writes one"
             )
     architecture = check_config(folder / CONFIG)["architecture"]
-    weights = check_weights(folder / WEIGHTS)
     try:
-        with memory_bound(weights):
-            return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+        return _load(folder, **kwargs)
     except BUILD_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        if kwargs and _loads(folder):
+            given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+            raise ValueError(
+                f"{given}: timm can't build this {architecture} so, while it can with the arguments that were saved;"
+                f" change it or leave it out: {reason}"
+            ) from error
         raise ValueError(
-            f"{folder / CONFIG}: timm can't build {architecture} from it, or its weights do not fit:"
-            f" {type(error).__name__}: {error}"
+            f"{folder / CONFIG}: timm can't build {architecture} from it, or its weights do not fit: {reason}"
         ) from error
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    if "pretrained" in arguments:
+        raise ValueError(
+            f"pretrained={arguments['pretrained']!r}: not an argument of from_pretrained, which always loads weights;"
+            ' leave it out (timm.create_model("local-dir:FOLDER") builds a model without)'
+        )
+    num_classes = arguments.get("num_classes")
+    if num_classes is not None and not (isinstance(num_classes, Integral) and int(num_classes) >= 0):
+        raise ValueError(f"num_classes={num_classes!r}: expected an int of at least 0; leave it out for the saved one")
+
+
+def _load(folder: Path, **kwargs: Any) -> nn.Module:
+    with memory_bound(check_weights(folder / WEIGHTS)):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+
+
+def _loads(folder: Path) -> bool:
+    """Whether a folder can be loaded as it was saved."""
+    try:
+        _load(folder)
+    except (*BUILD_ERRORS, ValueError):
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -216,10 +291,24 @@ def _saveable_record(model: nn.Module) -> PatchRecord | None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-        raise FileExistsError(f"folder={str(folder)!r}: holds something other than a saved model; choose another")
-    if folder.exists() and not folder.is_dir():
+    """Refuse to replace what was not written by `save_pretrained`: all of the folder would be gone."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise FileExistsError(f"folder={str(folder)!r}: is a file; choose another")
+    paths = {path.name: path for path in folder.iterdir()}
+    others = sorted(name for name, path in paths.items() if name not in FILES or not path.is_file())
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise FileExistsError(
+            f"folder={str(folder)!r}: holds something other than a saved model: {shown}. A saved model replaces the"
+            f" whole folder; choose a new one, as {str(folder / 'model')!r}"
+        )
+    if missing := sorted({CONFIG, WEIGHTS} - paths.keys() if paths else ()):
+        raise FileExistsError(
+            f"folder={str(folder)!r}: holds something other than a saved model: {', '.join(sorted(paths))}, but no"
+            f" {' and no '.join(missing)}; choose another"
+        )
 
 
 def _is_own_architecture(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -132,8 +133,14 @@ def run(
 
     Options go ahead of SCRIPT: everything after it is the script's own.
     """
-    if position_lr_scale is not None and not position_lr_scale > 0:
-        raise _refused(ValueError(f"--position-lr-scale={position_lr_scale}: expected more than 0"))
+    if position_lr_scale is not None and not 0 < position_lr_scale < math.inf:
+        raise _refused(ValueError(f"--position-lr-scale={position_lr_scale}: expected more than 0, and finite"))
+    if not math.isfinite(penalty):
+        raise _refused(ValueError(f"--penalty={penalty}: expected a finite number"))
+    if penalty_power != 1 and not penalty:
+        raise _refused(
+            ValueError(f"--penalty-power={penalty_power}: expected --penalty too, without which it is unused")
+        )
     with training_hooks(position_lr_scale, penalty, penalty_power):
         status = run_script(script, context.args)
     sys.exit(status)

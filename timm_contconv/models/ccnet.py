@@ -132,10 +132,12 @@ class CcNet(Classifier):
         kernel_size: of all convolutions.
         img_size: height and width of the images, multiples of 4.
         drop_rate: dropout before the classifier.
+        drop_path_rate: 0, as timm's train.py may give it: there is no residual path to drop.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: img_size is not of multiples of 4, or the layers' settings differ in number.
+        ValueError: img_size is not of multiples of 4, drop_path_rate is not 0, or the layers' settings differ in
+            number.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class CcNet(Classifier):
         kernel_size: int = 3,
         img_size: int | tuple[int, int] = 32,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -161,6 +164,11 @@ class CcNet(Classifier):
         sides = to_2tuple(img_size)
         if any(side < 4 or side % 4 for side in sides):
             raise ValueError(f"img_size={img_size}: expected multiples of 4")
+        if drop_path_rate:
+            raise ValueError(
+                f"drop_path_rate={drop_path_rate}: expected 0; CC-Net is a plain chain without residual paths to drop;"
+                " drop_rate is its dropout"
+            )
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ def param_groups(
     parameters (positions, widths, radii, masks), whose learning rate is relative to that of the weights.
 
     Args:
-        model: any model; each trainable parameter is in exactly one group.
+        model: any model; each trainable parameter is in exactly one group. Of a part of a model, one that holds the
+            geometry that its layers share.
         lr: learning rate of the weights.
         weight_decay: of the parameters that are decayed.
         layer_decay: the learning rate of a layer relative to that of the next, as `timm.optim` has it. Geometry
@@ -42,12 +44,15 @@ def param_groups(
         lr_scale; with another scheduler, do so yourself: `for g in groups: g["lr"] *= g.pop("lr_scale")`.
 
     Raises:
-        ValueError: position_lr_scale is not above 0.
+        ValueError: a number is out of range, or layers of the model train geometry that is registered outside of it.
     """
-    if position_lr_scale is not None and not position_lr_scale > 0:
+    _require_rates(lr=lr, weight_decay=weight_decay, layer_decay=1.0 if layer_decay is None else layer_decay)
+    if position_lr_scale is not None and not (_is_rate(position_lr_scale) and position_lr_scale > 0):
         raise ValueError(
-            f"position_lr_scale={position_lr_scale}: expected more than 0; freeze positions with requires_grad_(False)"
+            f"position_lr_scale={position_lr_scale!r}: expected more than 0, and finite; freeze positions with"
+            " requires_grad_(False)"
         )
+    _require_geometry(model)
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
@@ -64,6 +69,38 @@ def param_groups(
         }
         for group in split_geometry(groups, model, position_lr_scale)
     ]
+
+
+def _require_rates(**rates: float) -> None:
+    for name, value in rates.items():
+        if not _is_rate(value):
+            raise ValueError(f"{name}={value!r}: expected a finite number of at least 0")
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether this is a number, finite and not negative."""
+    try:
+        return bool(0 <= value < math.inf)
+    except (RuntimeError, TypeError):  # a text; a tensor of several values
+        return False
+
+
+def _require_geometry(model: nn.Module) -> None:
+    """Refuse a part of a model whose layers share trainable geometry with the rest, which registers it."""
+    registered = {id(parameter) for parameter in model.parameters()}
+    orphans = [
+        name or type(layer).__name__
+        for name, layer in model.named_modules()
+        if isinstance(layer, ConvReplacement)
+        and any(p.requires_grad and id(p) not in registered for p in layer.geometry.values())
+    ]
+    if orphans:
+        shown = ", ".join(orphans[:5]) + (f" and {len(orphans) - 5} more" if len(orphans) > 5 else "")
+        raise ValueError(
+            f"model: {shown}: the geometry of these layers is shared, and registered outside of this"
+            f" {type(model).__name__}, whose parameters() and state_dict() lack it; pass its parent, or freeze the"
+            " geometry with requires_grad_(False)"
+        )
 
 
 def split_geometry(groups: Iterable[Group], model: nn.Module, lr_scale: float | None = None) -> list[Group]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +21,8 @@ from .step import constrain_layers_, mean_penalty
 
 __all__ = ["StepHooks", "training_hooks"]
 
+_IN_FORCE = threading.Lock()
+
 
 @contextlib.contextmanager
 def training_hooks(
@@ -32,19 +36,30 @@ def training_hooks(
         penalty_factor, penalty_power: what is added to a loss is factor * tcc.penalty(model) ** power.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or a power is given without a factor.
+        RuntimeError: such a block is in force already.
     """
-    # Layer decay alone needs the factory's groups too: timm does not see which layers share geometry.
-    undo = scale_positions(1.0 if position_lr_scale is None else position_lr_scale)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_the_only_block())
+        # Layer decay alone needs the factory's groups too: timm does not see which layers share geometry.
+        stack.callback(scale_positions(1.0 if position_lr_scale is None else position_lr_scale))
         hooks = StepHooks(penalty_factor, penalty_power, position_lr_scale)
-        try:
-            yield
-        finally:
-            hooks.remove()
-    finally:
-        undo()
+        stack.callback(hooks.remove)
+        yield
     _warn_if_unused(hooks)
+
+
+@contextlib.contextmanager
+def _the_only_block() -> Iterator[None]:
+    if not _IN_FORCE.acquire(blocking=False):
+        raise RuntimeError(
+            "training_hooks: its hooks are in force already, by another training_hooks or by contconv run, and a second"
+            " time would penalise twice; leave this one out, and give its arguments to the other"
+        )
+    try:
+        yield
+    finally:
+        _IN_FORCE.release()
 
 
 class StepHooks:
@@ -54,7 +69,8 @@ class StepHooks:
     teacher. After a step the layers are constrained. Ahead of it, the gradient of the penalty is added to the
     parameters' gradients, at full precision, whatever the script did to its loss:
 
-    - once a step, also where gradients are accumulated over several batches;
+    - once a step, also where gradients are accumulated over several batches, and where one optimiser steps inside of
+      another's step, as in ZeroRedundancyOptimizer;
     - after `GradScaler` has taken its scale off, or multiplied by it where a fused optimiser does that itself;
     - after the processes of a job have averaged their gradients: each adds the same, so their parameters stay equal;
     - after gradient clipping, which is about the loss of the script alone.
@@ -67,7 +83,7 @@ class StepHooks:
         position_lr_scale: what `scale_positions` put into timm's factory; each optimiser is checked to have it.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or a power is given without a factor.
     """
 
     def __init__(
@@ -75,8 +91,13 @@ class StepHooks:
     ) -> None:
         if not penalty_factor >= 0:
             raise ValueError(f"penalty_factor={penalty_factor}: expected at least 0")
-        if penalty_power < 1:
-            raise ValueError(f"penalty_power={penalty_power}: expected an int of at least 1")
+        if not isinstance(penalty_power, int) or penalty_power < 1:
+            raise ValueError(f"penalty_power={penalty_power!r}: expected an int of at least 1")
+        if penalty_power != 1 and not penalty_factor:
+            raise ValueError(
+                f"penalty_power={penalty_power}: expected 1 with penalty_factor=0, which adds no penalty; give a factor"
+                " (contconv run: --penalty), or leave the power out (--penalty-power)"
+            )
         self.penalty_factor = penalty_factor
         self.penalty_power = penalty_power
         self.position_lr_scale = position_lr_scale
@@ -94,6 +115,8 @@ class StepHooks:
             handle.remove()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if _is_inside_another_step():
+            return  # the hook of the outer step has done it, with all of the parameters
         layers = stepped_layers(optimizer)
         if not layers:
             return
@@ -111,6 +134,18 @@ class StepHooks:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         constrain_layers_(stepped_layers(optimizer))
+
+
+def _is_inside_another_step() -> bool:
+    """Whether the optimiser step whose hook calls this runs inside of another one.
+
+    It is read off the stack, where a step that raised is no longer: a note of what was begun would outlive it.
+    """
+    step = sys._getframe(2)  # PyTorch's wrapper around every optimiser's step, which calls the hooks
+    outer = step.f_back
+    while outer is not None and outer.f_code is not step.f_code:
+        outer = outer.f_back
+    return outer is not None
 
 
 def _warn_if_unused(hooks: StepHooks) -> None:
