@@ -259,7 +259,7 @@ def test_a_saved_model_comes_back(tmp_path: Path) -> None:
         ({"inference_size": 11}, "inference_size=11: expected an odd int from 3 to 9"),
         ({"order": "conv"}, "order='conv': expected 'before' or 'after'"),
         ({"sigma_per": "pixel"}, "sigma_per='pixel': expected 'channel' or 'layer'"),
-        ({"initial_sigma": -1.0}, "initial_sigma=-1.0: expected a width of at least 0 pixels"),
+        ({"initial_sigma": -1.0}, "initial_sigma=-1.0: expected a width of 0 to 255 pixels"),
         ({"stride": 2, "padding": "same", "padding_mode": "reflect"}, "padding_mode='reflect': expected 'zeros'"),
     ],
 )

@@ -1,7 +1,9 @@
 """Patching, merging, unpatching and reporting on real models."""
 
 import copy
+import pickle
 import re
+import threading
 
 import pytest
 import timm
@@ -11,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import timm_contconv as tcc
-from timm_contconv.layers import DclsConv2d
+from timm_contconv.layers import DclsConv2d, SmpConv2d
 
 IMAGE = (2, 3, 64, 64)
 
@@ -101,6 +103,102 @@ def test_what_can_not_be_replaced_is_left_alone_and_named():
     assert model(torch.randn(1, 4, 8, 8)).shape == (1, 4, 8, 8)
 
 
+class Tangled(nn.Module):
+    """Convolutions that share a weight, one that a plain list holds too, and one that nothing else knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.listed, self.free = (nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(4))
+        self.b.weight = self.a.weight
+        self.order = [self.listed]
+
+    def forward(self, x):
+        return self.free(self.order[0](self.b(self.a(x))))
+
+
+def test_a_convolution_that_something_else_depends_on_is_left_alone_and_named():
+    model = tcc.patch(Tangled(), "dcls", kernel_size=5, kernel_count=2)
+    left = tcc.report(model).left_alone
+    assert left["a"] == "its weight is shared with 'b'"
+    assert left["b"] == "its weight is shared with 'a'"
+    assert left["listed"].startswith("'order' holds it too")
+    assert model.b.weight is model.a.weight
+    assert isinstance(model.free, DclsConv2d)
+
+
+def test_a_lazy_convolution_is_to_be_run_first():
+    with pytest.raises(ValueError, match="no shape yet: run the model once"):
+        tcc.patch(nn.Sequential(nn.LazyConv2d(4, 3)), "dcls", select="all")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda model: torch.compile(model, backend="eager"), "a compiled Mixed: patch the model, then compile it"),
+        (lambda model: torch.jit.trace(model, torch.randn(1, 4, 8, 8)), "a ScriptModule runs TorchScript"),
+    ],
+)
+def test_a_compiled_model_is_refused(wrap, message):
+    with pytest.raises(ValueError, match=message):
+        tcc.patch(wrap(Mixed()), "dcls", kernel_size=5, kernel_count=2)
+
+
+def test_the_stages_of_a_feature_extractor_are_those_of_its_model():
+    def sizes(**options) -> list[tuple[int, ...]]:
+        model = tcc.patch(convnext(**options), "smp", init="random")
+        return [m.kernel_size for m in model.modules() if isinstance(m, SmpConv2d)]
+
+    assert len(set(sizes())) == 4
+    assert sizes(features_only=True) == sizes()
+
+
+def test_settings_by_stage_are_those_of_the_stage():
+    model = timm.create_model("test_resnet")
+    tcc.patch(model, "smp", select="layer*.conv2", init="random")
+    found = {name.split(".")[0]: m.kernel_size[0] for name, m in model.named_modules() if isinstance(m, SmpConv2d)}
+    assert found == {"layer1": 29, "layer2": 27, "layer3": 13, "layer4": 13}  # the stem is the first stage
+
+
+class Watch:
+    """A user's hook that holds its model, can't be copied and wants values."""
+
+    def __init__(self, model):
+        self.model, self.lock, self.seen = model, threading.Lock(), []
+
+    def look(self, module, args, output):
+        self.seen.append(output.mean().item())
+
+
+def test_hooks_are_neither_recorded_nor_run_by_a_report():
+    model = convnext()
+    watch = Watch(model)
+    for module in (model.stem, model.stages[0].blocks[0].conv_dw):
+        module.register_forward_hook(watch.look)
+    tcc.patch(model, "dcls_gauss")
+    assert tcc.report(model, input_size=(3, 64, 64)).multiply_adds_before is not None
+    assert watch.seen == []
+    model(torch.randn(IMAGE))
+    assert len(watch.seen) == 2
+
+
+def test_a_report_runs_the_hooks_that_compute_weights():
+    model = convnext()
+    model.head.fc = nn.utils.spectral_norm(model.head.fc)
+    assert tcc.report(tcc.patch(model, "dcls"), input_size=(3, 64, 64)).multiply_adds_after is not None
+
+
+@pytest.mark.parametrize(
+    ("frozen", "outcome"),
+    [("stages.1.blocks.0", "is frozen for all of them"), ("stages.1.blocks.1", "trains, and changes the frozen")],
+)
+def test_frozen_layers_that_share_with_others_are_named(frozen, outcome):
+    model = convnext()
+    model.get_submodule(frozen).requires_grad_(False)
+    with pytest.warns(UserWarning, match=rf"^{frozen}.conv_dw: frozen, but .* {outcome}"):
+        tcc.patch(model, "dcls_gauss")
+
+
 def test_device_dtype_mode_frozen_parameters_and_hooks_carry_over():
     model = convnext().double().eval()
     conv = model.stages[0].blocks[0].conv_dw
@@ -130,6 +228,7 @@ def test_device_dtype_mode_frozen_parameters_and_hooks_carry_over():
         ({"patch": "dcls", "kernel_count": -3}, "layer.kernel_count=-3"),
         ({"patch": "dcls", "kernels": 3}, "layer.kernels is not a field of this layer"),
         ({"patch": "dcls", "select": "head.*"}, "matches no convolution. There are: 'depthwise' (9)"),
+        ({"patch": "dcls", "select": []}, "select=() matches no convolution. There are: 'depthwise' (9)"),
         ({"patch": "dcls", "select": "stem.0"}, "can replace none of the selected convolutions"),
         ({"patch": "dcls", "init": "pretrained"}, "init='pretrained': expected 'fit'"),
         ({"patch": "dcls", "compile": 3}, "compile=3: expected 'auto'"),
@@ -291,6 +390,26 @@ def test_unpatch_names_kernels_that_are_too_large():
     assert_unchanged(model, before)
 
 
+def test_a_model_whose_layers_are_gone_can_be_merged_but_not_unpatched():
+    model = timm.create_model("test_convnext_dcls")
+    model.prune_intermediate_layers([0])
+    before = snapshot(model)
+    for verb in (tcc.unpatch, tcc.report):
+        with pytest.raises(ValueError, match=r"changed since it was patched: .*stages.3.blocks.1.conv_dw is there no"):
+            verb(model)
+    assert_unchanged(model, before)
+    tcc.merge(model, inplace=True)
+    assert not any(isinstance(m, DclsConv2d) for m in model.modules())
+    assert not any("geometry" in key for key in model.state_dict())
+
+
+def test_a_model_with_a_layer_exchanged_by_hand_is_not_unpatched():
+    model = tcc.patch(convnext(), "dcls")
+    model.stages[0].blocks[0].conv_dw = nn.Identity()
+    with pytest.raises(ValueError, match="stages.0.blocks.0.conv_dw is there no more"):
+        tcc.unpatch(model)
+
+
 def test_report_counts_parameters_and_multiply_adds():
     model = tcc.patch(convnext(), "dcls_gauss")
     report = tcc.report(model, input_size=(3, 64, 64))
@@ -314,6 +433,14 @@ def test_recipes_survive_toml_and_dict(name, tmp_path):
     path.write_text(spec.to_toml())
     assert tcc.load_patch(path) == spec
     assert tcc.PatchSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_a_pickle_without_recorded_trials_is_a_whole_spec():
+    spec = tcc.load_patch("dcls")
+    older = copy.deepcopy(spec)
+    for field in ("foldable", "unfoldable"):
+        del older.__dict__[field]
+    assert pickle.loads(pickle.dumps(older)).to_dict() == spec.to_dict()
 
 
 @pytest.mark.parametrize(

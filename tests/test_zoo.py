@@ -1,5 +1,7 @@
 """Patching models of many families and of other libraries: the promises that `benchmarks.zoo.check` verifies."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -155,6 +157,100 @@ def test_what_would_keep_a_block_from_folding_is_left_alone_and_named():
     left_alone = tcc.report(model).left_alone
     assert "RepGhostModule could no longer re-parameterise itself" in left_alone["blocks.0.0.ghost1.cheap_operation.0"]
     assert not isinstance(model.blocks[0][0].ghost1.cheap_operation[0], ConvReplacement)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mobileone_s0", {"kernel_size": 7, "kernel_count": 4}),
+        ("mobileone_s1", {}),
+        ("repvit_m0_9", {"kernel_size": 9}),
+    ],
+)
+def test_models_that_re_parameterise_themselves_are_saved_and_loaded(name, settings, tmp_path):
+    model = tcc.patch(timm.create_model(name, num_classes=10), "dcls", init="random", **settings).eval()
+    loaded = tcc.from_pretrained(tcc.save_pretrained(model, tmp_path / "model")).eval()
+    assert tcc.report(loaded).patch == tcc.report(model).patch
+    assert tcc.report(loaded).left_alone.keys() == tcc.report(model).left_alone.keys()
+    images = torch.randn(1, *model.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+
+
+def test_a_saved_model_without_recorded_trials_is_rebuilt_by_new_ones(tmp_path):
+    model = tcc.patch(timm.create_model("repvit_m0_9"), "dcls", init="random", kernel_size=9)
+    folder = tcc.save_pretrained(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("foldable", "unfoldable"):
+        config["model_args"]["patch"].pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert tcc.report(tcc.from_pretrained(folder)).left_alone == tcc.report(model).left_alone
+
+
+def test_other_settings_are_tried_anew():
+    patch = tcc.report(tcc.patch(timm.create_model("repvit_m0_9"), "dcls", init="random", kernel_size=9)).patch
+    assert len(patch["unfoldable"]) == 23
+    assert "unfoldable" not in tcc.PatchSpec.from_dict(patch).with_layer(kernel_size=3).to_dict()
+
+
+@pytest.mark.parametrize("name", ["mobileone_s1", "repvit_m0_9", "repghostnet_050"])
+def test_a_model_on_the_meta_device_is_patched_as_one_with_values(name):
+    model = tcc.patch(timm.create_model(name), "dcls_gauss", init="random")
+    with torch.device("meta"):
+        empty = tcc.patch(timm.create_model(name), "dcls_gauss", init="random")
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert tcc.report(empty).left_alone == tcc.report(model).left_alone
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+
+
+class Depthwise(nn.Module):
+    """A stranger's block whose `fuse` has nothing to do with re-parameterising."""
+
+    def __init__(self, conv=nn.Conv2d):
+        super().__init__()
+        self.dw = conv(8, 8, 3, padding=1, groups=8)
+
+    def forward(self, x):
+        return self.dw(x)
+
+
+class FusesByModule(Depthwise):
+    def __init__(self):
+        super().__init__()
+        self.fuse = nn.Conv2d(8, 8, 1)
+
+
+class FusesTwo(Depthwise):
+    def fuse(self, a, b):
+        return a + b
+
+
+class FusesToNothing(Depthwise):
+    def fuse(self):
+        return None
+
+
+class FusesItself(Depthwise):
+    def fuse(self):
+        return self.dw
+
+
+@pytest.mark.parametrize(
+    "block",
+    [FusesByModule(), FusesTwo(), FusesToNothing(), FusesItself(), FusesTwo(nn.Conv1d), FusesItself(nn.Conv1d)],
+    ids=lambda block: f"{type(block).__name__}-{type(block.dw).__name__}",
+)
+def test_a_method_that_is_only_called_as_a_folding_one_is_no_obstacle(block):
+    model = tcc.patch(nn.Sequential(block), "dcls", kernel_size=7, kernel_count=4)
+    assert isinstance(model[0].dw, ConvReplacement)
+
+
+def test_a_trial_runs_no_hooks():
+    model, calls = timm.create_model("repghostnet_050"), []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: calls.append(1))
+    tcc.patch(model, "dcls_gauss", init="random")
+    assert calls == []
 
 
 def test_a_convolution_that_standardises_its_weight_is_left_alone_and_named():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -16,11 +17,18 @@ from ..layers.compilation import CompileMode, check_compile_mode
 from ..layers.replacement import Init, PlainConv, check_init, share_geometry
 from .fit import fit_errors, warm_start
 from .record import PatchRecord, get_record, set_record
-from .reparameterize import blocks_that_fold, folding_obstacle
+from .reparameterize import folding_obstacles
 from .rewire import Rewired, move_stem_pool, revert
-from .select import Selector, obstacle, select_convolutions, stages
+from .select import Selector, obstacle, select_convolutions, stages, ties
 from .spec import PatchSpec, as_patch_spec
-from .swap import exempt_from_weight_decay, geometry_homes, remove_traces, swap, with_hooks
+from .swap import (
+    copy_without_hooks,
+    exempt_from_weight_decay,
+    geometry_homes,
+    remove_traces,
+    swap,
+    with_hooks,
+)
 
 __all__ = ["patch"]
 
@@ -62,8 +70,8 @@ def patch(
 
     Raises:
         ValueError: unknown recipe or setting, a value out of range, a selection that matches nothing or nothing
-            that the method can replace, a model that is patched already, an unknown init, or "fit" for a model on
-            the meta device.
+            that the method can replace, a model that is patched already, compiled or scripted, an unknown init, or
+            "fit" for a model on the meta device.
         TypeError: model is not a module; patch or a selector is of a wrong type.
     """
     check_init(init)
@@ -75,7 +83,7 @@ def patch(
         spec = spec.with_layer(**layer_overrides)
     if min_kernel_size is not None:
         spec = PatchSpec.from_dict({**spec.to_dict(), "min_kernel_size": min_kernel_size})
-    _require_unpatched(model)
+    _require_patchable(model)
     rewired = move_stem_pool(model) if spec.stem_pool == "to_stage" else ()
     try:
         _replace(model, spec, _selectors(spec, select), init, compile, rewired, progress)
@@ -97,23 +105,26 @@ def _replace(
     """Replace what the selectors choose and record it; on any error the model's modules are what they were."""
     selected = select_convolutions(model, selectors, spec.min_kernel_size)
     stage_of = dict(zip(selected, stages(model, list(selected)), strict=True))
-    chosen, left_alone = _replaceable(spec, selected, stage_of)
+    chosen, left_alone = _replaceable(spec, selected, stage_of, ties(model, selected))
     resolved, replacements = _build(spec, chosen, stage_of)
-    obstacles = _folding_obstacles(model, replacements)
+    folding = folding_obstacles(model, replacements, spec.foldable, spec.unfoldable)
+    obstacles = {name: reason for name, reason in folding.items() if reason is not None}
     if obstacles:
         left_alone |= obstacles
         chosen = _without(chosen, left_alone, spec)
         resolved, replacements = _build(spec, chosen, stage_of)
     spec, groups = resolved, _groups(resolved, chosen, stage_of)
+    _warn_of_half_frozen(groups, chosen)
     if init == "fit":
         warm_start(groups, chosen, replacements, progress)
     for name, conv in chosen.items():
         _carry_over(conv, replacements[name])
         if isinstance(layer := replacements[name], ConstructedConv):
             layer.compile_mode = compile
+    trials = {"foldable": tuple(name for name in folding if name not in obstacles), "unfoldable": tuple(obstacles)}
     record = PatchRecord(
-        spec=spec.model_copy(update={"select": _recordable(selectors, chosen), "models": ()}),
-        replaced={name: copy.deepcopy(conv).to("meta") for name, conv in chosen.items()},
+        spec=spec.model_copy(update={"select": _recordable(selectors, chosen), "models": (), **trials}),
+        replaced={name: copy_without_hooks(conv).to("meta") for name, conv in chosen.items()},
         left_alone=left_alone,
         homes=geometry_homes(model, [group for group in groups if len(group) > 1], spec.layer.method),
         rewired=rewired,
@@ -132,7 +143,14 @@ def _replace(
         raise
 
 
-def _require_unpatched(model: nn.Module) -> None:
+def _require_patchable(model: nn.Module) -> None:
+    if "_orig_mod" in model._modules:
+        raise ValueError(f"model: a compiled {type(model._orig_mod).__name__}: patch the model, then compile it")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model: a ScriptModule runs TorchScript, not the modules in it; patch the model that it was made from,"
+            " then script that"
+        )
     record = get_record(model)
     if record is not None:
         raise ValueError(
@@ -152,7 +170,7 @@ def _selectors(spec: PatchSpec, select: Selector | Sequence[Selector] | None) ->
     if select is None:
         return spec.select
     listed = (select,) if isinstance(select, str) or callable(select) else tuple(select)
-    only_exclusions = all(isinstance(s, str) and s.startswith("!") for s in listed)
+    only_exclusions = listed != () and all(isinstance(s, str) and s.startswith("!") for s in listed)
     return (*spec.select, *listed) if only_exclusions else listed
 
 
@@ -163,13 +181,13 @@ def _recordable(selectors: Sequence[Selector], chosen: Iterable[str]) -> tuple[s
 
 
 def _replaceable(
-    spec: PatchSpec, selected: Mapping[str, _ConvNd], stage_of: Mapping[str, int]
+    spec: PatchSpec, selected: Mapping[str, _ConvNd], stage_of: Mapping[str, int], tied: Mapping[str, str]
 ) -> tuple[dict[str, PlainConv], dict[str, str]]:
     chosen: dict[str, PlainConv] = {}
     left_alone: dict[str, str] = {}
     for name, conv in selected.items():
         plain = cast(PlainConv, conv)  # `obstacle` names what is not
-        reason = obstacle(conv) or spec.layer_at(stage_of[name]).refusal(plain)
+        reason = obstacle(conv) or tied.get(name) or spec.layer_at(stage_of[name]).refusal(plain)
         if reason is None:
             chosen[name] = plain
         else:
@@ -195,19 +213,6 @@ def _build(
     return spec, {name: spec.layer_at(stage_of[name]).build(conv, "random") for name, conv in chosen.items()}
 
 
-def _folding_obstacles(model: nn.Module, replacements: Mapping[str, ConvReplacement]) -> dict[str, str]:
-    """Replacements that would keep their block from re-parameterising itself, and why; not looked at without values."""
-    obstacles: dict[str, str] = {}
-    for name, inside in blocks_that_fold(model, replacements).items():
-        block = model.get_submodule(name)
-        if any(parameter.is_meta for parameter in block.parameters()):
-            continue
-        reason = folding_obstacle(block, {key.removeprefix(f"{name}."): replacements[key] for key in inside})
-        if reason is not None:
-            obstacles |= dict.fromkeys(inside, reason)
-    return obstacles
-
-
 def _groups(spec: PatchSpec, chosen: Mapping[str, PlainConv], stage_of: Mapping[str, int]) -> list[list[str]]:
     """Names of convolutions that will share their geometry, group by group."""
     if spec.share is None:
@@ -217,6 +222,22 @@ def _groups(spec: PatchSpec, chosen: Mapping[str, PlainConv], stage_of: Mapping[
         key = (stage_of[name], conv.weight.shape[:2], len(conv.kernel_size), conv.weight.device, conv.weight.dtype)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def _warn_of_half_frozen(groups: Sequence[Sequence[str]], chosen: Mapping[str, PlainConv]) -> None:
+    """Say where frozen convolutions will share geometry, that of the first of a group, with others that train."""
+    for group in groups:
+        frozen = [name for name in group if not chosen[name].weight.requires_grad]
+        if not 0 < len(frozen) < len(group):
+            continue
+        training = [name for name in group if name not in frozen]
+        outcome = "is frozen for all of them" if group[0] in frozen else "trains, and changes the frozen kernels"
+        warnings.warn(
+            f"{', '.join(frozen)}: frozen, but {', '.join(training)} share(s) their geometry, which {outcome}; freeze"
+            " them all or none, or use the patch without `share`",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _carry_over(conv: PlainConv, layer: nn.Module) -> None:

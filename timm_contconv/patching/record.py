@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..layers import ConvReplacement
 from ..layers.replacement import PlainConv
 from .rewire import Rewired
 from .spec import PatchSpec
@@ -47,15 +48,30 @@ def require_record(model: nn.Module) -> PatchRecord:
     """The record of the patch on this model.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or what the patch put there is gone.
     """
     record = get_record(model)
     if record is None:
         raise ValueError(
-            f"model: this {type(model).__name__} is not patched; tcc.patch(model, recipe) patches it (a feature"
-            " extractor or another wrapper around a patched model has no record: pass the model itself)"
+            f"model: this {type(model).__name__} is not patched; tcc.patch(model, recipe) patches a model. A merged"
+            " one is plain PyTorch: save its state_dict(). A feature extractor or another wrapper around a patched"
+            " model has no record: pass the model itself"
+        )
+    gone = _gone(model, record)
+    if gone:
+        raise ValueError(
+            f"model: changed since it was patched: what the patch put at {', '.join(gone)} is there no more;"
+            " tcc.merge(model) and state_dict() still work"
         )
     return record
+
+
+def _gone(model: nn.Module, record: PatchRecord) -> list[str]:
+    """Names of layers that the patch put in, and of modules that it changed, that the model no longer has."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = [name for name in record.replaced if not isinstance(modules.get(name), ConvReplacement)]
+    owners = [f"{change.owner}.{change.attribute}" for change in record.rewired if change.owner not in modules]
+    return [*layers, *owners]
 
 
 def set_record(model: nn.Module, record: PatchRecord | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import io
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from ..layers import ConvReplacement
 from .record import PatchRecord, require_record
 from .restore import merge, original_architecture
 from .rewire import Rewired
+from .swap import copy_without_hooks
 
 __all__ = ["PatchReport", "PatchRow", "report"]
 
@@ -119,13 +119,13 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
     """What the patch on a model changed.
 
     Args:
-        model: a patched model; it is not run or changed.
+        model: a patched model; neither it nor its hooks are run, and it is not changed.
         input_size: (channels, *size) of one sample, for multiply-adds; these are of the model as it was built, without
             scales that were set on layers later. Default: that of the model's
             `pretrained_cfg`; without one, multiply-adds are left out.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or its layers were exchanged since.
     """
     record = require_record(model)
     if input_size is None and hasattr(model, "pretrained_cfg"):
@@ -133,7 +133,7 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
         input_size = (getattr(model, "in_chans", channels), *size)
     original = original_architecture(model)
     before, old_outputs = _count_multiply_adds(original, input_size, record.replaced)
-    merged = merge(_as_built(copy.deepcopy(model).to("meta")), inplace=True)
+    merged = merge(_as_built(copy_without_hooks(model).to("meta")), inplace=True)
     after, outputs = _count_multiply_adds(merged, input_size, record.replaced)
     existed = dict(original.named_modules())
     rows = [_row(model, record, n, existed.get(n), old_outputs.get(n), outputs.get(n)) for n in record.replaced]

@@ -12,7 +12,7 @@ from torch import nn
 from ..layers import ConvReplacement
 from .record import get_record, require_record
 from .rewire import revert
-from .swap import remove_traces, swap, with_hooks
+from .swap import copy_without_hooks, remove_traces, swap, with_hooks
 
 __all__ = ["merge", "original_architecture", "unpatch"]
 
@@ -61,8 +61,8 @@ def unpatch(model: Model) -> Model:
         The model.
 
     Raises:
-        ValueError: the model is not patched, or a constructed kernel reaches beyond the original size; the message
-            names those layers. The model is then unchanged.
+        ValueError: the model is not patched, its layers were exchanged since, or a constructed kernel reaches beyond
+            the original size; the message names those layers. The model is then unchanged.
     """
     record = require_record(model)
     restored: dict[str, nn.Module] = {}
@@ -88,13 +88,13 @@ def unpatch(model: Model) -> Model:
 
 
 def original_architecture(model: nn.Module) -> nn.Module:
-    """A copy of a patched model as it was before the patch, on the meta device: without weights.
+    """A copy of a patched model as it was before the patch, on the meta device: without weights or users' hooks.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or its layers were exchanged since.
     """
     record = require_record(model)
-    shadow = copy.deepcopy(model).to("meta")
+    shadow = copy_without_hooks(model).to("meta")
     swap(shadow, {name: copy.deepcopy(conv) for name, conv in record.replaced.items()})
     revert(shadow, record.rewired)
     remove_traces(shadow, record)

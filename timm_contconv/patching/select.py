@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,9 +13,10 @@ from rich.table import Table
 from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-__all__ = ["Selector", "find_convolutions", "obstacle", "select_convolutions", "stages"]
+__all__ = ["Selector", "find_convolutions", "obstacle", "select_convolutions", "stages", "ties"]
 
 Selector = str | Callable[[str, nn.Module], bool]
 
@@ -77,6 +79,8 @@ def obstacle(conv: _ConvNd) -> str | None:
         return "transposed convolution"
     if parametrize.is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is computed from other parameters (parametrization, weight norm or pruning)"
+    if isinstance(conv.weight, UninitializedParameter):
+        return "its weight has no shape yet: run the model once, then patch it"
     if type(conv) not in PLAIN_TYPES:
         return f"{type(conv).__name__} computes its convolution in a way of its own"
     if isinstance(conv.padding, str) and conv.padding not in ("same", "valid"):
@@ -84,14 +88,45 @@ def obstacle(conv: _ConvNd) -> str | None:
     return None
 
 
+def ties(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Those of the named convolutions that something else in the model depends on, and what."""
+    users: dict[int, list[str]] = {}
+    references: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name)
+        references |= {id(conv): f"{name}.{key}".lstrip(".") for key, conv in _references(module)}
+    found: dict[str, str] = {}
+    for name in names:
+        conv = model.get_submodule(name)
+        if id(conv) in references:
+            found[name] = f"{references[id(conv)]!r} holds it too, which is neither a submodule nor a ModuleList"
+        for key, parameter in conv._parameters.items():
+            others = [user for user in users[id(parameter)] if parameter is not None and user != name]
+            if others:
+                found[name] = f"its {key} is shared with {others[0]!r}"
+    return found
+
+
+def _references(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Convolutions that a module holds other than as submodules, and the attribute that does."""
+    for key, value in vars(module).items():
+        if key == "_modules":
+            continue
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        yield from ((key, item) for item in items if isinstance(item, _ConvNd))
+
+
 def stages(model: nn.Module, names: Sequence[str]) -> list[int]:
     """The stage of each named module.
 
-    A stage ends with one of the modules in timm's `feature_info`; a model that has none is one stage.
+    A stage ends with one of the modules in timm's `feature_info`; a model that has none is one stage. timm's feature
+    extractors name them with "_" for ".".
     """
     info = getattr(model, "feature_info", None) or []
     order = {name: index for index, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    features = [item["module"] for item in info if item.get("module") in order]
+    named = [(item["module"], item["module"].replace(".", "_")) for item in info if item.get("module")]
+    features = [name if name in order else flat for name, flat in named if name in order or flat in order]
     ends = [max(i for name, i in order.items() if f"{name}.".startswith(f"{feature}.")) for feature in features]
     return [sum(end < order[name] for end in ends) for name in names]
 

@@ -28,6 +28,8 @@ else:  # every method that `layers` defines; the field `method` says which one a
     AnyLayerSpec = functools.reduce(operator.or_, layers.SPECS)
 
 _Text = Annotated[str, Field(max_length=1000)]
+_Names = Annotated[tuple[_Text, ...], Field(max_length=10_000)]
+_OF_TRIALS = ("foldable", "unfoldable")
 
 
 class PatchSpec(BaseModel):
@@ -43,6 +45,9 @@ class PatchSpec(BaseModel):
         stem_pool: "to_stage" takes the max-pool out of a ResNet's stem; its first stage strides instead.
         description: one line for people.
         models: timm architectures that this recipe is registered on, as `{architecture}_{recipe}`.
+        foldable: convolutions whose block a trial found to re-parameterise itself as before with the new layer in
+            it. `tcc.patch` notes them here, so that a saved model is rebuilt without another trial.
+        unfoldable: convolutions that are left alone because their block no longer did.
 
     Raises:
         ValueError: a field is unknown, missing or out of range; the message names it.
@@ -57,7 +62,9 @@ class PatchSpec(BaseModel):
     share: Literal["stage"] | None = None
     stem_pool: Literal["to_stage"] | None = None
     description: _Text = ""
-    models: Annotated[tuple[_Text, ...], Field(max_length=10_000)] = ()
+    models: _Names = ()
+    foldable: _Names = ()
+    unfoldable: _Names = ()
 
     @field_validator("by_stage")
     @classmethod
@@ -66,6 +73,12 @@ class PatchSpec(BaseModel):
             for number, table in enumerate(tables, start=1):
                 _with_settings(info.data["layer"], table, f"stage {number}")
         return tables
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Fields that a pickle of an earlier version does not have get their defaults."""
+        super().__setstate__(state)
+        for key in _OF_TRIALS:
+            self.__dict__.setdefault(key, ())
 
     def layer_at(self, stage: int) -> LayerSpec:
         """The layer's settings in a stage, counted from 0."""
@@ -87,7 +100,7 @@ class PatchSpec(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` gives the spec back."""
-        unset = {"models"} if not self.models else set()
+        unset = {key for key in ("models", *_OF_TRIALS) if not getattr(self, key)}
         if self.min_kernel_size == 1:
             unset.add("min_kernel_size")
         return self.model_dump(mode="json", exclude_none=True, exclude=unset)
@@ -106,6 +119,8 @@ class PatchSpec(BaseModel):
         values["layer"] = {**values["layer"], **changes}
         kept = [{k: v for k, v in table.items() if k not in changes} for table in self.by_stage]
         values["by_stage"] = kept if any(kept) else []
+        for key in _OF_TRIALS:  # which were made with the other settings
+            values.pop(key, None)
         return self.from_dict(values)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -11,7 +13,16 @@ from ..layers import ConvReplacement
 from ..layers.once import compute_separately
 from .record import PatchRecord, set_record
 
-__all__ = ["exempt_from_weight_decay", "geometry_homes", "remove_traces", "swap", "with_hooks"]
+__all__ = [
+    "copy_without_hooks",
+    "exempt_from_weight_decay",
+    "geometry_homes",
+    "remove_traces",
+    "swap",
+    "with_hooks",
+]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 HOOKS = tuple(name for name in nn.Module().__dict__ if "_hook" in name)
 
@@ -21,6 +32,24 @@ def with_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
     for name in HOOKS:
         new.__dict__[name] = old.__dict__[name]
     return new
+
+
+def copy_without_hooks(module: Module) -> Module:
+    """A deep copy that runs no hook of the user's, nor holds what such a hook refers to.
+
+    Hooks of PyTorch (weight norm) and of this package compute what a forward needs: they stay.
+    """
+    hooks = [table for m in module.modules() for name in HOOKS if isinstance(table := m.__dict__.get(name), dict)]
+    return copy.deepcopy(module, {id(table): _without_users(table) for table in hooks})
+
+
+def _without_users(hooks: dict[int, Any]) -> dict[int, Any]:
+    kept = {key: hook for key, hook in hooks.items() if isinstance(hook, bool) or _is_needed(hook)}
+    return type(hooks)(kept)
+
+
+def _is_needed(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] in ("torch", __name__.partition(".")[0])
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Callable[[], None]:
@@ -71,12 +100,14 @@ def _home(model: nn.Module, group: Sequence[str]) -> str:
 
 
 def remove_traces(model: nn.Module, record: PatchRecord | None) -> None:
-    """Take off what a patch put on modules other than the convolutions."""
+    """Take off what a patch put on modules other than the convolutions, where these are still in the model."""
     if record is None:
         return
+    modules = dict(model.named_modules())
     for home, attribute in record.homes:
-        model.get_submodule(home)._modules.pop(attribute, None)
-        compute_separately(model.get_submodule(home))
+        if home in modules:
+            modules[home]._modules.pop(attribute, None)
+            compute_separately(modules[home])
     set_record(model, None)
     model.__dict__.pop("no_weight_decay", None)
 
