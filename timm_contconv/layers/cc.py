@@ -43,8 +43,8 @@ __all__ = ["CcSpec", "ContinuousConv2d"]
 MOST_PHASES = 16
 LARGEST_SUPPORT = 31
 LARGEST_WIDTH = 1024
-#: bytes: on the CPU about what a core's cache holds
-MEMORY_LIMIT_CPU, MEMORY_LIMIT = 2**22, 2**28
+#: bytes: on the CPU half of it, what a chunk computes, is about what a core's cache holds
+MEMORY_LIMIT_CPU, MEMORY_LIMIT = 2**23, 2**29
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 #: scale, kernel size, rounding and padding mode of a layer
@@ -74,7 +74,7 @@ class ContinuousConv2d(ConstructedConv):
         hidden: units of the hidden layers of the internal net. None means three small layers that start as linear
             interpolation between the pixels of a kernel (`interpolating_net`).
         memory_limit: bytes that a pass at a scale of many phases may take for what it computes in between; above
-            that it works in chunks and computes them again in the backward pass. None is 4 MiB on the CPU and 256 MiB
+            that it works in chunks and computes them again in the backward pass. None is 8 MiB on the CPU and 512 MiB
             elsewhere.
         compile: as for `ConstructedConv`.
 
