@@ -1,7 +1,6 @@
 """Patching, merging, unpatching and reporting on real models."""
 
 import copy
-import pickle
 import re
 import threading
 
@@ -433,14 +432,6 @@ def test_recipes_survive_toml_and_dict(name, tmp_path):
     path.write_text(spec.to_toml())
     assert tcc.load_patch(path) == spec
     assert tcc.PatchSpec.from_dict(spec.to_dict()) == spec
-
-
-def test_a_pickle_without_recorded_trials_is_a_whole_spec():
-    spec = tcc.load_patch("dcls")
-    older = copy.deepcopy(spec)
-    for field in ("foldable", "unfoldable"):
-        del older.__dict__[field]
-    assert pickle.loads(pickle.dumps(older)).to_dict() == spec.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,10 @@ way to and from plain convolutions.
 from __future__ import annotations
 
 import math
-import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Self
 
 import torch
 from timm.layers import Conv2dSame
@@ -21,22 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import conv as convolve
-from ..ops.plain import is_transformed
 from ..ops.problem import compute_dtype
+from .arguments import check_channels, check_padding, per_dimension
 from .compilation import CompileMode, check_compile_mode, construct_compiled, should_compile
+from .kept import KeptKernel, any_requires_grad, may_keep, to_be_kept
 from .once import interpolation_of
 from .replacement import ConvReplacement, PlainConv
 
-__all__ = [
-    "ConstructedConv",
-    "as_int",
-    "is_causal",
-    "may_keep",
-    "may_look",
-    "plain_arguments",
-    "to_be_kept",
-    "without_autocast",
-]
+__all__ = ["ConstructedConv", "plain_arguments", "without_autocast"]
 
 torch.fx.wrap("convolve")  # the engine chooses by shape, which symbolic tracing does not know
 
@@ -86,15 +76,15 @@ class ConstructedConv(ConvReplacement):
         compile: CompileMode = "auto",
     ) -> None:
         super().__init__()
-        _check_channels(in_channels, out_channels, groups)
+        check_channels(in_channels, out_channels, groups)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode={padding_mode!r}: expected one of {', '.join(PADDING_MODES)}")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _per_dimension("kernel_size", kernel_size, self.ndim, minimum=1)
-        self.stride = _per_dimension("stride", stride, self.ndim, minimum=1)
-        self.padding = _padding(padding, self.ndim)
-        self.dilation = _per_dimension("dilation", dilation, self.ndim, minimum=1)
+        self.kernel_size = per_dimension("kernel_size", kernel_size, self.ndim, minimum=1)
+        self.stride = per_dimension("stride", stride, self.ndim, minimum=1)
+        self.padding = check_padding(padding, self.ndim)
+        self.dilation = per_dimension("dilation", dilation, self.ndim, minimum=1)
         if max(self.dilation) > 1:
             raise ValueError(
                 f"dilation={dilation!r}: expected 1; a constructed kernel reaches further with a larger kernel_size"
@@ -104,7 +94,7 @@ class ConstructedConv(ConvReplacement):
         self.output_padding = (0,) * self.ndim
         self.compile_mode = check_compile_mode(compile)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        self._kept: _KeptKernel | None = None
+        self._kept: KeptKernel | None = None
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -173,7 +163,7 @@ class ConstructedConv(ConvReplacement):
             return self.construct()
         if self._kept is None or not self._kept.is_current(inputs):
             with to_be_kept():
-                self._kept = _KeptKernel.of(inputs, self.construct())
+                self._kept = KeptKernel.of(inputs, self.construct())
         return self._kept.kernel
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -222,7 +212,7 @@ class ConstructedConv(ConvReplacement):
                 padding_mode=self.padding_mode,  # type: ignore[arg-type]
                 **shared,  # type: ignore[arg-type]
             )
-        conv.weight = nn.Parameter(kernel.clone(), requires_grad=_any_requires_grad(self.kernel_inputs().values()))
+        conv.weight = nn.Parameter(kernel.clone(), requires_grad=any_requires_grad(self.kernel_inputs().values()))
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return conv.train(self.training)
@@ -256,76 +246,6 @@ class ConstructedConv(ConvReplacement):
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
         return text
-
-
-@dataclass(frozen=True)
-class _KeptKernel:
-    """A constructed kernel with copies of what it was constructed from.
-
-    Values are compared, not version counters: edits through `.data`, views and communication buffers change a
-    parameter without changing its version. An edit of the kernel itself, through `layer.weight`, shows in its own.
-    """
-
-    inputs: dict[str, Tensor]
-    kernel: Tensor
-    version: int
-
-    @classmethod
-    def of(cls, inputs: Mapping[str, Tensor], kernel: Tensor) -> _KeptKernel:
-        copies = {name: value.detach().clone() for name, value in inputs.items()}
-        return cls(copies, kernel.detach(), kernel._version)
-
-    def is_current(self, inputs: Mapping[str, Tensor]) -> bool:
-        return self.kernel._version == self.version and all(
-            value.dtype == self.inputs[name].dtype
-            and value.device == self.inputs[name].device
-            and torch.equal(value, self.inputs[name])
-            for name, value in inputs.items()
-        )
-
-
-def is_causal(ndim: int, padding: int | Sequence[int] | str | None, padding_mode: str) -> bool:
-    """Whether a layer whose one-dimensional kernels are causal by default is to be causal.
-
-    Raises:
-        ValueError: it is, with a padding mode other than zeros.
-    """
-    causal = ndim == 1 and padding in (None, "causal")
-    if causal and padding_mode != "zeros":
-        raise ValueError(f"padding_mode={padding_mode!r}: expected 'zeros'; causal padding knows no other")
-    return causal
-
-
-@contextmanager
-def to_be_kept() -> Iterator[None]:
-    """Kernels constructed here serve later calls of all kinds, also those with gradients of the input."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def may_keep(inputs: Iterable[Any]) -> bool:
-    """Whether kernels constructed from these may be kept: not where a gradient is wanted."""
-    return may_look(inputs) and not (torch.is_grad_enabled() and _any_requires_grad(inputs))
-
-
-def may_look(values: Iterable[Any]) -> bool:
-    """Whether values can be looked at here: not where they are traced, transformed or captured, or where none are."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or _is_recorded():
-        return False
-    is_cuda = False
-    for value in values:
-        if type(value) not in (Tensor, nn.Parameter) or value.is_meta:  # torch.fx passes proxies
-            return False
-        is_cuda = is_cuda or value.is_cuda
-    return not (is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _is_recorded() -> bool:
-    """Whether operators are recorded, or run on fake tensors."""
-    modes = torch._C._TorchDispatchModeKey
-    return torch._C._len_torch_dispatch_stack() > 0 and any(
-        torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)
-    )
 
 
 def plain_arguments(conv: PlainConv, kernel_size: Sequence[int]) -> dict[str, Any]:
@@ -370,10 +290,6 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
     return torch.autocast(device_type, enabled=False)
 
 
-def _any_requires_grad(inputs: Any) -> bool:
-    return any(value.requires_grad for value in inputs)
-
-
 @torch.fx.wrap
 def _pad_same(x: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], padding_mode: str) -> Tensor:
     """So that the output has ceil(input / stride) pixels; sizes are known when a traced module runs."""
@@ -389,42 +305,3 @@ def _pad_sides(x: Tensor, sides: Sequence[tuple[int, int]], padding_mode: str) -
 def _same_sides(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
     total = max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
     return total // 2, total - total // 2
-
-
-def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-        number = as_int(value)
-        if number is None or number < 1:
-            raise ValueError(f"{name}={value!r}: expected a positive int")
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if value % groups:
-            raise ValueError(f"{name}={value}: expected a multiple of groups={groups}")
-
-
-def _per_dimension(name: str, value: int | Sequence[int], ndim: int, minimum: int) -> tuple[int, ...]:
-    given = value if isinstance(value, Sequence) else (value,) * ndim
-    values = tuple(v for v in map(as_int, given) if v is not None and v >= minimum)
-    if not len(values) == len(given) == ndim:
-        wanted = "a positive int" if minimum == 1 else f"an int of at least {minimum}"
-        raise ValueError(f"{name}={value!r}: expected {wanted}, or {ndim} of them")
-    return values
-
-
-def as_int(value: Any) -> int | None:
-    """Python's int for one of any library; None for all else, bools and tensors too."""
-    if isinstance(value, bool | Tensor):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _padding(padding: int | Sequence[int] | str, ndim: int) -> tuple[int, ...] | Literal["same"]:
-    if not isinstance(padding, str):
-        return _per_dimension("padding", padding, ndim, minimum=0)
-    if padding == "same":
-        return "same"
-    if padding == "valid":
-        return (0,) * ndim
-    raise ValueError(f"padding={padding!r}: expected an int, {ndim} ints, 'same' or 'valid'")

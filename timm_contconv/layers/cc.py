@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.problem import compute_dtype
-from .base import ConstructedConv, may_keep, to_be_kept, without_autocast
+from .base import ConstructedConv, without_autocast
 from .cc_grid import SMALLEST_SCALE, Axis, Ratio, Rounding, Scale, distances, fraction, ratios
 from .cc_kept import KeptKernels
 from .cc_net import internal_features, interpolating_net, interpolating_widths
@@ -34,6 +34,7 @@ from .cc_plain import (
     strided_plain_conv,
 )
 from .compilation import CompileMode
+from .kept import may_keep, to_be_kept
 from .replacement import NEGLIGIBLE, ConvReplacement, PlainConv, copy_bias_, require_weights
 from .spec import LayerSpec
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.problem import compute_dtype
-from .base import as_int, may_look, plain_arguments
+from .arguments import as_int
+from .base import plain_arguments
 from .envelope_plain import all_delta, dense_conv, dense_kernel, plain_convs
 from .gaussian import smooth, smooth_and_convolve, spread_taps
+from .kept import may_look
 from .replacement import NEGLIGIBLE, ConvReplacement, PlainConv, copy_bias_, relative_error, require_weights
 from .spec import LARGEST_KERNEL, LayerSpec
 

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import conv as convolve
-from .base import ConstructedConv, is_causal, may_look, plain_arguments
+from .arguments import is_causal
+from .base import ConstructedConv, plain_arguments
 from .compilation import CompileMode
 from .flex_crop import Crop, crop_to_mask, is_inside, margins, pad_to_crop, slices, visible, whole
 from .flex_fit import fit_magnet_
 from .flex_grid import resampled_padding, sampled_axis
+from .kept import may_look
 from .magnet import (
     ENVELOPE_CUT,
     check_magnet,

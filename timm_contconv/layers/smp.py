@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import ConstructedConv, as_int, is_causal, may_look, plain_arguments
+from .arguments import as_int, is_causal
+from .base import ConstructedConv, plain_arguments
 from .compilation import CompileMode
+from .kept import may_look
 from .least_squares import Geometry, fit_separately, pixels_by_energy
 from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
 from .spec import KernelSize, KernelSpec

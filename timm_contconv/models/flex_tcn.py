@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..layers import FlexConv1d
-from .tcn import TCN, check_counts
+from ..layers.arguments import check_counts
+from .tcn import TCN
 
 __all__ = ["FlexTCN"]
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..layers import SmpConv1d
-from .tcn import TCN, check_counts
+from ..layers.arguments import check_counts
+from .tcn import TCN
 
 __all__ = ["SmpTCN"]
 

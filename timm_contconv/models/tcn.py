@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TCN", "TemporalBlock", "check_counts"]
+from ..layers.arguments import check_counts
+
+__all__ = ["TCN", "TemporalBlock"]
 
 #: a causal convolution with so many input and output channels
 CausalConv = Callable[[int, int], nn.Module]
@@ -98,14 +99,3 @@ class TCN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, T) to (N, num_classes)."""
         return self.head(self.forward_features(x)[..., -1])
-
-
-def check_counts(**counts: int) -> None:
-    """Refuse numbers of things that are not positive ints.
-
-    Raises:
-        ValueError: names the argument, its value and what is allowed.
-    """
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a positive int")

@@ -74,12 +74,6 @@ class PatchSpec(BaseModel):
                 _with_settings(info.data["layer"], table, f"stage {number}")
         return tables
 
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        """Fields that a pickle of an earlier version does not have get their defaults."""
-        super().__setstate__(state)
-        for key in _OF_TRIALS:
-            self.__dict__.setdefault(key, ())
-
     def layer_at(self, stage: int) -> LayerSpec:
         """The layer's settings in a stage, counted from 0."""
         if not self.by_stage:
