@@ -1,4 +1,4 @@
-"""The one point where kernel construction meets torch.compile."""
+"""How a kernel function is called: its precision, and torch.compile."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["CompileMode", "check_compile_mode", "construct_compiled", "should_compile"]
+from ...ops import compute_dtype
+
+__all__ = ["CompileMode", "check_compile_mode", "construct", "without_autocast"]
 
 CompileMode = Literal["auto"] | bool
 
@@ -29,17 +32,40 @@ def check_compile_mode(mode: CompileMode) -> CompileMode:
     return mode
 
 
-def should_compile(mode: CompileMode, device: torch.device) -> bool:
-    """Whether a layer with this mode constructs its kernel on `device` through its own compiled function.
+def construct(
+    function: Callable[..., Tensor], inputs: Mapping[str, Tensor], dtype: torch.dtype, mode: CompileMode
+) -> Tensor:
+    """Call a kernel function in the precision of kernel construction, through torch.compile if that is wanted.
 
-    Inside an outer `torch.compile`, the outer compilation already covers the construction.
+    Inside of an outer torch.compile, that compilation covers the construction already.
+
+    Args:
+        function: a function of a module, or a `functools.partial` of one with hashable keywords.
+        inputs: its tensors, by argument name.
+        dtype: of the parameters. The function is computed in float32, or in float64 if dtype is float64.
+        mode: "auto" compiles on CUDA only.
+
+    Returns:
+        What the function returns, in dtype.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return device.type == "cuda" if mode == "auto" else mode
+    exact = compute_dtype(dtype)
+    device = next(iter(inputs.values())).device
+    with without_autocast(device.type):
+        arguments = {name: value.to(exact) for name, value in inputs.items()}
+        wanted = device.type == "cuda" if mode == "auto" else mode
+        if wanted and not torch.compiler.is_compiling():
+            return _construct_compiled(function, arguments).to(dtype)
+        return function(**arguments).to(dtype)
 
 
-def construct_compiled(function: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """A context in which operators keep the dtype of their arguments."""
+    if not torch.amp.is_autocast_available(device_type):  # the meta device
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _construct_compiled(function: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
     """Call a kernel function through torch.compile; stay eager, with one warning, where no compiler works.
 
     Args:

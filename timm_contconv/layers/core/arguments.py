@@ -1,26 +1,38 @@
-"""Checks of the arguments that layers share with PyTorch's convolutions."""
+"""Checks of arguments that layers share with PyTorch's convolutions."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
 from torch import Tensor
 
-__all__ = ["as_int", "check_channels", "check_counts", "check_padding", "is_causal", "per_dimension"]
+__all__ = ["Int", "as_int", "check_channels", "check_counts", "check_padding", "per_dimension"]
+
+LARGEST_SIZE = 1 << 20  # pixels of a kernel, a stride or a padding
 
 
-def is_causal(ndim: int, padding: int | Sequence[int] | str | None, padding_mode: str) -> bool:
-    """Whether a layer whose one-dimensional kernels are causal by default is to be causal.
+def as_int(value: Any) -> int | None:
+    """Python's int for an int of any library; None for anything else, also for bools and tensors."""
+    if isinstance(value, bool | Tensor):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
-    Raises:
-        ValueError: it is, with a padding mode other than zeros.
-    """
-    causal = ndim == 1 and padding in (None, "causal")
-    if causal and padding_mode != "zeros":
-        raise ValueError(f"padding_mode={padding_mode!r}: expected 'zeros'; causal padding knows no other")
-    return causal
+
+def _as_strict_int(value: Any) -> int:
+    number = as_int(value)
+    if number is None:
+        raise ValueError("expected an int")
+    return number
+
+
+#: an int of any library, as a setting: no bool, no text, no float
+Int = Annotated[int, BeforeValidator(_as_strict_int)]
 
 
 def check_counts(**counts: int) -> None:
@@ -54,21 +66,11 @@ def per_dimension(name: str, value: int | Sequence[int], ndim: int, minimum: int
         ValueError: names the argument, its value and what is allowed.
     """
     given = value if isinstance(value, Sequence) else (value,) * ndim
-    values = tuple(v for v in map(as_int, given) if v is not None and v >= minimum)
+    values = tuple(v for v in map(as_int, given) if v is not None and minimum <= v <= LARGEST_SIZE)
     if not len(values) == len(given) == ndim:
         wanted = "a positive int" if minimum == 1 else f"an int of at least {minimum}"
         raise ValueError(f"{name}={value!r}: expected {wanted}, or {ndim} of them")
     return values
-
-
-def as_int(value: Any) -> int | None:
-    """Python's int for one of any library; None for all else, bools and tensors too."""
-    if isinstance(value, bool | Tensor):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def check_padding(padding: int | Sequence[int] | str, ndim: int) -> tuple[int, ...] | Literal["same"]:
@@ -83,4 +85,5 @@ def check_padding(padding: int | Sequence[int] | str, ndim: int) -> tuple[int, .
         return "same"
     if padding == "valid":
         return (0,) * ndim
-    raise ValueError(f"padding={padding!r}: expected an int, {ndim} ints, 'same' or 'valid'")
+    allowed = "'same', 'valid'" + (" or 'causal'" if ndim == 1 else "")
+    raise ValueError(f"padding={padding!r}: expected an int, {ndim} ints, {allowed}")
