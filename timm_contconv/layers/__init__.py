@@ -5,6 +5,7 @@ from .core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d, KernelConv
 from .core.replacement import ConvReplacement
 from .core.spec import METHODS, KernelSpec, LayerSpec
 from .dcls import DclsConv1d, DclsConv2d, DclsConv3d, DclsKernel
+from .flex import FlexConv1d, FlexConv2d, FlexKernel, MAGNet
 from .smp import SmpConv1d, SmpConv2d, SmpKernel
 from .smp_bn import SmpConvBn2d
 
@@ -15,6 +16,9 @@ __all__ = [
     "DclsConv2d",
     "DclsConv3d",
     "DclsKernel",
+    "FlexConv1d",
+    "FlexConv2d",
+    "FlexKernel",
     "Kernel",
     "KernelConv",
     "KernelConv1d",
@@ -22,6 +26,7 @@ __all__ = [
     "KernelConv3d",
     "KernelSpec",
     "LayerSpec",
+    "MAGNet",
     "SmpConv1d",
     "SmpConv2d",
     "SmpConvBn2d",

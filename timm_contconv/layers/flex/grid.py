@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ..ops.problem import compute_dtype
+from ...ops import compute_dtype
 
 __all__ = ["Axis", "resampled_padding", "sampled_axis"]
 

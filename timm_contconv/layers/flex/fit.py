@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .magnet import magnet_features, reset_magnet_
+from .magnet import MAGNET_PARAMETERS, magnet_features, reset_magnet_
 
 __all__ = ["fit_magnet_"]
 
@@ -62,17 +62,8 @@ def fit_magnet_(
 
 def _initial(parameters: Mapping[str, Tensor], reach: Sequence[float], nyquist: float) -> dict[str, Tensor]:
     """Filters drawn with a seed of their own, spread over the kernels, no faster than the grid can show."""
-    names = (
-        "sine_weight",
-        "sine_bias",
-        "mean",
-        "gamma",
-        "hidden_weight",
-        "hidden_bias",
-        "output_weight",
-        "output_bias",
-    )
-    values = {n: torch.empty(parameters[n].shape if "output" not in n else (1,), dtype=torch.float64) for n in names}
+    shapes = {name: (1,) if "output" in name else parameters[name].shape for name in MAGNET_PARAMETERS}
+    values = {name: torch.empty(shape, dtype=torch.float64) for name, shape in shapes.items()}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         reset_magnet_(values, 1.0)

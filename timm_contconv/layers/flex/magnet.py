@@ -14,17 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import check_counts
+
 __all__ = [
+    "ENVELOPE_CUT",
+    "INPUT_SCALE",
+    "MAGNET_PARAMETERS",
     "MAGNet",
-    "check_magnet",
     "filter_frequencies",
     "gabor_filters",
-    "is_number",
-    "is_positive_int",
     "magnet_features",
     "magnet_shapes",
     "reset_magnet_",
 ]
+
+MAGNET_PARAMETERS = (
+    "sine_weight",
+    "sine_bias",
+    "mean",
+    "gamma",
+    "hidden_weight",
+    "hidden_bias",
+    "output_weight",
+    "output_bias",
+)
+INPUT_SCALE = 25.6  # appendix D.1
 
 GAMMA_CONCENTRATION = 6.0  # alpha of the released code; divided by the layer's number (section 3.2)
 ENVELOPE_CUT = 2.0  # sigma_cut of Eq. 21: standard deviations of an envelope's spectrum that count
@@ -112,7 +126,13 @@ def filter_frequencies(sine_weight: Tensor, gamma: Tensor) -> Tensor:
 def magnet_shapes(
     ndim: int, hidden_channels: int, hidden_layers: int, outputs: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of a MAGNet's parameters by name; the output parameters start with the sizes in `outputs`."""
+    """Shapes of a MAGNet's parameters by name; the output parameters start with the sizes in `outputs`.
+
+    Raises:
+        ValueError: ndim is not 1 or 2.
+    """
+    if ndim not in (1, 2):
+        raise ValueError(f"ndim={ndim!r}: expected 1 or 2 coordinates")
     filters = (hidden_layers + 1, hidden_channels)
     return {
         "sine_weight": (*filters, ndim),
@@ -145,29 +165,6 @@ def reset_magnet_(parameters: Mapping[str, Tensor], input_scale: float) -> None:
     bound = 1 / math.sqrt(hidden)
     for name in ("hidden_weight", "hidden_bias", "output_weight", "output_bias"):
         parameters[name].uniform_(-bound, bound)
-
-
-def check_magnet(hidden_channels: int, hidden_layers: int, input_scale: float) -> None:
-    """Refuse sizes that no MAGNet has.
-
-    Raises:
-        ValueError: names the argument, its value and what is allowed.
-    """
-    for name, value in (("hidden_channels", hidden_channels), ("hidden_layers", hidden_layers)):
-        if not is_positive_int(value):
-            raise ValueError(f"{name}={value!r}: expected a positive int")
-    if not is_number(input_scale) or not 0 < input_scale < math.inf:
-        raise ValueError(f"input_scale={input_scale!r}: expected a positive number; 25.6 in the released code")
-
-
-def is_number(value: Any) -> bool:
-    """Whether an argument is a real number; True and False are none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def is_positive_int(value: Any) -> bool:
-    """Whether an argument is 1, 2, ...; True is not."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class MAGNet(nn.Module):
@@ -206,18 +203,16 @@ class MAGNet(nn.Module):
         out_channels: int,
         hidden_channels: int = 32,
         hidden_layers: int = 3,
-        input_scale: float = 25.6,
+        input_scale: float = INPUT_SCALE,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if ndim not in (1, 2):
-            raise ValueError(f"ndim={ndim!r}: expected 1 or 2 coordinates")
-        if not is_positive_int(out_channels):
-            raise ValueError(f"out_channels={out_channels!r}: expected a positive int")
-        check_magnet(hidden_channels, hidden_layers, input_scale)
-        self.ndim = ndim
-        self.input_scale = input_scale
+        check_counts(out_channels=out_channels, hidden_channels=hidden_channels, hidden_layers=hidden_layers)
+        if not isinstance(input_scale, numbers.Real) or not 0 < input_scale < math.inf:
+            raise ValueError(f"input_scale={input_scale!r}: expected a positive number; {INPUT_SCALE} in the paper")
+        self.ndim: int = ndim
+        self.input_scale: float = input_scale
         for name, shape in magnet_shapes(ndim, hidden_channels, hidden_layers, (out_channels,)).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..layers import FlexConv1d, FlexConv2d
+from .conv import FlexConv
 
 __all__ = ["at_resolution"]
 
@@ -32,16 +32,16 @@ def at_resolution(model: Model, source: int, target: int) -> Model:
     Raises:
         ValueError: the model holds no such layer, or a resolution is not positive; then nothing is changed.
     """
-    layers = [module for module in model.modules() if isinstance(module, FlexConv1d | FlexConv2d)]
+    layers = [module for module in model.modules() if isinstance(module, FlexConv)]
     if not layers:
         raise ValueError(
             f"model: this {type(model).__name__} holds no FlexConv, whose kernels alone can be sampled anew;"
             " tcc.patch(model, 'flex') puts them in, before training"
         )
-    plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    fixed = [n for n, m in model.named_modules() if isinstance(m, plain) and max(m.kernel_size) > 1]
     for layer in layers:
         layer.at_resolution(source, target)
+    plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    fixed = [name for name, m in model.named_modules() if isinstance(m, plain) and max(m.kernel_size) > 1]
     if fixed:
         warnings.warn(
             f"{len(fixed)} plain convolutions keep their kernels at the new resolution: {', '.join(fixed[:5])}"
