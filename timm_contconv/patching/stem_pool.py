@@ -2,68 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Rewired", "move_stem_pool", "revert"]
+__all__ = ["Rewired", "plan_stem_pool", "with_changes"]
 
 
 @dataclass(frozen=True)
 class Rewired:
-    """An attribute that was changed in a model.
+    """An attribute of a module that a patch changes besides replacing convolutions.
 
     Attributes:
         owner: name of the module that has it; "" is the model itself.
         attribute: its name there.
-        before: its old value: a module without parameters, a number, or None.
+        before, after: its values: modules, strides, or None.
     """
 
     owner: str
     attribute: str
     before: Any
+    after: Any
 
     @property
     def is_module(self) -> bool:
-        """Whether a module was exchanged, put in or taken out."""
+        """Whether a module is exchanged, put in or taken out."""
         return self.before is None or isinstance(self.before, nn.Module)
 
+    def without_after(self) -> Rewired:
+        """For a record: what is there now stands in the model itself."""
+        return replace(self, after=None)
 
-def move_stem_pool(model: nn.Module) -> tuple[Rewired, ...]:
-    """Take the max-pool out of a residual network's stem; its first stage strides instead.
+
+def plan_stem_pool(model: nn.Module) -> tuple[Rewired, ...]:
+    """Take the max-pool out of a residual network's stem; its first stage strides instead (Kobayashi 2023, Fig. 5c).
 
     The first block of the stage strides where that of the next stage does: in one convolution of its residual path,
-    and in the 1x1 convolution of its shortcut, which is added where there was none.
+    and in the 1x1 convolution of its shortcut, which is added if there is none.
 
     Args:
-        model: a network with `maxpool`, `layer1` and `layer2`, as timm's and torchvision's ResNets.
+        model: a network with `maxpool`, `layer1` and `layer2`, as timm's and torchvision's ResNets; it is not changed.
 
     Returns:
-        What `revert` needs to take it back.
+        The changes that are needed.
 
     Raises:
-        ValueError: the model is built in another way; it is then unchanged.
+        ValueError: the model is built in another way.
     """
     pool, block, example = _stem_pool(model), *(_first_block(model, stage) for stage in ("layer1", "layer2"))
     stride = pool.stride if isinstance(pool.stride, tuple) else (pool.stride, pool.stride)
-    name = _strided_convolution(model, example)
-    changes: list[tuple[str, str, Any]] = [("", "maxpool", nn.Identity()), (f"layer1.0.{name}", "stride", stride)]
+    name = f"layer1.0.{_strided_convolution(model, example)}"
+    changes = [
+        Rewired("", "maxpool", pool, nn.Identity()),
+        Rewired(name, "stride", model.get_submodule(name).stride, stride),
+    ]
     if block.downsample is None:
-        changes.append(("layer1.0", "downsample", _shortcut(block, example, stride)))
+        changes.append(Rewired("layer1.0", "downsample", None, _shortcut(block, example, stride)))
     else:
-        changes.append(("layer1.0.downsample.0", "stride", stride))
-    rewired = tuple(Rewired(owner, key, getattr(model.get_submodule(owner), key)) for owner, key, _ in changes)
-    for owner, key, value in changes:
-        setattr(model.get_submodule(owner), key, value)
-    return rewired
+        name = "layer1.0.downsample.0"
+        changes.append(Rewired(name, "stride", model.get_submodule(name).stride, stride))
+    return tuple(changes)
 
 
-def revert(model: nn.Module, rewired: Sequence[Rewired]) -> None:
-    """Give changed attributes their old values."""
-    for change in reversed(rewired):
-        setattr(model.get_submodule(change.owner), change.attribute, change.before)
+def with_changes(convolutions: Mapping[str, _ConvNd], rewired: Sequence[Rewired]) -> dict[str, _ConvNd]:
+    """The convolutions of a model as they will be after the changes; the given ones are not changed.
+
+    Args:
+        convolutions: by module name, in the model's order.
+        rewired: the changes.
+    """
+    found = dict(convolutions)
+    for change in rewired:
+        if isinstance(change.after, nn.Module):
+            added = change.after.named_modules(prefix=f"{change.owner}.{change.attribute}")
+            new = {name: conv for name, conv in added if isinstance(conv, _ConvNd)}
+            ahead = [name for name in found if name.startswith(f"{change.owner}.")] if new else []
+            place = list(found).index(ahead[-1]) + 1 if ahead else len(found)
+            items = list(found.items())
+            found = dict([*items[:place], *new.items(), *items[place:]])
+        elif change.owner in found:
+            found[change.owner] = conv = copy.copy(found[change.owner])
+            setattr(conv, change.attribute, change.after)
+    return found
 
 
 def _stem_pool(model: nn.Module) -> nn.MaxPool2d:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .layers import ConstructedConv, ContinuousConv2d, DclsConv2d, FlexConv1d, FlexConv2d, GaussianEnvelopeConv2d
-from .layers.gaussian import envelope_filter
+from ..layers import ContinuousConv2d, DclsConv2d, FlexConv1d, FlexConv2d, GaussianEnvelopeConv2d, KernelConv
+from ..layers.envelope import envelope_filter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def kernel_figure(model: nn.Module, layers: int = 4, channels: int = 6) -> Figur
     """
     from matplotlib.figure import Figure
 
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, ConstructedConv) and m.ndim == 2]
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, KernelConv) and m.ndim == 2]
     if not found:
         raise ValueError(f"model: this {type(model).__name__} holds no 2-D constructed convolution to draw")
     count = min(layers, len(found))
@@ -41,7 +41,7 @@ def kernel_figure(model: nn.Module, layers: int = 4, channels: int = 6) -> Figur
     axes = figure.subplots(count, columns, squeeze=False)
     for (name, layer), line in zip(rows, axes, strict=True):
         with torch.no_grad():
-            kernels = layer.construct()[:, 0].float().cpu()
+            kernels = layer.weight[:, 0].float().cpu()
         for channel, axis in enumerate(line):
             _draw_kernel(axis, kernels[channel])
             _draw_elements(axis, layer, channel)
@@ -54,7 +54,7 @@ def save_kernel_figure(model: nn.Module, path: str | Path, layers: int = 4, chan
 
     Of a model with envelopes, those; of one with CC layers, `continuous_kernel_figure`.
     """
-    constructed = any(isinstance(module, ConstructedConv) for module in model.modules())
+    constructed = any(isinstance(module, KernelConv) for module in model.modules())
     envelopes = any(isinstance(module, GaussianEnvelopeConv2d) for module in model.modules())
     if any(isinstance(module, ContinuousConv2d) for module in model.modules()):
         figure = continuous_kernel_figure(model, layers, channels)
@@ -145,11 +145,11 @@ def frequency_figure(model: nn.Module) -> Figure:
     figure = Figure(figsize=(2.5 + 0.35 * len(found), 3.5), layout="constrained")
     axis = figure.subplots()
     places = range(len(found))
-    magnets = [layer.max_frequency(mask=False) for _, layer in found]
-    masks = [layer.max_frequency() - magnet for (_, layer), magnet in zip(found, magnets, strict=True)]
+    magnets = [layer.kernel.max_frequency(mask=False) for _, layer in found]
+    masks = [layer.kernel.max_frequency() - magnet for (_, layer), magnet in zip(found, magnets, strict=True)]
     axis.bar(places, magnets, label="MAGNet")
     axis.bar(places, masks, bottom=magnets, label="mask")
-    nyquist = [layer.nyquist_frequency for _, layer in found]
+    nyquist = [layer.kernel.nyquist_frequency for _, layer in found]
     axis.hlines(nyquist, [p - 0.5 for p in places], [p + 0.5 for p in places], "black", label="Nyquist")
     axis.set_xticks(places, [name for name, _ in found], rotation=60, ha="right", fontsize=7)
     axis.set(ylabel="cycles per unit", title="highest frequency of the kernels")
@@ -179,10 +179,11 @@ def _draw_kernel(axis: Axes, kernel: torch.Tensor) -> None:
     axis.set_yticks([])
 
 
-def _draw_elements(axis: Axes, layer: ConstructedConv, channel: int) -> None:
-    if not isinstance(layer, DclsConv2d) or len(layer.position_dims) < 2:
+def _draw_elements(axis: Axes, layer: KernelConv, channel: int) -> None:
+    position = layer.geometry.get("position")
+    if not isinstance(layer, DclsConv2d) or position is None or len(position) < 2:
         return
-    rows, columns = (layer.position[d, channel, 0].detach().float().cpu() + layer.kernel_size[d] // 2 for d in range(2))
+    rows, columns = (position[d, channel, 0].detach().float().cpu() + layer.kernel_size[d] // 2 for d in range(2))
     axis.plot(columns, rows, "k.", markersize=2.5)
     axis.set_xlim(-0.5, layer.kernel_size[1] - 0.5)
     axis.set_ylim(layer.kernel_size[0] - 0.5, -0.5)

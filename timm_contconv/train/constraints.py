@@ -1,4 +1,4 @@
-"""What happens around an optimiser step: penalties before, constraints after."""
+"""Penalties before an optimiser step, constraints after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ConvReplacement
-from .whole import edit_whole_parameters, whole_parameters
+from .distributed import edit_whole_parameters, whole_parameters
 
 __all__ = ["constrain_", "constrain_layers_", "mean_penalty", "penalty"]
 
@@ -37,17 +37,15 @@ def constrain_(model: nn.Module) -> None:
 
 def mean_penalty(layers: Sequence[ConvReplacement]) -> Tensor:
     """`penalty` of these layers."""
-    with_penalty = [layer for layer in layers if type(layer).penalty is not ConvReplacement.penalty]
-    with whole_parameters(with_penalty):
-        penalties = [value for layer in with_penalty if (value := layer.penalty()) is not None]
+    with whole_parameters(layers):
+        penalties = [value for layer in layers if (value := layer.penalty()) is not None]
     return torch.stack(penalties).mean() if penalties else torch.zeros(())
 
 
 def constrain_layers_(layers: Sequence[ConvReplacement]) -> None:
     """`constrain_` for these layers."""
-    constrained = [layer for layer in layers if type(layer).constrain_ is not ConvReplacement.constrain_]
-    with edit_whole_parameters(constrained):
-        for layer in constrained:
+    with edit_whole_parameters(layers):
+        for layer in layers:
             layer.constrain_()
 
 

@@ -15,13 +15,13 @@ __all__ = ["edit_whole_parameters", "whole_parameters"]
 
 @contextlib.contextmanager
 def whole_parameters(layers: Sequence[ConvReplacement]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Let layers compute with whole parameters; gradients flow on into the shards.
+    """Let layers compute with whole geometry parameters; gradients flow on into the shards.
 
     A method's formula reads a parameter as a whole: a shard of DCLS positions holds some of the axes only. What is
     whole already is left as it is. Every process of the job has to come here with the same layers.
 
     Args:
-        layers: their own parameters, those of their submodules, and the geometry that they share are gathered.
+        layers: the parameters of the modules that own their geometry, and the geometry that they share, are gathered.
 
     Yields:
         (shard, whole parameter), each once.
@@ -29,7 +29,7 @@ def whole_parameters(layers: Sequence[ConvReplacement]) -> Iterator[list[tuple[T
     places = [
         (module, name, parameter)
         for layer in layers
-        for module in dict.fromkeys((*layer.modules(), layer.geometry))
+        for module in dict.fromkeys((layer.geometry_owner, layer.geometry_owner.geometry_home))
         for name, parameter in module._parameters.items()
         if parameter is not None and _is_shard(parameter)
     ]
