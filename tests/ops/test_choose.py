@@ -99,7 +99,7 @@ except ValueError as error:
 else:
     raise AssertionError("direct ran without a compiler")
 """
-    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "", "TIMM_CONTCONV_CACHE": str(tmp_path)}
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "", "TIMM_CONTCONV_CACHE": str(tmp_path / "empty")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
 
 

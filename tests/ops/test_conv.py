@@ -286,7 +286,15 @@ DEPTHWISE = torch.zeros(24, 1, 9, 9)
         (X, WEIGHT[:, :12], None, (1, 1), (4, 4), 1, r"weight \(24, 12, 9, 9\): expected .* groups=1"),
         (X, DEPTHWISE[:3], None, (1, 1), (4, 4), 24, r"weight \(3, 1, 9, 9\): expected .* groups=24"),
         (X[..., :4], DEPTHWISE, None, (1, 1), (0, 0), 24, r"kernel \(9, 9\): larger than the input \(32, 4\)"),
-        (X[..., :0], DEPTHWISE, None, (1, 1), (9, 9), 24, r"x \(8, 24, 32, 0\): expected no spatial dimension of size 0"),
+        (
+            X[..., :0],
+            DEPTHWISE,
+            None,
+            (1, 1),
+            (9, 9),
+            24,
+            r"x \(8, 24, 32, 0\): expected no spatial dimension of size 0",
+        ),
         (X[..., :0], WEIGHT, None, (1, 1), (9, 9), 1, r"x \(8, 24, 32, 0\): expected no spatial dimension of size 0"),
     ],
 )

@@ -46,9 +46,7 @@ def test_opcheck(name, groups, form):
         torch.library.opcheck(OPERATORS.conv_weight_gradient.default, (grad, x, [5, 4], *geometry), **exactly)
 
 
-@pytest.mark.parametrize(
-    ("name", "groups"), [("pytorch", 2), ("channels_last", 2), ("fft", 2), ("fft", 1), ("dft", 1)]
-)
+@pytest.mark.parametrize(("name", "groups"), [("pytorch", 2), ("channels_last", 2), ("fft", 2), ("fft", 1), ("dft", 1)])
 @pytest.mark.parametrize(("stride", "padding"), [((1, 1), (2, 1)), ((2, 3), (3, 0))])
 def test_gradcheck_to_second_order(name, groups, stride, padding):
     x = torch.randn(2, 2, 6, 5, dtype=torch.float64, requires_grad=True)

@@ -21,8 +21,8 @@ def conv(
     """Convolution with symmetric zero padding, in 1, 2 or 3 spatial dimensions, by the fastest algorithm known.
 
     Differentiable to any order, and one operator in compiled and exported graphs. It is PyTorch's own convolution where
-    nothing is gained by another, under the transforms of torch.func, in forward mode, and for integers and complex
-    numbers; and PyTorch's own error where arguments do not fit.
+    nothing is gained by another, under the transforms of torch.func, in forward mode, under torch.jit.trace, and for
+    integers and complex numbers; and PyTorch's own error where arguments do not fit.
 
     A NaN or Inf in an image does not reach other images. Large kernels may run by Fourier transforms, which spread it
     over its image and not only to the outputs whose kernels meet it (not so under `torch.autograd.detect_anomaly`).
@@ -52,7 +52,7 @@ def _is_ours(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
     """Whether the operator runs, and not PyTorch's own convolution."""
-    if not x.is_floating_point() or plain.is_transformed():
+    if not x.is_floating_point() or plain.is_transformed() or torch.jit.is_tracing():
         return False
     if torch.compiler.is_compiling():
         return _may_gain(x, weight, bias, stride, padding, groups)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
 from .algorithms import ALGORITHMS, Algorithm
 from .algorithms.axis import axes_of
 from .algorithms.dft import multiply_adds
-from .problem import Problem
+from .problem import Problem, output_size
 
 __all__ = ["candidates", "is_large"]
 
@@ -17,8 +18,9 @@ _FEWEST_TAPS = {1: 65, 2: 25, 3: 65}
 _FEWEST_DEPTHWISE_TAPS = {1: 7, 2: 9, 3: 65}
 # In exported graphs, which other programs read: there an operator of our own has to gain more.
 _FEWEST_TAPS_EXPORTED = 65
-# Below this many taps FFTs are several times slower than everything else.
-_FEWEST_FFT_TAPS = 49
+# Where compiled loops make fewer products for a point of a line of an FFT and a halving of it, they are several times
+# faster; where they can't be compiled, PyTorch's own are that fast only at fewer still.
+_FEWEST_PRODUCTS, _FEWEST_PRODUCTS_OF_PYTORCH = 8, 2
 
 
 def is_large(kernel_size: Sequence[int], is_depthwise: bool) -> bool:
@@ -59,10 +61,22 @@ def _depthwise(pass_: str, problem: Problem) -> list[str]:
     names = ["direct", "channels_last", "pytorch"]
     if problem.channels_last and pass_ != "weight" and taps < 169:
         names = ["pytorch", "direct", "channels_last"]
-    if taps >= _FEWEST_FFT_TAPS:
-        # Without compiled loops only PyTorch's channels-last kernels keep up with FFTs, and they know no float64.
-        names.insert(1, "fft")
-    return names
+    if pass_ == "weight" and taps >= 49:
+        names.remove("channels_last")
+    products = _products(problem.input_size, problem.kernel_size, problem.stride, problem.padding)
+    plane = math.prod(a.length for a in axes_of(problem))
+    is_compiled = ALGORITHMS["direct"].refusal(pass_, problem) is None
+    fewest = _FEWEST_PRODUCTS if is_compiled else _FEWEST_PRODUCTS_OF_PYTORCH
+    return [names[0], "fft", *names[1:]] if products > fewest * plane * math.log2(plane) else names
+
+
+@lru_cache(maxsize=1024)
+def _products(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> int:
+    """Products of a pixel and a tap, for one channel of one image; those with the padding do not count."""
+    total = 1
+    for n, out, k, s, p in zip(size, output_size(size, kernel, stride, padding), kernel, stride, padding, strict=True):
+        total *= sum(max(0, min(k, n + p - s * i) - max(0, p - s * i)) for i in range(out))
+    return total
 
 
 def _dense(problem: Problem) -> list[str]:

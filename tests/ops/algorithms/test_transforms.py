@@ -22,7 +22,9 @@ def test_in_float32_matrix_products_are_as_exact_as_ffts(kernel):
     errors = {}
     for name in ("dft", "fft"):
         with ops.algorithm(name):
-            errors[name] = [((a - b).norm() / b.norm()).item() for a, b in zip(run(ops.conv, *case), exact, strict=True)]
+            errors[name] = [
+                ((a - b).norm() / b.norm()).item() for a, b in zip(run(ops.conv, *case), exact, strict=True)
+            ]
     assert all(a < max(3 * b, 1e-6) for a, b in zip(errors["dft"], errors["fft"], strict=True)), errors
 
 
