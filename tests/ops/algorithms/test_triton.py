@@ -37,7 +37,7 @@ def check(dtype, batch, channels, size, kernel, stride, padding):
     grad = torch.randn(exact.shape).to(dtype)
     expected = exact, *torch.autograd.grad(exact, (x, weight), grad.double())
     with ops.algorithm("triton"):
-        out = ops.depthwise_conv(x, weight, bias, stride, padding)
+        out = ops.conv(x, weight, bias, stride, padding, channels)
         got = out, *torch.autograd.grad(out, (x, weight), grad)
     tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     for name, a, b in zip(("output", "input", "weight"), got, expected):
@@ -66,13 +66,3 @@ def test_the_three_passes_in_float32():
 
 def test_half_precision_with_float32_sums():
     check_by_interpreter([(dtype, *CASES[0]) for dtype in ("bfloat16", "float16")])
-
-
-def test_it_does_not_apply_without_a_gpu():
-    import torch
-
-    from timm_contconv import ops
-
-    x, weight = torch.zeros(1, 2, 5, 5), torch.zeros(2, 1, 3, 3)
-    with ops.algorithm("triton"), pytest.raises(ValueError, match="it runs on CUDA only"):
-        ops.depthwise_conv(x, weight)

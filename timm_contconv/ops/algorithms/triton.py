@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..problem import Problem
 from .algorithm import Algorithm
-from .problem import Problem, output_size
 
 __all__ = ["Triton"]
 
@@ -22,17 +22,18 @@ _ROWS_PER_SPLIT = 2048
 class Triton(Algorithm):
     """Implicit matrix products on tensor cores, with float32 sums; float32 inputs are not rounded to TF32.
 
-    Images are made contiguous. Two spatial dimensions; one runs as an image of height 1. No measurement on a GPU is
-    recorded yet, so the cost rule never picks it; force it with `ops.algorithm("triton")`. With TRITON_INTERPRET=1 in
+    Images are made contiguous. Two spatial dimensions; one runs as an image of height 1. With TRITON_INTERPRET=1 in
     the environment it runs on the CPU, slowly, for tests.
     """
 
     name = "triton"
 
     def refusal(self, pass_: str, problem: Problem) -> str | None:
+        if not problem.is_depthwise:
+            return "it is for depthwise convolutions only"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        if problem.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        if problem.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return "it runs on CUDA only (or with TRITON_INTERPRET=1 in the environment)"
         if problem.dtype not in _DTYPES:
             return "it computes float32, bfloat16 and float16 only"
@@ -40,59 +41,43 @@ class Triton(Algorithm):
             return "it needs 1 or 2 spatial dimensions"
         return None
 
-    def features(self, pass_: str, problem: Problem) -> tuple[float, ...]:
-        width, taps = problem.input_size[-1], problem.kernel_size[-1]
-        return (1.0, problem.macs / taps * (min(width, _MOST_COLUMNS) + taps), problem.elements)
-
-    def output(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-    ) -> Tensor:
+    def output(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         from .triton_kernels import output_kernel
 
-        size = output_size(x.shape[2:], weight.shape[2:], stride, padding)
-        out = x.new_empty((*x.shape[:2], *size))
+        out = x.new_empty(problem.output_shape)
         columns, grid = _grid(out)
         kernel = weight.to(x.dtype).contiguous()
         args = (x.contiguous(), kernel, kernel if bias is None else bias, out)
-        sizes = _sizes(x.shape, size, weight.shape[2:], stride, padding)
         tiles = {"ROWS": _ROWS, "COLUMNS": columns, "DEPTH": _DEPTH}
         with _device(x):
-            output_kernel[grid](*args, *sizes, HAS_BIAS=bias is not None, **_options(x), **tiles)
+            output_kernel[grid](*args, *_sizes(problem), HAS_BIAS=bias is not None, **_options(x), **tiles)
         return out
 
-    def input(
-        self,
-        grad: Tensor,
-        weight: Tensor,
-        input_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-    ) -> Tensor:
+    def input(self, problem: Problem, grad: Tensor, weight: Tensor) -> Tensor:
         from .triton_kernels import input_kernel
 
-        out = grad.new_empty((*grad.shape[:2], *input_size))
+        out = grad.new_empty(problem.input_shape)
         columns, grid = _grid(out)
         args = (grad.contiguous(), weight.to(grad.dtype).contiguous(), out)
-        sizes = _sizes(out.shape, grad.shape[2:], weight.shape[2:], stride, padding)
+        tiles = {"ROWS": _ROWS, "COLUMNS": columns, "DEPTH": _DEPTH}
         with _device(grad):
-            input_kernel[grid](*args, *sizes, **_options(grad), ROWS=_ROWS, COLUMNS=columns, DEPTH=_DEPTH)
+            input_kernel[grid](*args, *_sizes(problem), **_options(grad), **tiles)
         return out
 
-    def weight(
-        self, grad: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-    ) -> Tensor:
+    def weight(self, problem: Problem, grad: Tensor, x: Tensor) -> Tensor:
         from .triton_kernels import weight_kernel
 
         columns = _columns(grad.shape[-1])
-        rows = grad.shape[0] * (grad.shape[2] if grad.ndim == 4 else 1)
+        rows = _rows(grad)
         share = min(_ROWS_PER_SPLIT, -(-rows // _DEPTH) * _DEPTH)
         programs = -(-rows // share) * -(-grad.shape[-1] // columns)
-        parts = torch.empty(programs, x.shape[1], 1, *kernel_size, dtype=torch.float32, device=x.device)
-        sizes = _sizes(x.shape, grad.shape[2:], kernel_size, stride, padding)
-        grid = (programs, kernel_size[0] if len(kernel_size) == 2 else 1, x.shape[1])
-        tiles = {"ROWS": _DEPTH, "COLUMNS": columns, "TAPS": _power_of_two(kernel_size[-1])}
+        parts = torch.empty(programs, *problem.weight_shape, dtype=torch.float32, device=x.device)
+        kernel_size = (1, *problem.kernel_size)[-2:]
+        grid = (programs, kernel_size[0], x.shape[1])
+        tiles = {"ROWS": _DEPTH, "COLUMNS": columns, "TAPS": _power_of_two(kernel_size[1])}
+        args = (grad.contiguous(), x.contiguous(), parts)
         with _device(x):
-            weight_kernel[grid](*(grad.contiguous(), x.contiguous(), parts), *sizes, share, **_options(x), **tiles)
+            weight_kernel[grid](*args, *_sizes(problem), share, **_options(x), **tiles)
         return parts.sum(0).to(x.dtype)
 
 
@@ -104,25 +89,22 @@ def _columns(width: int) -> int:
     return min(_MOST_COLUMNS, max(16, _power_of_two(width)))
 
 
+def _rows(images: Tensor) -> int:
+    return images.shape[0] * (images.shape[2] if images.ndim == 4 else 1)
+
+
 def _grid(out: Tensor) -> tuple[int, tuple[int, int, int]]:
     """Columns per program, and the grid (row blocks, column blocks, channels) that covers `out`."""
     columns = _columns(out.shape[-1])
-    rows = out.shape[0] * (out.shape[2] if out.ndim == 4 else 1)
-    return columns, (-(-rows // _ROWS), -(-out.shape[-1] // columns), out.shape[1])
+    return columns, (-(-_rows(out) // _ROWS), -(-out.shape[-1] // columns), out.shape[1])
 
 
-def _sizes(
-    image: Sequence[int],
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-) -> list[int]:
+def _sizes(problem: Problem) -> Sequence[int]:
     """Batch, channels, then height and width of the image, output, kernel, stride and padding."""
-    missing = 2 - len(kernel)
+    missing = 2 - problem.ndim
     ones, zeros = [1] * missing, [0] * missing
-    lifted = (*ones, *image[2:], *ones, *size, *ones, *kernel, *ones, *stride, *zeros, *padding)
-    return [*image[:2], *lifted]
+    lifted = (*ones, *problem.input_size, *ones, *problem.output_size, *ones, *problem.kernel_size)
+    return (problem.batch, problem.in_channels, *lifted, *ones, *problem.stride, *zeros, *problem.padding)
 
 
 def _options(x: Tensor) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ..record import cache_folder
+
 __all__ = ["library"]
 
 _FOLDER = Path(__file__).parent
@@ -59,11 +61,6 @@ def _run(*command: str) -> str:
     ).stdout
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "timm_contconv"
-
-
 def _built() -> Path:
     """Path of the shared library: from the cache, or compiled into it."""
     compiler = _compiler()
@@ -71,7 +68,7 @@ def _built() -> Path:
     macros = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
     sources = [(_FOLDER / name).read_text(encoding="utf-8") for name in _SOURCES]
     key = "\0".join((compiler, *_FLAGS, macros, torch.__version__, *sources))
-    target = _cache_folder() / f"direct-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    target = cache_folder() / f"direct-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:

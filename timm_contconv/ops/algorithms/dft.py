@@ -14,65 +14,78 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .fft import Axis, axes_of
-from .problem import compute_dtype
+from ..problem import Problem, compute_dtype
+from .algorithm import Algorithm, add_bias
+from .axis import Axis, axes_of
 
-__all__ = ["input_gradient", "multiply_adds", "output", "weight_gradient"]
+__all__ = ["DFT", "multiply_adds"]
 
 # Bytes of spectra that exist at a time.
 _BAND_BYTES = 1 << 23
+# The longest line for which a matrix product is faster than an FFT.
+_LONGEST_LINE = 192
+# What PyTorch may round to inside float32 matrix products on the CPU.
+_matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
-def output(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """The convolution of x (N, C_in, H, W) with weight (C_out, C_in, K_h, K_w)."""
-    axes = axes_of(x.shape[2:], weight.shape[2:], stride, padding)
-    return _filtered(x, weight.transpose(0, 1), axes, _pixels(axes), _outputs(axes), conjugate=True)
+class DFT(Algorithm):
+    """Transforms by matrix products, on the CPU, in two dimensions, between all channels."""
+
+    name = "dft"
+    spreads_nan = True
+
+    def refusal(self, pass_: str, problem: Problem) -> str | None:
+        if problem.device.type != "cpu":
+            return "it runs on the CPU only"
+        if problem.ndim != 2 or problem.groups != 1:
+            return "it needs 2 spatial dimensions and groups=1"
+        if (longest := max(a.shortest for a in axes_of(problem))) > _LONGEST_LINE:
+            return f"it takes lines of up to {_LONGEST_LINE} pixels, not {longest}"
+        if compute_dtype(problem.dtype) == torch.float32 and _matmul.fp32_precision not in ("none", "ieee"):
+            return f"float32 matrix products are rounded to {_matmul.fp32_precision} (torch.backends)"
+        return None
+
+    def output(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        axes = axes_of(problem)
+        pixels, places = [a.pixels for a in axes], [a.places for a in axes]
+        return add_bias(_filtered(x, weight.transpose(0, 1), axes, pixels, places, conjugate=True), bias)
+
+    def input(self, problem: Problem, grad: Tensor, weight: Tensor) -> Tensor:
+        axes = axes_of(problem)
+        return _filtered(grad, weight, axes, [a.places for a in axes], [a.pixels for a in axes], conjugate=False)
+
+    def weight(self, problem: Problem, grad: Tensor, x: Tensor) -> Tensor:
+        axes = rows, columns = axes_of(problem)
+        (n, c_out), c_in, length = grad.shape[:2], x.shape[1], columns.shortest
+        grads = _row_spectrum(_channels_last(grad), rows.places, rows)
+        images = _row_spectrum(_channels_last(x), rows.pixels, rows)
+        lines = grads.new_empty(_half(rows), 2 * columns.taps, c_out * c_in)
+        to_taps = _from_spectrum(range(columns.taps), length, lines.dtype)
+        for band in _bands(axes, c_out * c_in + n * (c_out + 2 * c_in), lines):
+            g = _column_spectrum(grads[:, band], columns.places, columns)
+            i = _column_spectrum(images[:, band], columns.pixels, columns)
+            g, i, turned = g.permute(1, 2, 0), i.transpose(0, 1), torch.cat((i[n:], -i[:n])).transpose(0, 1)
+            # conj(g) i, summed over the batch and both parts at once
+            real, imaginary = ((g @ part).view(-1, length, c_out * c_in) for part in (i, turned))
+            _column_values(real, imaginary, to_taps, out=lines[band])
+        taps = _row_values(lines[None], range(rows.taps), rows).view(rows.taps, columns.taps, c_out, c_in)
+        out = x.new_zeros(problem.weight_shape)
+        _used(out, axes).copy_(taps.permute(2, 3, 0, 1))
+        return out
 
 
-def input_gradient(
-    grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    """The gradient of `output` with respect to x, (N, C_in, *input_size)."""
-    axes = axes_of(input_size, weight.shape[2:], stride, padding)
-    return _filtered(grad, weight, axes, _outputs(axes), _pixels(axes), conjugate=False)
-
-
-def weight_gradient(
-    grad: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    """The gradient of `output` with respect to its weight, (C_out, C_in, *kernel_size)."""
-    axes = rows, columns = axes_of(x.shape[2:], kernel_size, stride, padding)
-    (n, c_out), c_in, length = grad.shape[:2], x.shape[1], columns.shortest
-    grads = _row_spectrum(_channels_last(grad), _outputs(axes)[0], rows)
-    images = _row_spectrum(_channels_last(x), _pixels(axes)[0], rows)
-    lines = grads.new_empty(_half(rows), 2 * columns.taps, c_out * c_in)
-    to_taps = _from_spectrum(range(columns.taps), length, lines.dtype)
-    for band in _bands(axes, c_out * c_in + n * (c_out + 2 * c_in), lines):
-        g = _column_spectrum(grads[:, band], _outputs(axes)[1], columns)
-        i = _column_spectrum(images[:, band], _pixels(axes)[1], columns)
-        g, i, turned = g.permute(1, 2, 0), i.transpose(0, 1), torch.cat((i[n:], -i[:n])).transpose(0, 1)
-        # conj(g) i, summed over the batch and both parts at once
-        real, imaginary = ((g @ part).view(-1, length, c_out * c_in) for part in (i, turned))
-        _column_values(real, imaginary, to_taps, out=lines[band])
-    taps = _row_values(lines[None], range(rows.taps), rows).view(rows.taps, columns.taps, c_out, c_in)
-    out = x.new_zeros((c_out, c_in, *kernel_size))
-    _used(out, axes).copy_(taps.permute(2, 3, 0, 1))
-    return out
-
-
-def multiply_adds(
-    x: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> tuple[int, int, int]:
-    """Multiply-adds of `output`, for shapes x and weight: of transforms of images, of kernels, and between channels."""
-    rows, columns = axes_of(x[2:], weight[2:], stride, padding)
+def multiply_adds(problem: Problem) -> int:
+    """Multiply-adds of the output pass: of the transforms of images and kernels, and of the products of channels."""
+    rows, columns = axes_of(problem)
     half, length = _half(rows), columns.shortest
 
     def transform(height: int, width: int) -> int:
         return 2 * half * width * (height + 2 * length)
 
-    images = x[0] * (x[1] * transform(*x[2:]) + weight[0] * transform(rows.outputs, columns.outputs))
-    kernels = weight[0] * weight[1] * transform(rows.taps, columns.taps)
-    return images, kernels, 4 * x[0] * weight[0] * weight[1] * half * length
+    c_in, c_out = problem.in_channels, problem.out_channels
+    images = c_in * transform(rows.size, columns.size) + c_out * transform(rows.outputs, columns.outputs)
+    kernels = c_in * c_out * transform(rows.taps, columns.taps)
+    return problem.batch * (images + 4 * c_in * c_out * half * length) + kernels
 
 
 def _filtered(
@@ -184,19 +197,9 @@ def _from_spectrum(places: range, length: int, dtype: torch.dtype) -> Tensor:
 # ------------------------------------------------------------------------------------------------- geometry
 
 
-def _pixels(axes: Sequence[Axis]) -> list[range]:
-    """Where the pixels of an image stand."""
-    return [range(a.left, a.left + a.size) for a in axes]
-
-
-def _outputs(axes: Sequence[Axis]) -> list[range]:
-    """Where the outputs stand."""
-    return [range(0, a.outputs * a.stride, a.stride) for a in axes]
-
-
 def _used(weight: Tensor, axes: Sequence[Axis]) -> Tensor:
     """The taps that meet the image."""
-    rows, columns = (slice(a.first_tap, a.first_tap + a.taps) for a in axes)
+    rows, columns = (a.used for a in axes)
     return weight[..., rows, columns]
 
 
