@@ -97,8 +97,11 @@ def test_a_checkpoint_with_other_keys_is_refused(released, tmp_path):
         load(str(tmp_path / "wrong.pt"))
 
 
-def test_the_classifier_of_a_checkpoint_is_left_out_for_other_classes(released):
-    assert load(released[1], num_classes=3)(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+def test_a_checkpoint_is_turned_to_other_channels_and_loses_its_classifier_for_other_classes(released):
+    grey, image = load(released[1], in_chans=1, num_classes=3), torch.randn(1, 1, 32, 32)
+    assert grey(image).shape == (1, 3)
+    expected = load(released[1]).forward_features(image.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(grey.forward_features(image), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_checkpoint_of_ones_own_loads_as_it_is(x, tmp_path):

@@ -250,7 +250,7 @@ def _in_our_shape(name: str, value: Tensor, model: nn.Module) -> Tensor:
         return value.flatten(1)  # (classes, C, 1, 1)
     if name.endswith((".output_weight", ".output_bias")):  # (C_out C_in, H, 1, 1) and (C_out C_in,)
         kernel: Any = model.get_submodule(name.rpartition(".")[0])
-        return value.reshape(kernel.out_channels, kernel.in_channels, *value.shape[1:2])
+        return value.reshape(kernel.out_channels, -1, *value.shape[1:2])
     return value
 
 
