@@ -5,6 +5,7 @@ from .core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d, KernelConv
 from .core.replacement import ConvReplacement
 from .core.spec import METHODS, KernelSpec, LayerSpec
 from .dcls import DclsConv1d, DclsConv2d, DclsConv3d, DclsKernel
+from .envelope import GaussianEnvelopeConv2d
 from .smp import SmpConv1d, SmpConv2d, SmpKernel
 from .smp_bn import SmpConvBn2d
 
@@ -15,6 +16,7 @@ __all__ = [
     "DclsConv2d",
     "DclsConv3d",
     "DclsKernel",
+    "GaussianEnvelopeConv2d",
     "Kernel",
     "KernelConv",
     "KernelConv1d",

@@ -1,6 +1,5 @@
 """What the methods ask of a training loop: parameter groups, penalties, constraints."""
 
-from .envelopes import shrink_envelopes, sigma_per_layer
 from .groups import param_groups
 from .hooks import training_hooks
 from .resolution import at_resolution
@@ -11,7 +10,5 @@ __all__ = [
     "constrain_",
     "param_groups",
     "penalty",
-    "shrink_envelopes",
-    "sigma_per_layer",
     "training_hooks",
 ]

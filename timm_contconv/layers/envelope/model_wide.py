@@ -1,10 +1,10 @@
-"""The Gaussian envelopes of a model: how wide they have become, and a smaller size of their filters."""
+"""The Gaussian envelopes of a model: how wide they have become, and smaller filters."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from ..layers import GaussianEnvelopeConv2d
+from .layer import GaussianEnvelopeConv2d
 
 __all__ = ["shrink_envelopes", "sigma_per_layer"]
 
@@ -25,19 +25,31 @@ def shrink_envelopes(model: nn.Module, size: int) -> nn.Module:
         ValueError: the model holds no such layer, or size is out of range; then nothing is changed.
     """
     layers = list(_envelopes(model).values())
-    min(layers, key=lambda layer: layer.envelope_size).shrink(size)  # refuses before anything else is changed
+    min(layers, key=lambda layer: layer.spec.envelope_size).shrink(size)  # raises before anything else is changed
     for layer in layers:
         layer.shrink(size)
     return model
 
 
 def sigma_per_layer(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Smallest, mean and largest sigma and their deviation in each layer, in pixels, by module name.
+    """Smallest, mean and largest sigma of each layer and their standard deviation, in pixels: for a training log.
+
+    Returns:
+        {module name: {"min": …, "mean": …, "max": …, "std": …}}.
 
     Raises:
         ValueError: the model holds no `GaussianEnvelopeConv2d`.
     """
-    return {name: layer.sigma_summary() for name, layer in _envelopes(model).items()}
+    sigmas = {name: layer.sigma.detach().double() for name, layer in _envelopes(model).items()}
+    return {
+        name: {
+            "min": sigma.min().item(),
+            "mean": sigma.mean().item(),
+            "max": sigma.max().item(),
+            "std": sigma.std(correction=0).item(),
+        }
+        for name, sigma in sigmas.items()
+    }
 
 
 def _envelopes(model: nn.Module) -> dict[str, GaussianEnvelopeConv2d]:
