@@ -12,7 +12,6 @@ from ...ops import compute_dtype
 
 __all__ = [
     "NEARLY_DELTA_VARIANCE",
-    "SMALLEST_VARIANCE",
     "envelope_filter",
     "envelope_filter_derivative",
     "is_delta",
@@ -34,7 +33,8 @@ def variance_from_raw(raw: Tensor) -> Tensor:
 
 
 def raw_from_variance(variance: float) -> float:
-    """The s of a sigma^2: the inverse of softplus."""
+    """The s of a sigma^2, at least 1/2000: the inverse of softplus."""
+    variance = max(variance, SMALLEST_VARIANCE)
     return variance + math.log(-math.expm1(-variance))
 
 

@@ -16,35 +16,12 @@ from ..core.arguments import check_channels, check_padding, per_dimension
 from ..core.finite import require_finite
 from ..core.geometry import GeometryOwner
 from ..core.kept import may_look
-from ..core.plain import (
-    NEGLIGIBLE,
-    PlainConv,
-    copy_bias_,
-    plain_arguments,
-    plain_conv,
-    relative_error,
-    require_weights,
-)
+from ..core.plain import NEGLIGIBLE, PlainConv, copy_bias_, plain_arguments, plain_conv, relative_error, require_weights
 from ..core.replacement import ConvReplacement
 from ..core.tracing import as_node, is_traced
 from .cost import largest_input, smoothing_multiply_adds
-from .gaussian import (
-    NEARLY_DELTA_VARIANCE,
-    SMALLEST_VARIANCE,
-    envelope_filter,
-    is_delta,
-    raw_from_variance,
-    variance_from_raw,
-)
-from .merge import (
-    dense_padding,
-    fold_envelope,
-    is_plain,
-    require_plain,
-    smoothing_convs,
-    spread_taps,
-    taps_per_kernel,
-)
+from .gaussian import NEARLY_DELTA_VARIANCE, envelope_filter, is_delta, raw_from_variance, variance_from_raw
+from .merge import dense_kernel, dense_padding, is_plain, smoothing_convs, spread_taps
 from .smoothing import smooth, smooth_and_convolve
 from .spec import EnvelopeSpec
 
@@ -127,6 +104,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         self.output_padding = (0, 0)
         before = self.spec.order == "before"
         self.smoothing_stride = _smoothing_stride(self.kernel_size, self.stride, self.padding) if before else (1, 1)
+        self._reach = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         self.smoothing_distance = (1, 1) if before else self.stride
         self.smoothed_channels = in_channels if before else out_channels
         empty = functools.partial(torch.empty, device=device, dtype=dtype)
@@ -152,7 +130,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
             bound = (self.in_channels // self.groups * math.prod(self.kernel_size)) ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
         sigma = self.spec.initial_sigma
-        start = 0.0 if sigma is None else raw_from_variance(max(sigma**2, SMALLEST_VARIANCE))
+        start = 0.0 if sigma is None else raw_from_variance(sigma**2)
         nn.init.constant_(self.geometry["raw_sigma"], start)
 
     @property
@@ -263,14 +241,13 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         Raises:
             ValueError: padding="same" with a stride above a kernel of more than one pixel, or `conv` is an adapter.
         """
-        require_plain(self.conv)
-        kernel: Tensor = self.conv.weight
+        kernel, dilation = self._dense_kernel(), self.dilation
         padding: Sequence[int] | str = self.padding
-        dilation = self.dilation
-        if not self._has_deltas():
+        if self._has_deltas():
+            kernel = self.conv.weight
+        else:
             margins = [self.spec.taps(training=False) // 2 * d for d in self.smoothing_distance]
-            padding = dense_padding(padding, margins, self.kernel_size, self.stride, dilation)
-            kernel, dilation = self._dense_kernel(), (1, 1)
+            padding, dilation = dense_padding(padding, margins, self._reach, self.stride), (1, 1)
         dense = plain_conv(
             kernel, self.bias, stride=self.stride, padding=padding, dilation=dilation, groups=self.groups,
             padding_mode=self.padding_mode,
@@ -299,21 +276,15 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         taps = envelope_filter(self.variance.detach(), self.spec.taps(training=False))
         return taps.to(self.geometry["raw_sigma"].dtype).expand(self.smoothed_channels, -1)
 
-    @torch.no_grad()
     def _dense_kernel(self) -> Tensor:
-        """(C_out, C_in/groups, H, W): the kernel, its dilation spread out, with the envelope folded in."""
-        require_plain(self.conv)
-        by_input = self.spec.order == "before"
-        taps = taps_per_kernel(self._taps(), self.out_channels, self.groups, by_input)
-        return fold_envelope(spread_taps(self.conv.weight, self.dilation), taps, self.smoothing_distance)
+        return dense_kernel(self.conv, self._taps(), self.smoothing_distance, by_input=self.spec.order == "before")
 
     # ---- reports
 
     def receptive_field(self) -> tuple[int, ...]:
         """Pixels of the input that an output depends on outside training, per spatial dimension."""
-        reach = self.spec.taps(training=False) - 1
-        sizes = zip(self.kernel_size, self.dilation, self.smoothing_distance, strict=True)
-        return tuple((k - 1) * d + 1 + reach * distance for k, d, distance in sizes)
+        added = self.spec.taps(training=False) - 1
+        return tuple(size + added * d for size, d in zip(self._reach, self.smoothing_distance, strict=True))
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         """Multiply-adds of one sample outside training, for the largest input with an output of this size."""
@@ -324,13 +295,10 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         return self._multiply_adds(output_size, (1, 1))
 
     def _multiply_adds(self, output_size: Sequence[int], smoothing_stride: Sequence[int]) -> int:
-        kernels = self.out_channels * self.in_channels // self.groups
-        size = output_size
-        if self.spec.order == "before":
-            size = largest_input(output_size, self.kernel_size, self.stride, self.padding, self.dilation)
-        return math.prod(output_size) * kernels * math.prod(self.kernel_size) + smoothing_multiply_adds(
-            size, self.smoothed_channels, self.spec.taps(training=False), smoothing_stride
-        )
+        convolution = math.prod((*output_size, *self.kernel_size, self.out_channels, self.in_channels // self.groups))
+        before, taps = self.spec.order == "before", self.spec.taps(training=False)
+        size = largest_input(output_size, self._reach, self.stride, self.padding) if before else output_size
+        return convolution + smoothing_multiply_adds(size, self.smoothed_channels, taps, smoothing_stride)
 
     def extra_repr(self) -> str:
         settings = self.spec.model_dump(exclude={"method"}, exclude_defaults=True)

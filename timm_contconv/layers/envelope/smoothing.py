@@ -102,7 +102,8 @@ class _Smooth(torch.autograd.Function):
             half = filter_axis(x, taps, 0, stride[0], padding)
             by_rows = filter_axis(x, derivative, 0, stride[0], padding) * half_grad
             by_columns = filter_axis(half, derivative, 1, stride[1], padding) * grad
-            grad_variance = sum(part.sum((0, 2, 3), dtype=variance.dtype) for part in (by_rows, by_columns))
+            grad_variance = by_rows.sum((0, 2, 3), dtype=variance.dtype)
+            grad_variance = grad_variance + by_columns.sum((0, 2, 3), dtype=variance.dtype)
         return grad_x, grad_variance, None, None, None
 
 
