@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import timm_contconv as tcc
+from timm_contconv.inspect.figures import envelope_figure, save_kernel_figure
 from timm_contconv.layers.envelope import GaussianEnvelopeConv2d, shrink_envelopes
-from timm_contconv.viz import envelope_figure, save_kernel_figure
 
 
 def seen(model: nn.Module) -> nn.Module:
