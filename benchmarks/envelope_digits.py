@@ -18,8 +18,8 @@ from torch import nn
 
 import timm_contconv  # noqa: F401  (registers the models)
 from timm_contconv.cli.digits import Digits, accuracy, load_digits, train_on_digits
-from timm_contconv.train import shrink_envelopes, sigma_per_layer
-from timm_contconv.viz import envelope_figure
+from timm_contconv.inspect.figures import envelope_figure
+from timm_contconv.layers.envelope import shrink_envelopes, sigma_per_layer
 
 MODELS = ("test_resnet", "test_resnet_genv")
 FIXED_SIGMAS = (0.5, 0.6, 0.7)

@@ -5,6 +5,7 @@ from .core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d, KernelConv
 from .core.replacement import ConvReplacement
 from .core.spec import METHODS, KernelSpec, LayerSpec
 from .dcls import DclsConv1d, DclsConv2d, DclsConv3d, DclsKernel
+from .envelope import GaussianEnvelopeConv2d
 from .flex import FlexConv1d, FlexConv2d, FlexKernel, MAGNet
 from .smp import SmpConv1d, SmpConv2d, SmpKernel
 from .smp_bn import SmpConvBn2d
@@ -19,6 +20,7 @@ __all__ = [
     "FlexConv1d",
     "FlexConv2d",
     "FlexKernel",
+    "GaussianEnvelopeConv2d",
     "Kernel",
     "KernelConv",
     "KernelConv1d",

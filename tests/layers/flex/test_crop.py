@@ -146,7 +146,9 @@ def test_a_mask_that_is_not_finite_is_refused_where_it_is_looked_at(value, x):
             use()
     other = make()
     other.load_state_dict(broken)
-    other.double().eval()  # loading, moving and switching modes leave it to the forward pass
+    other.eval().double().train()  # loading, moving and switching modes leave it to the forward pass
+    with pytest.raises(ValueError, match="mask_sigma: 1 of 2 values are NaN or infinite, expected finite numbers"):
+        other(x.double())
 
 
 def test_sigma_zero_gives_finite_gradients(x):

@@ -13,6 +13,7 @@ from pydantic import Field, StrictBool
 from torch import Tensor, nn
 
 from ..core.arguments import Int
+from ..core.finite import require_finite
 from ..core.kept import may_look
 from ..core.kernel import Kernel, Margins
 from ..core.padding import pad_image
@@ -67,8 +68,7 @@ class FlexKernel(Kernel):
         scale: factor of the kernel at its present resolution (Eq. 9).
 
     Raises:
-        ValueError: from `look`, hence from `constrain_` and from a forward pass outside training on the CPU, if the
-            mask is not finite.
+        ValueError: from `look`, hence from `constrain_`, and from a forward pass on the CPU, if the mask is not finite.
     """
 
     geometry_lr_scale = 0.1  # appendix D.2
@@ -129,6 +129,8 @@ class FlexKernel(Kernel):
         return functools.partial(flex_kernel, threshold=self.threshold, scale=self.scale)
 
     def inputs(self) -> dict[str, Tensor]:
+        for name, value in self.geometry.items():
+            require_finite(name, value)
         axes = self._coordinates(self.output_bias)
         return {**self.sources(), **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
 
