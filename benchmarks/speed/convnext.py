@@ -67,7 +67,9 @@ def build(contender: str) -> nn.Module:
     if contender == PACKAGE:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, DclsConv2d):
-                model.set_submodule(name, package_layer(layer.out_channels, layer.kernel_size[0], layer.kernel_count))
+                model.set_submodule(
+                    name, package_layer(layer.out_channels, layer.kernel_size[0], layer.kernel.kernel_count)
+                )
     return model
 
 
@@ -125,7 +127,7 @@ def measure_growth(repeats: int) -> dict[str, dict[str, list[float]]]:
 def peak_memory(contender: str, batch: int, size: int) -> float:
     """MiB that a training step adds to a process that holds the model, measured in a process of its own."""
     command = [sys.executable, "-m", __spec__.name, "--memory-of", contender]
-    command += ["--batch", str(batch), "--size", str(size)]
+    command += ["--batch", str(batch), "--size", str(size), "--threads", str(torch.get_num_threads())]
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     return float(output.stdout.splitlines()[-1])
 
