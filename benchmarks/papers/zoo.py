@@ -72,8 +72,8 @@ def page(found: Sequence[Row], without: Sequence[str]) -> str:
         "",
         f"`make zoo` (`python -m benchmarks.papers.zoo`) patched, with timm {timm.__version__}, the smallest model of"
         " each family that has such convolutions, with random weights. For each it checked: the same output shape,"
-        " finite outputs, a gradient at every new parameter, the same output after `tcc.merge` (to 1e-4). A cell says how many"
-        " convolutions were replaced and, in brackets, the median relative error of the warm start's kernels.",
+        " finite outputs, a gradient at every new parameter, the same output after `tcc.merge` (to 1e-4). A cell says"
+        " how many convolutions were replaced and, in brackets, the median relative error of the warm start's kernels.",
         "",
     ]
     for preset, recipes in RECIPES.items():
