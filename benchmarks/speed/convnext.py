@@ -1,16 +1,15 @@
 """convnext_tiny with DCLS against the plain model and against the authors' package in the same model.
 
-    python -m benchmarks.convnext [--repeats 5] [--batch 8] [--size 224] [--parts PART ...]
+    python -m benchmarks.speed.convnext [--repeats 5] [--batch 8] [--size 224] [--parts PART ...] [--threads N]
 
-Prints ratios measured in one run (medians of alternating repeats): kernel construction, training step, inference, peak
-memory of a step, and growth with kernel size and count. Writes results/convnext.json and results/convnext.png.
+Prints ratios measured in one run (medians of turns): kernel construction, training step, inference, peak memory of a
+step, and growth with kernel size and count. Writes convnext.json and convnext.png, part by part.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import logging
 import subprocess
 import sys
@@ -21,14 +20,23 @@ from typing import Any
 import timm
 import torch
 from DCLS.construct.modules import Dcls2d
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import timm_contconv as tcc
+from benchmarks.common import (
+    ROOT,
+    arguments,
+    in_turns,
+    infer,
+    machine,
+    medians,
+    new_parser,
+    read_results,
+    write_results,
+)
 from timm_contconv.layers import DclsConv2d
 
-from .timing import alternating_medians, machine
-
-RESULTS = Path(__file__).parent / "results"
 OURS, PLAIN, PACKAGE, DENSE = "timm_contconv", "plain 7x7", "DCLS package", "dense nn.Conv2d 23x23"
 PARTS = {
     "construction": ("construction, C=384, K=23, m=26, forward + backward", "ms"),
@@ -59,7 +67,9 @@ def build(contender: str) -> nn.Module:
     if contender == PACKAGE:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, DclsConv2d):
-                model.set_submodule(name, package_layer(layer.out_channels, layer.kernel_size[0], layer.kernel_count))
+                model.set_submodule(
+                    name, package_layer(layer.out_channels, layer.kernel_size[0], layer.kernel.kernel_count)
+                )
     return model
 
 
@@ -69,16 +79,10 @@ def train_step(model: nn.Module, images: Tensor) -> None:
     model(images).logsumexp(1).sum().backward()
 
 
-@torch.no_grad()
-def infer(model: nn.Module, images: Tensor) -> None:
-    model.eval()
-    model(images)
-
-
 def construct(layer: nn.Module, upstream: Tensor) -> None:
     """Construction, forward and backward."""
     layer.zero_grad()
-    kernel = layer.construct() if isinstance(layer, DclsConv2d) else layer.DCK(layer.weight, layer.P, layer.SIG)
+    kernel = layer.weight if isinstance(layer, DclsConv2d) else layer.DCK(layer.weight, layer.P, layer.SIG)
     kernel.backward(upstream)
 
 
@@ -97,13 +101,13 @@ def measure_construction(repeats: int) -> dict[str, float]:
         PACKAGE: package_layer(384, 23, 26),
     }
     calls = {name: functools.partial(construct, layer, upstream) for name, layer in layers.items()}
-    return {name: 1000 * s for name, s in alternating_medians(calls, 2 * repeats, "construction").items()}
+    return {name: 1000 * s for name, s in medians(in_turns(calls, 2 * repeats, "construction")).items()}
 
 
 def measure_models(work: Callable[[nn.Module, Tensor], None], images: Tensor, repeats: int) -> dict[str, float]:
     """Seconds of the whole model."""
     calls = {name: functools.partial(work, build(name), images) for name in (OURS, PLAIN, DENSE, PACKAGE)}
-    return alternating_medians(calls, repeats, work.__name__)
+    return medians(in_turns(calls, repeats, work.__name__))
 
 
 def measure_growth(repeats: int) -> dict[str, dict[str, list[float]]]:
@@ -115,16 +119,16 @@ def measure_growth(repeats: int) -> dict[str, dict[str, list[float]]]:
         ours = DclsConv2d(192, 192, size, padding=size // 2, groups=192, kernel_count=count)
         layers = {OURS: ours, PACKAGE: package_layer(192, size, count)}
         calls = {name: functools.partial(layer_step, layer, x) for name, layer in layers.items()}
-        for name, seconds in alternating_medians(calls, repeats, f"size {size}, count {count}").items():
+        for name, seconds in medians(in_turns(calls, repeats, f"size {size}, count {count}")).items():
             growth[axis][name].append(1000 * seconds)
     return growth
 
 
 def peak_memory(contender: str, batch: int, size: int) -> float:
     """MiB that a training step adds to a process that holds the model, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.convnext", "--memory-of", contender]
-    command += ["--batch", str(batch), "--size", str(size)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    command = [sys.executable, "-m", __spec__.name, "--memory-of", contender]
+    command += ["--batch", str(batch), "--size", str(size), "--threads", str(torch.get_num_threads())]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     return float(output.stdout.splitlines()[-1])
 
 
@@ -165,8 +169,6 @@ def print_ratios(part: str, figures: dict[str, float]) -> None:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     bars, sizes, counts = figure.subplots(1, 3)
     works = ("training step", "inference")
@@ -188,30 +190,28 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "convnext.json", torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = arguments(parser)
     logging.disable(logging.WARNING)  # the package warns, for every layer, that it found no CUDA extension
     images = torch.randn(options.batch, 3, options.size, options.size)
     if options.memory_of:
         print_memory(options.memory_of, images)
         return
-    path = RESULTS / "convnext.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    results |= {"machine": machine(), "batch": options.batch, "image size": options.size}
-    print(results["machine"])
+    print(machine())
     for part in options.parts:
-        results[part] = measure(part, images, options.repeats)
+        figures = measure(part, images, options.repeats)
         if part != "growth":
-            print_ratios(part, results[part])
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(results, indent=2) + "\n")
+            print_ratios(part, figures)
+        settings = {"batch": options.batch, "image size": options.size}
+        write_results(options.output, {**read_results(options.output), **settings, part: figures})
+    results = read_results(options.output)
     if set(PARTS) <= set(results):
-        plot(results, RESULTS / "convnext.png")
+        plot(results, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

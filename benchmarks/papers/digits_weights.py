@@ -1,12 +1,11 @@
 """Train a small model of every method on scikit-learn's digits and store it in hub/, where the wheel takes it from.
 
-    python -m benchmarks.digits_weights [NAME ...] [--epochs N] [--seeds N] [--threads N]
+    python -m benchmarks.papers.digits_weights [NAME ...] [--epochs N] [--seeds N] [--threads N]
 
 A model is trained from every seed; the first seed's weights are stored, in 8 and 16 bits, and read back. Prints the
 accuracy of what was stored, on the 450 images that training does not see, and that of the other seeds.
 """
 
-import argparse
 import statistics
 from datetime import date
 from pathlib import Path
@@ -20,11 +19,14 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.common import ROOT, arguments, new_parser
 from timm_contconv.cli.digits import Digits, accuracy, load_digits, train_on_digits
-from timm_contconv.model_card import CardFacts, write_card
+from timm_contconv.hub.card import CardFacts, write_card
+from timm_contconv.layers import ConvReplacement
 from timm_contconv.patching.record import require_record
 
-HUB = Path(__file__).parent.parent / "hub"
+HUB = ROOT / "hub"
+SCRIPT = "benchmarks/papers/digits_weights.py"
 TAG = "digits"
 NAMES = (
     "test_convnext_dcls_gauss",
@@ -38,11 +40,16 @@ LARGE = 1024
 BATCH_SIZE = 64
 
 
-def stored(key: str, value: Tensor) -> Tensor:
-    """A tensor as it is stored: large weights in 8 bits, small ones in 16, positions and statistics as they are."""
-    if not value.is_floating_point() or "geometry" in key or "running_" in key:
-        return value.contiguous()
-    return value.to(torch.float8_e4m3fn if value.ndim > 1 and value.numel() >= LARGE else torch.float16).contiguous()
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """The state as it is stored: large weights in 8 bits, small ones in 16, geometry and statistics as they are."""
+    layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
+    geometry = {value.data_ptr() for layer in layers for value in layer.geometry.values()}
+    state = {}
+    for key, value in model.state_dict().items():
+        exact = not value.is_floating_point() or value.data_ptr() in geometry or "running_" in key
+        small = torch.float8_e4m3fn if value.ndim > 1 and value.numel() >= LARGE else torch.float16
+        state[key] = (value if exact else value.to(small)).contiguous()
+    return state
 
 
 def train(name: str, digits: Digits, epochs: int, seed: int) -> tuple[nn.Module, float]:
@@ -53,8 +60,7 @@ def train(name: str, digits: Digits, epochs: int, seed: int) -> tuple[nn.Module,
         task = progress.add_task(f"{name}, seed {seed}", total=epochs * (len(digits.train_labels) // BATCH_SIZE))
         train_on_digits(model, digits, epochs, batch_size=BATCH_SIZE, seed=seed, advance=lambda: progress.advance(task))
     before = accuracy(model, digits)
-    state = {key: stored(key, value).to(value.dtype) for key, value in model.state_dict().items()}
-    model.load_state_dict(state)
+    model.load_state_dict(stored(model))
     after = accuracy(model, digits)
     print(f"{name}, seed {seed}: {100 * before:.2f} % as trained, {100 * after:.2f} % as stored", flush=True)
     return model, after
@@ -64,14 +70,13 @@ def store(name: str, model: nn.Module, accuracies: list[float], digits: Digits, 
     """Write weights, weight.toml and the card to hub/NAME.digits."""
     folder = HUB / f"{name}.{TAG}"
     folder.mkdir(exist_ok=True)
-    weights = {key: stored(key, value) for key, value in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    save_file(stored(model), folder / "model.safetensors", {"format": "pt"})
     value, spread = round(100 * accuracies[0], 2), [round(100 * a, 2) for a in accuracies]
     text = (
-        f"Trained on scikit-learn's handwritten digits, 32×32 pixels, for {epochs} epochs by"
-        f" benchmarks/digits_weights.py. It gets {value} % of the {len(digits.test_labels)} held-out images right"
-        f" (seed 0, which is stored). Over {len(spread)} seeds: mean {statistics.mean(spread):.2f} %, from"
-        f" {min(spread):.2f} to {max(spread):.2f} %. It comes with timm_contconv and needs no network."
+        f"Trained on scikit-learn's handwritten digits, 32×32 pixels, for {epochs} epochs by {SCRIPT}. It gets"
+        f" {value} % of the {len(digits.test_labels)} held-out images right (seed 0, which is stored). Over"
+        f" {len(spread)} seeds: mean {statistics.mean(spread):.2f} %, from {min(spread):.2f} to {max(spread):.2f} %. It"
+        " comes with timm_contconv and needs no network."
     )
     mean, std = pixel_statistics(digits)
     values = {
@@ -86,7 +91,7 @@ def store(name: str, model: nn.Module, accuracies: list[float], digits: Digits, 
             "mean": [mean] * 3,
             "std": [std] * 3,
             "license": "apache-2.0",
-            "description": "Trained on scikit-learn's digits by benchmarks/digits_weights.py",
+            "description": f"Trained on scikit-learn's digits by {SCRIPT}",
         },
         "training": {"epochs": epochs, "batch_size": BATCH_SIZE, "seed": 0, "day": date.today()},
         "results": [
@@ -96,7 +101,7 @@ def store(name: str, model: nn.Module, accuracies: list[float], digits: Digits, 
                 "metric": "top1",
                 "value": value,
                 "seeds": spread,
-                "by": "benchmarks/digits_weights.py",
+                "by": SCRIPT,
             }
         ],
     }
@@ -117,18 +122,16 @@ def pixel_statistics(digits: Digits) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, help="registered models")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="more only help where nothing else runs")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    options = arguments(parser)
     digits = load_digits()
-    for name in arguments.names:
-        trained = [train(name, digits, arguments.epochs, seed) for seed in range(arguments.seeds)]
+    for name in options.names:
+        trained = [train(name, digits, options.epochs, seed) for seed in range(options.seeds)]
         accuracies = [value for _, value in trained]
-        folder = store(name, trained[0][0], accuracies, digits, arguments.epochs)
+        folder = store(name, trained[0][0], accuracies, digits, options.epochs)
         size = (folder / "model.safetensors").stat().st_size
         print(f"{folder.name}: {[round(100 * a, 2) for a in accuracies]} % over seeds, {size:,} bytes", flush=True)
 

@@ -1,6 +1,6 @@
 """FlexNet trained on small digits and run on large ones, with and without the alias-free penalty.
 
-    python -m benchmarks.flex_digits [--seeds N] [--epochs N] [--threads N] [--output FILE]
+    python -m benchmarks.papers.flex_digits [--seeds N] [--epochs N] [--threads N] [--output FILE]
 
 scikit-learn's digits at 16 x 16 train a small FlexNet; `tcc.at_resolution(model, 16, 32)` then runs it on the same
 digits at 32 x 32 (the protocol of Romero et al. 2022, Table 4, on other data). Kinds of training: without the penalty,
@@ -14,17 +14,17 @@ Prints test accuracies (450 of 1,797 images) at both resolutions and the change 
 deviation over seeds.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import timm_contconv as tcc
+from benchmarks.common import arguments, new_parser, write_results
 from timm_contconv.cli.digits import Digits, load_digits
 from timm_contconv.layers import FlexConv2d
 from timm_contconv.models.flexnet import FlexNet
@@ -48,7 +48,7 @@ def network(kind: str) -> FlexNet:
 def slow_down_(model: FlexNet, lr: float = 0.2, steps: int = 3000, enough: float = 1e-4) -> None:
     """Minimise the penalty in the sines' weights and the envelopes' widths."""
     layers = [m for m in model.modules() if isinstance(m, FlexConv2d)]
-    optimizer = torch.optim.Adam([p for layer in layers for p in (layer.sine_weight, layer.gamma)], lr)
+    optimizer = torch.optim.Adam([p for layer in layers for p in (layer.kernel.sine_weight, layer.kernel.gamma)], lr)
     for _ in range(steps):
         loss = tcc.penalty(model)
         if loss < enough:
@@ -98,24 +98,21 @@ def measure(kind: str, digits: Digits, seed: int, epochs: int) -> dict[str, floa
     model = train(kind, digits, seed, epochs)
     layers = [m for m in model.modules() if isinstance(m, FlexConv2d)]
     result = {"source": accuracy(model, digits, SOURCE)}
-    result["frequency"] = statistics.mean(layer.max_frequency(mask=False) for layer in layers)
+    result["frequency"] = statistics.mean(layer.kernel.max_frequency(mask=False) for layer in layers)
     tcc.at_resolution(model, SOURCE, TARGET)
     return {**result, "target": accuracy(model, digits, TARGET)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "flex_digits.json")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1, help="more only help where nothing else runs")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/flex_digits.json"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    options = arguments(parser)
     digits = load_digits()
     results: dict[str, dict[str, float]] = {}
     start = time.perf_counter()
     for kind in KINDS:
-        runs = [measure(kind, digits, s, arguments.epochs) for s in range(arguments.seeds)]
+        runs = [measure(kind, digits, s, options.epochs) for s in range(options.seeds)]
         changes = [run["target"] - run["source"] for run in runs]
         results[kind] = {
             **{f"{key}_mean": statistics.mean(run[key] for run in runs) for key in runs[0]},
@@ -131,9 +128,7 @@ def main() -> None:
             f" {found['frequency_mean']:.1f} (Nyquist {SOURCE / 4:g}); {time.perf_counter() - start:.0f} s",
             flush=True,
         )
-    record = {"seeds": arguments.seeds, "epochs": arguments.epochs}
-    text = json.dumps({**record, "results": results}, indent=2)
-    arguments.output.write_text(text + "\n", encoding="utf-8")
+    write_results(options.output, {"seeds": options.seeds, "epochs": options.epochs, "results": results})
 
 
 if __name__ == "__main__":

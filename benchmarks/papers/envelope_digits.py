@@ -1,14 +1,12 @@
 """Digits, with and without the Gaussian envelope: accuracy over seeds, and what sigma becomes.
 
-    python -m benchmarks.envelope_digits [--epochs 20] [--seeds 5] [--figure docs/images/envelope_digits.png]
+    python -m benchmarks.papers.envelope_digits [--epochs 20] [--seeds 5] [--figure docs/images/envelope_digits.png]
 
 Every number in docs/envelope.md about digits is printed by this script.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 
 import timm_contconv  # noqa: F401  (registers the models)
+from benchmarks.common import arguments, new_parser, summary
 from timm_contconv.cli.digits import Digits, accuracy, load_digits, train_on_digits
 from timm_contconv.inspect.figures import envelope_figure
 from timm_contconv.layers.envelope import shrink_envelopes, sigma_per_layer
@@ -49,29 +48,28 @@ def print_shrinking(model: nn.Module, digits: Digits, sigma: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--figure", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the models are small: more threads would wait for one another
+    options = arguments(parser)
     digits = load_digits()
     errors: dict[str, list[float]] = {name: [] for name in MODELS}
-    for seed in range(arguments.seeds):
+    for seed in range(options.seeds):
         for name in MODELS:
-            model, error = train(name, digits, arguments.epochs, seed)
+            model, error = train(name, digits, options.epochs, seed)
             errors[name].append(error)
             print(f"seed {seed}  {name:18s} test error {error:.2f} %", flush=True)
     for name, values in errors.items():
-        print(f"{name:18s} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} % over {len(values)} seeds")
+        print(f"{name:18s} {summary(values)} % over {len(values)} seeds")
     for name, sigma in sigma_per_layer(model).items():
         print(f"{name:18s} sigma {sigma['mean']:.2f}, from {sigma['min']:.2f} to {sigma['max']:.2f} pixels")
-    if arguments.figure is not None:
-        envelope_figure(model).savefig(arguments.figure, dpi=120)
+    if options.figure is not None:
+        envelope_figure(model).savefig(options.figure, dpi=120)
     print_shrinking(model, digits, "learned")
     for sigma in FIXED_SIGMAS:
         fixed = {"initial_sigma": sigma, "learn_sigma": False}
-        model, _ = train("test_resnet_genv", digits, arguments.epochs, 0, patch_args=fixed)
+        model, _ = train("test_resnet_genv", digits, options.epochs, 0, patch_args=fixed)
         print_shrinking(model, digits, str(sigma))
 
 

@@ -1,6 +1,6 @@
 """What a warm start is worth: test accuracy on scikit-learn's digits right after patching, and some epochs later.
 
-    python -m benchmarks.warm_start [--seeds N]
+    python -m benchmarks.papers.warm_start [--seeds N]
 
 `test_convnext` and `test_resnet` are trained to 98 % or better, patched with each method, and trained on: once from
 the fitted kernels, once from random ones. Writes benchmarks/results/warm_start.json and docs/images/warm_start.png.
@@ -8,19 +8,18 @@ the fitted kernels, once from random ones. Writes benchmarks/results/warm_start.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 from pathlib import Path
 
 import timm
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from rich.progress import Progress
 from torch import nn
 
 import timm_contconv as tcc
+from benchmarks.common import IMAGES, arguments, new_parser, summary, write_results
 from timm_contconv.cli.digits import Digits, accuracy, load_digits, train_on_digits
 
 RECIPES = {"test_convnext": ("dcls", "dcls_triangle", "dcls_gauss", "smp", "flex"), "test_resnet": ("genv", "cc")}
@@ -28,8 +27,7 @@ BASE_EPOCHS = 30
 BASE_LEARNING_RATE = {"test_convnext": 4e-3, "test_resnet": 2e-3}
 EPOCHS, LEARNING_RATE = 5, 1e-3
 SHOWN = (0, 1, 2, 5)
-ROOT = Path(__file__).parent
-PICTURE = ROOT.parent / "docs" / "images" / "warm_start.png"
+Courses = dict[str, dict[str, list[list[float]]]]
 
 
 def course(model: nn.Module, digits: Digits, seed: int) -> list[float]:
@@ -54,10 +52,10 @@ def trained_base(name: str, digits: Digits, seed: int) -> nn.Module:
     return model
 
 
-def measure(seeds: int) -> dict[str, dict[str, list[list[float]]]]:
+def measure(seeds: int) -> Courses:
     """{recipe: {"base": [[accuracy]], "fit" and "random": a course per seed}}."""
     digits = load_digits()
-    results: dict[str, dict[str, list[list[float]]]] = {}
+    results: Courses = {}
     with Progress() as progress:
         task = progress.add_task("training", total=seeds * sum(1 + 2 * len(recipes) for recipes in RECIPES.values()))
         for name, recipes in RECIPES.items():
@@ -75,24 +73,20 @@ def measure(seeds: int) -> dict[str, dict[str, list[list[float]]]]:
     return results
 
 
-def print_table(results: dict[str, dict[str, list[list[float]]]]) -> None:
+def print_table(results: Courses) -> None:
     print("| model | recipe | before | start | " + " | ".join(f"{n} epochs" for n in SHOWN) + " |")
     print("|---" * (4 + len(SHOWN)) + "|")
     for name, recipes in RECIPES.items():
         for recipe in recipes:
-            before = _summary([values[0] for values in results[recipe]["base"]])
+            before = summary([100 * values[0] for values in results[recipe]["base"]], 1)
             for init in ("fit", "random"):
-                cells = [_summary([values[n] for values in results[recipe][init]]) for n in SHOWN]
+                cells = [summary([100 * values[n] for values in results[recipe][init]], 1) for n in SHOWN]
                 print(f"| {name} | {recipe} | {before} | {init} | {' | '.join(cells)} |")
 
 
-def _summary(values: list[float]) -> str:
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
-
-
-def draw(results: dict[str, dict[str, list[list[float]]]]) -> None:
-    figure, axes = plt.subplots(1, len(results), figsize=(2.2 * len(results), 2.6), sharey=True, layout="constrained")
+def draw(results: Courses, path: Path) -> None:
+    figure = Figure(figsize=(2.2 * len(results), 2.6), layout="constrained")
+    axes = figure.subplots(1, len(results), sharey=True)
     for axis, (recipe, courses) in zip(axes, results.items(), strict=True):
         for init, colour in (("fit", "tab:blue"), ("random", "tab:orange")):
             values = 100 * torch.tensor(courses[init])
@@ -103,17 +97,18 @@ def draw(results: dict[str, dict[str, list[list[float]]]]) -> None:
         axis.set(title=recipe, xlabel="epochs", ylim=(0, 101))
     axes[0].set_ylabel("test accuracy (%)")
     axes[0].legend(fontsize=6)
-    figure.savefig(PICTURE, dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "warm_start.json")
     parser.add_argument("--seeds", type=int, default=3)
-    seeds = parser.parse_args().seeds
-    results = measure(seeds)
-    (ROOT / "results" / "warm_start.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    parser.add_argument("--picture", type=Path, default=IMAGES / "warm_start.png")
+    options = arguments(parser)
+    results = measure(options.seeds)
+    write_results(options.output, results)
     print_table(results)
-    draw(results)
+    draw(results, options.picture)
 
 
 if __name__ == "__main__":

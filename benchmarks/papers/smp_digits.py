@@ -1,14 +1,13 @@
 """SmpTCN reads scikit-learn's digits one pixel at a time: 64 steps, in the images' order and in a random one.
 
-    python -m benchmarks.smp_digits [--epochs N] [--threads N] [--output FILE]
+    python -m benchmarks.papers.smp_digits [--epochs N] [--threads N] [--output FILE]
 
-Prints test accuracies (360 of 1,797 images) and seconds.
+Prints test accuracies (360 of 1,797 images) and seconds. Fails under 95 % in order and 85 % permuted.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
 import time
-from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -16,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import timm_contconv as tcc
+from benchmarks.common import arguments, new_parser, require, write_results
 from timm_contconv.models.smp_tcn import SmpTCN
 
 TRAINING_IMAGES = 1437
 BATCH = 64
 LEARNING_RATE = 1e-2
+LEAST = {"in order": 0.95, "permuted": 0.85}
 
 
 def accuracy(order: Tensor, epochs: int) -> float:
@@ -46,22 +47,19 @@ def accuracy(order: Tensor, epochs: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "smp_digits.json")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1, help="more only help where nothing else runs")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/smp_digits.json"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    options = arguments(parser)
     results = {}
     for name, order in (("in order", torch.arange(64)), ("permuted", torch.randperm(64))):
         start = time.perf_counter()
-        result = accuracy(order, arguments.epochs)
+        result = accuracy(order, options.epochs)
         seconds = time.perf_counter() - start
         results[name] = {"accuracy": result, "seconds": seconds}
         print(f"{name}: {100 * result:.1f} % of the test images, {seconds:.0f} s", flush=True)
-    record = {"epochs": arguments.epochs, "threads": arguments.threads, "results": results}
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_results(options.output, {"epochs": options.epochs, "results": results})
+    for name, least in LEAST.items():
+        require(results[name]["accuracy"] >= least, f"{name}: at least {least:.0%} of the test images")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """timm's released train.py and validate.py under `contconv run`, on digits saved as images: what ran, and to what.
 
-    python -m benchmarks.timm_scripts PATH/TO/pytorch-image-models [--device cpu] [--output FILE]
+    python -m benchmarks.speed.timm_scripts PATH/TO/pytorch-image-models [--device cpu] [--output FILE]
 
 The scripts are not in timm's wheel: PATH is a checkout of github.com/huggingface/pytorch-image-models. Prints, for
 each set of flags, whether the script ran to its end, the last top-1 accuracy that it reports, and the seconds.
@@ -8,8 +8,6 @@ each set of flags, whether the script ran to its end, the last top-1 accuracy th
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import subprocess
@@ -19,10 +17,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torchvision.utils import save_image
 
+from benchmarks.common import arguments, new_parser, write_results
 from timm_contconv.cli.digits import load_digits
-from timm_contconv.data import data_folder
+from timm_contconv.paths import data_folder
 
 MODEL = "test_convnext_dcls"
 ALL = "--amp --amp-dtype bfloat16 --model-ema --model-ema-decay 0.99 --grad-accum-steps 2 --channels-last"
@@ -49,7 +49,7 @@ def save_digits(folder: Path) -> None:
 def run(name: str, command: Sequence[str], folder: Path) -> dict[str, object]:
     """Run one command, print and return what came of it."""
     start = time.perf_counter()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     output = done.stdout + done.stderr
     accuracies = re.findall(r'"top1": ([\d.]+)', output)
@@ -109,17 +109,16 @@ def _distributed(scripts: Path, folder: Path, device: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "timm_scripts.json")
     parser.add_argument("scripts", type=Path, metavar="PATH", help="a checkout of pytorch-image-models")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/timm_scripts.json"))
-    arguments = parser.parse_args()
+    options = arguments(parser)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_digits(folder / "digits")
-        listed = commands(arguments.scripts.resolve(), folder, arguments.device)
+        listed = commands(options.scripts.resolve(), folder, options.device)
         results = [run(name, command, folder) for name, command in listed.items()]
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(options.output, {"results": results})
 
 
 if __name__ == "__main__":

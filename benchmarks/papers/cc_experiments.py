@@ -1,6 +1,6 @@
 """The experiments of Shocher et al. 2020 with CC layers, on a photograph and on digits from scikit-learn.
 
-    python -m benchmarks.cc_experiments [bicubic] [misalignment] [digits] [ensembles] [--seeds 3] [--epochs 10]
+    python -m benchmarks.papers.cc_experiments [bicubic] [misalignment] [digits] [ensembles] [--seeds 3] [--epochs 10]
 
 bicubic: one layer learns bicubic resizing from one image at one scale, and is tested at 100 others (Fig. 3 and 7).
 misalignment: a 4 x 4 Gaussian applied again and again, by plain convolutions and by CC layers (Fig. 6).
@@ -13,11 +13,8 @@ benchmarks/results/cc_experiments.json; pictures go to docs/images.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -25,15 +22,17 @@ import torch
 from matplotlib.figure import Figure
 from resize_right import interp_methods, resize
 from rich.progress import track
+from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_contconv as tcc
+from benchmarks.common import IMAGES, arguments, new_parser, read_results, summary, write_results
 from timm_contconv.cli.digits import Digits, accuracy, load_digits, train_on_digits
 from timm_contconv.layers import ContinuousConv2d
+from timm_contconv.layers.cc import InternalNet
 from timm_contconv.models.ccnet import CC_SCALE
 
-RESULTS, IMAGES = Path("benchmarks/results/cc_experiments.json"), Path("docs/images")
 #: the photograph's part that the bicubic layer learns from
 CROP = (slice(182, 246), slice(232, 296))
 STEPS, LEARNING_RATE = 1500, 1e-2
@@ -44,8 +43,6 @@ MAX_SHIFTS = (1, 2, 4, 8)
 
 def photograph() -> Tensor:
     """A grey part of scikit-learn's "china.jpg", (1, 1, 64, 64), 0 to 1."""
-    from sklearn.datasets import load_sample_image
-
     image = torch.from_numpy(load_sample_image("china.jpg").copy()).float().mean(-1) / 255
     return image[CROP][None, None]
 
@@ -120,25 +117,35 @@ def draw_kernels(kernels: dict[str, Tensor], rows: dict[str, list[dict[str, Any]
     figure.savefig(IMAGES / "cc_bicubic.png", dpi=110)
 
 
-class Gaussian(ContinuousConv2d):
-    """A layer whose internal net is a fixed Gaussian, half a pixel wide."""
-
-    @staticmethod
-    def internal_net(rows: Tensor, columns: Tensor, **_: Tensor) -> Tensor:
-        kernel = gaussian(rows).unsqueeze(1) * gaussian(columns)
-        return F.pad(kernel.unsqueeze(-1), (0, 1), value=1.0)
-
-
 def gaussian(distance: Tensor) -> Tensor:
     """Falls to 1/e at a distance of 0.71 pixels."""
     return torch.exp(-2 * distance**2) / 1.2533
 
 
+def gaussian_features(rows: Tensor, columns: Tensor, **_: Tensor) -> Tensor:
+    """One feature, a Gaussian half a pixel wide, and the one that the last layer's bias takes."""
+    kernel = gaussian(rows).unsqueeze(1) * gaussian(columns)
+    return F.pad(kernel.unsqueeze(-1), (0, 1), value=1.0)
+
+
+class GaussianNet(InternalNet):
+    """An internal net that is a fixed Gaussian."""
+
+    function = staticmethod(gaussian_features)
+
+
+def gaussian_layer() -> ContinuousConv2d:
+    """A layer of scale 1 whose kernel is the Gaussian."""
+    layer = ContinuousConv2d(1, 1, 4, scale=1, bias=False)
+    layer.net = GaussianNet(1, 1, layer.net.plateaus, hidden=(1,))
+    with torch.no_grad():
+        layer.net.weight.copy_(torch.tensor([[[1.0, 0.0]]]))
+    return layer.eval()
+
+
 def misalignment() -> dict[str, Any]:
     """Fig. 6: where a white cross is after 4 x 4 convolutions, plain and CC."""
-    layer = Gaussian(1, 1, 4, scale=1, bias=False, hidden=(1,)).eval()
-    with torch.no_grad():
-        layer.internal_weight.copy_(torch.tensor([[[1.0, 0.0]]]))
+    layer = gaussian_layer()
     taps = gaussian(torch.arange(4) - 1.5)
     cross = torch.zeros(1, 1, 65, 65)
     cross[..., 32, 26:39] = cross[..., 26:39, 32] = 1
@@ -233,8 +240,7 @@ def digits(seeds: int, epochs: int) -> dict[str, Any]:
                     results["ensembles"].setdefault(str(count), []).append(correct)
     for group in ("accuracy", "similarity", "ensembles"):
         for key, values in results[group].items():
-            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            print(f"digits, {group}: {key}: {statistics.mean(values):.4f} ± {spread:.4f} over {len(values)} seeds")
+            print(f"digits, {group}: {key}: {summary(values, 4)} over {len(values)} seeds")
     return results
 
 
@@ -288,8 +294,7 @@ def ensembles(seeds: int, epochs: int) -> dict[str, Any]:
             results.setdefault(key, []).append(value)
         print(f"ensembles, seed {seed}: " + ", ".join(f"{key} {value:.2f} %" for key, value in row.items()), flush=True)
     for key, values in results.items():
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-        print(f"ensembles: {key}: {statistics.mean(values):.2f} ± {spread:.2f} % over {len(values)} seeds")
+        print(f"ensembles: {key}: {summary(values)} % over {len(values)} seeds")
     return results
 
 
@@ -304,26 +309,23 @@ def inputs(data: Digits) -> dict[str, Callable[[int], Tensor]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "experiments", nargs="*", metavar="NAME", help="bicubic, misalignment, digits, ensembles; default all"
-    )
+    parser = new_parser(__doc__, "cc_experiments.json")
+    names = ("bicubic", "misalignment", "digits", "ensembles")
+    parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"{', '.join(names)}; default all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
-    arguments = parser.parse_args()
+    options = arguments(parser)
+    if unknown := set(options.experiments) - set(names):
+        parser.error(f"no such experiment: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     calls: dict[str, Callable[[], dict[str, Any]]] = {
-        "bicubic": lambda: bicubic(arguments.seeds),
+        "bicubic": lambda: bicubic(options.seeds),
         "misalignment": misalignment,
-        "digits": lambda: digits(arguments.seeds, arguments.epochs),
-        "ensembles": lambda: ensembles(arguments.seeds, arguments.epochs),
+        "digits": lambda: digits(options.seeds, options.epochs),
+        "ensembles": lambda: ensembles(options.seeds, options.epochs),
     }
-    if unknown := set(arguments.experiments) - set(calls):
-        parser.error(f"no such experiment: {', '.join(sorted(unknown))}; there are {', '.join(calls)}")
-    torch.set_num_threads(1)  # small operations: threads would wait for one another
-    for name in arguments.experiments or calls:
-        results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        results[name] = {"seeds": arguments.seeds, "epochs": arguments.epochs, **calls[name]()}
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for name in options.experiments or names:
+        found = {"seeds": options.seeds, "epochs": options.epochs, **calls[name]()}
+        write_results(options.output, {**read_results(options.output), name: found})
 
 
 if __name__ == "__main__":
