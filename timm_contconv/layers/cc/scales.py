@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers.cc import ContinuousConv2d
-from .layers.cc_grid import Scale, ratios
+from .grid import Scale, ratios
+from .layer import ContinuousConv2d
 
 __all__ = ["ScaleEnsemble", "cc_scales", "scale_ensemble"]
 
