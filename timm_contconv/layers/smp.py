@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .core.arguments import Int, as_int
-from .core.kept import require_finite
+from .core.finite import require_finite
 from .core.kernel import Kernel
 from .core.kernel_conv import KernelConv1d, KernelConv2d
 from .core.least_squares import Geometry, fit_separately, pixels_by_energy

@@ -138,12 +138,12 @@ def merged_conv(
     """
     first, stride = [axis.first(0) for axis in axes], [axis.denominator for axis in axes]
     kernel = F.pad(kernel, [n for dim in (1, 0) for n in _zeros_around(kernel.shape[2 + dim], first[dim])])
-    padding: str | list[int] = [max(-index, 0) for index in first]
+    pads = [max(-index, 0) for index in first]
     size = kernel.shape[2:]
-    short = any(2 * p - k != -1 for p, k in zip(padding, size, strict=True))  # of ceil(size / stride) outputs
+    short = any(2 * p - k != -1 for p, k in zip(pads, size, strict=True))  # of ceil(size / stride) outputs
     even = all((k - s) % 2 == 0 for k, s in zip(size, stride, strict=True))
-    if rounding != "floor" and short and even and padding_mode == "zeros":
-        padding = "same"
+    same = rounding != "floor" and short and even and padding_mode == "zeros"
+    padding: str | list[int] = "same" if same else pads
     return plain_conv(kernel, bias, stride=stride, padding=padding, groups=groups, padding_mode=padding_mode)
 
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ...ops import compute_dtype
 from ..core.compilation import CompileMode, construct
+from ..core.finite import require_finite
 from ..core.geometry import GeometryOwner
-from ..core.kept import require_finite
 from .interpolation import interpolating_net, interpolating_widths
 
 __all__ = ["InternalNet", "continuous_kernels", "internal_features"]
@@ -149,7 +149,7 @@ class InternalNet(GeometryOwner):
 
     def inputs(self) -> dict[str, Tensor]:
         """All parameters by name, shared ones included, after a check that they are finite."""
-        inputs = {"weight": self.weight, **self.geometry}
+        inputs: dict[str, Tensor] = {"weight": self.weight, **self.geometry}
         for name, value in inputs.items():
             require_finite(name, value)
         return inputs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...ops import is_transformed
 
-__all__ = ["Kept", "may_look", "require_finite"]
+__all__ = ["Kept", "may_look"]
 
 Value = TypeVar("Value")
 
@@ -102,18 +102,3 @@ def _is_recorded() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 and any(
         torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)
     )
-
-
-def require_finite(name: str, value: Tensor) -> None:
-    """Refuse NaN and infinity on the CPU; an accelerator would have to be waited for.
-
-    Raises:
-        ValueError: names the parameter, and how many of its values are wrong.
-    """
-    if value.device.type != "cpu" or not may_look((value,)):
-        return
-    if wrong := int((~value.detach().isfinite()).sum()):
-        raise ValueError(
-            f"{name}: {wrong} of {value.numel()} values are NaN or infinite, expected finite numbers; go back to an"
-            " earlier checkpoint, and train with gradient clipping or a lower learning rate"
-        )
