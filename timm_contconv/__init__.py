@@ -13,8 +13,9 @@ from . import models
 from .hub import from_pretrained, save_pretrained
 from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
 from .push import push_to_hub
-from .scales import cc_scales, scale_ensemble
-from .train import at_resolution, constrain_, param_groups, penalty
+from .layers.cc import cc_scales, scale_ensemble
+from .layers.flex import at_resolution
+from .train import constrain_, param_groups, penalty
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """Convolution layers, one file or package per method; what they share is in `core`."""
 
-from .cc import CcSpec, ContinuousConv2d
+from .cc import ContinuousConv2d, InternalNet
 from .core.kernel import Kernel
 from .core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d, KernelConv3d
 from .core.replacement import ConvReplacement
@@ -11,13 +11,13 @@ from .smp_bn import SmpConvBn2d
 
 __all__ = [
     "METHODS",
-    "CcSpec",
     "ContinuousConv2d",
     "ConvReplacement",
     "DclsConv1d",
     "DclsConv2d",
     "DclsConv3d",
     "DclsKernel",
+    "InternalNet",
     "Kernel",
     "KernelConv",
     "KernelConv1d",

@@ -247,7 +247,7 @@ class DclsKernel(Kernel):
         super().__init__(out_channels, in_channels, kernel_size, causal)
         if spec.kernel_count is None:
             raise ValueError(
-                "kernel_count=None: expected a positive int; tcc.patch computes it for a model, by the rule of the paper"
+                "kernel_count=None: expected a positive int; tcc.patch computes it for a model, by the paper's rule"
             )
         self.kernel_count = spec.kernel_count
         self.interpolation = spec.interpolation
@@ -317,6 +317,9 @@ class DclsKernel(Kernel):
         sizes = [k if d in self.position_dims else self.kernel_size[d] for d, k in enumerate(kernel.shape[2:])]
         ends = tuple(range(-len(self.position_dims), 0))
         return centred(kernel, sizes).movedim(tuple(2 + d for d in self.position_dims), ends)
+
+    def summary(self) -> str:
+        return f" / {self.kernel_count}"
 
     def extra_repr(self) -> str:
         text = f"kernel_count={self.kernel_count}, interpolation={self.interpolation}"

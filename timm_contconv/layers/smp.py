@@ -269,6 +269,9 @@ class SmpKernel(Kernel):
         _centre(rest, self.small_kernel).zero_()
         return _centre(rest, kernel.shape[2:])
 
+    def summary(self) -> str:
+        return f" / {self.kernel_count}"
+
     def extra_repr(self) -> str:
         text = f"kernel_count={self.kernel_count}, points={self.points}, normalize={self.normalize}"
         return text if self.small_kernel is None else f"{text}, small_kernel={self.small_kernel}"

@@ -34,12 +34,15 @@ class GeometryOwner(nn.Module):
         return home
 
 
-def share_geometry(owners: Sequence[GeometryOwner], home: nn.Module, name: str) -> None:
+def share_geometry(owners: Sequence[GeometryOwner]) -> nn.ParameterDict:
     """Let several modules use one set of geometry parameters, that of the first.
 
-    The set is registered once, on `home` under `name`, so it stands once in `state_dict()` and `parameters()`. The
-    owners hold references to it. `home` should hold all the owners, so that wrappers that manage parameters by module
-    (FSDP) have the set at hand whenever one of them runs.
+    The owners hold references to the set.
+
+    Returns:
+        The set. The caller registers it once, on a module that should hold all the owners: so it stands once in
+        `state_dict()` and `parameters()`, and wrappers that manage parameters by module (FSDP) have it at hand whenever
+        one of the owners runs.
 
     Raises:
         ValueError: the owners' parameter shapes differ; then nothing is changed.
@@ -57,4 +60,4 @@ def share_geometry(owners: Sequence[GeometryOwner], home: nn.Module, name: str) 
         for key in geometry:
             del owner._parameters[key]
         owner.__dict__["_shared_geometry"] = shared  # past nn.Module.__setattr__: a reference, not a registration
-    home.add_module(name, shared)
+    return shared

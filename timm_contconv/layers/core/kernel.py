@@ -99,6 +99,10 @@ class Kernel(GeometryOwner):
         """The method's regulariser, a scalar; None if it has none."""
         return None
 
+    def summary(self) -> str:
+        """What a report says of the kernel after its size."""
+        return ""
+
     def highest_frequency(self) -> float | None:
         """The highest frequency in cycles per pixel; None if the kernel is not band-limited, or without values."""
         return None

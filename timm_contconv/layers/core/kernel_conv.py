@@ -249,6 +249,9 @@ class KernelConv(ConvReplacement):
     def penalty(self) -> Tensor | None:
         return self.kernel.penalty()
 
+    def summary(self) -> str:
+        return f"{super().summary()}{self.kernel.summary()}"
+
     def highest_frequency(self) -> float | None:
         return self.kernel.highest_frequency()
 

@@ -149,6 +149,10 @@ class ConvReplacement(nn.Module):
 
     # ---- reports
 
+    def summary(self) -> str:
+        """The layer in a few words."""
+        return f"{type(self).__name__} {'×'.join(map(str, self.kernel_size))}"
+
     def receptive_field(self) -> tuple[int, ...]:
         """Pixels of the input that an output depends on, per spatial dimension."""
         return self.kernel_size
