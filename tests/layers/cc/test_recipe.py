@@ -44,7 +44,7 @@ def test_every_strided_convolution_is_replaced_in_registered_models(base: str) -
         ("resnet18", [(64, 64), (65, 63), (33, 97)]),
         ("test_resnet", [(64, 64), (65, 63)]),
         ("test_convnext", [(64, 96)]),  # patches, downsampling by 2x2 kernels
-        ("tf_efficientnet_b0", [(65, 64)]),  # TensorFlow's padding
+        ("tf_efficientnet_b0", [(64, 64), (65, 64)]),  # TensorFlow's padding
     ],
 )
 def test_a_patched_network_starts_with_the_same_logits_and_gives_them_back(base: str, sizes: list) -> None:
