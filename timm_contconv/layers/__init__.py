@@ -1,5 +1,6 @@
 """Convolution layers, one file or package per method; what they share is in `core`."""
 
+from .cc import ContinuousConv2d, InternalNet
 from .core.kernel import Kernel
 from .core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d, KernelConv3d
 from .core.replacement import ConvReplacement
@@ -12,6 +13,7 @@ from .smp_bn import SmpConvBn2d
 
 __all__ = [
     "METHODS",
+    "ContinuousConv2d",
     "ConvReplacement",
     "DclsConv1d",
     "DclsConv2d",
@@ -21,6 +23,7 @@ __all__ = [
     "FlexConv2d",
     "FlexKernel",
     "GaussianEnvelopeConv2d",
+    "InternalNet",
     "Kernel",
     "KernelConv",
     "KernelConv1d",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from .kept import may_look
@@ -16,6 +18,8 @@ def require_finite(name: str, value: Tensor) -> None:
         ValueError: names the parameter, and how many of its values are not finite.
     """
     if value.device.type != "cpu" or not may_look((value,)):
+        return
+    if math.isfinite(value.detach().sum().item()):  # takes a quarter of the time; may overflow
         return
     if wrong := int((~value.detach().isfinite()).sum()):
         raise ValueError(

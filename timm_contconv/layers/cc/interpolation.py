@@ -1,8 +1,4 @@
-"""The Internal-Net of CC layers: the kernel as a function of sub-pixel distances (Shocher et al. 2020, Block 3).
-
-A sequence of 1x1 convolutions and ReLUs from a 2-D distance to the weights. All of it but the last, linear, layer
-gives features; the parameters are named weight_1, bias_1, weight_2 ... in order.
-"""
+"""Hidden layers of an internal net that interpolate linearly between the pixels of a kernel: how CC layers start."""
 
 from __future__ import annotations
 
@@ -10,28 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-__all__ = ["internal_features", "interpolating_net", "interpolating_widths"]
-
-
-def internal_features(rows: Tensor, columns: Tensor, **hidden: Tensor) -> Tensor:
-    """Features of all pairs of a vertical and a horizontal distance.
-
-    Args:
-        rows: (A,) vertical distances g - m, in pixels.
-        columns: (B,) horizontal distances.
-        **hidden: weight_1 (H_1, 2), bias_1 (H_1,), weight_2 (H_2, H_1), bias_2 ...: the hidden layers.
-
-    Returns:
-        (A, B, H_last + 1): outputs of the last hidden layer, and a one, for the bias of the layer after it.
-    """
-    first, bias = hidden["weight_1"], hidden["bias_1"]
-    y = (rows.unsqueeze(1) * first[:, 0]).unsqueeze(1) + (columns.unsqueeze(1) * first[:, 1] + bias)
-    y = y.relu()
-    for layer in range(2, len(hidden) // 2 + 1):
-        y = F.linear(y, hidden[f"weight_{layer}"], hidden[f"bias_{layer}"]).relu()
-    return F.pad(y, (0, 1), value=1.0)
+__all__ = ["interpolating_net", "interpolating_widths"]
 
 
 def interpolating_widths(support: Sequence[int]) -> tuple[int, int, int]:
