@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from timm_contconv.cli.digits import Digits, accuracy, load_digits, train_on_digits
-from timm_contconv.model_card import CardFacts, write_card
+from timm_contconv.hub.card import CardFacts, write_card
 from timm_contconv.patching.record import require_record
 
 HUB = Path(__file__).parent.parent / "hub"

@@ -22,7 +22,7 @@ from pathlib import Path
 from torchvision.utils import save_image
 
 from timm_contconv.cli.digits import load_digits
-from timm_contconv.data import data_folder
+from timm_contconv.paths import data_folder
 
 MODEL = "test_convnext_dcls"
 ALL = "--amp --amp-dtype bfloat16 --model-ema --model-ema-decay 0.99 --grad-accum-steps 2 --channels-last"

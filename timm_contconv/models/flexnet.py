@@ -15,9 +15,9 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..convert import to_native
+from ..hub.build import build_model_with_cfg
 from ..layers import FlexConv2d
 from ..layers.magnet import is_positive_int
-from .build import build_model_with_cfg
 from .classifier import Classifier
 
 __all__ = ["FlexBlock", "FlexNet", "flexnet3", "flexnet5", "flexnet7"]

@@ -20,8 +20,8 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..convert import to_native
+from ..hub.build import build_model_with_cfg
 from ..layers import SmpConv2d, SmpConvBn2d
-from .build import build_model_with_cfg
 from .classifier import Classifier
 
 __all__ = ["ConvFfn", "LargeKernelBlock", "SmpConvNet", "SmpConvStage", "smpconv_base", "smpconv_tiny"]

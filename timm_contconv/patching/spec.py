@@ -16,9 +16,9 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from .. import layers
-from ..data import data_folder
 from ..layers import LayerSpec
 from ..layers.spec import LARGEST_KERNEL
+from ..paths import data_folder
 
 __all__ = ["PatchSpec", "as_patch_spec", "list_patches", "load_patch"]
 
