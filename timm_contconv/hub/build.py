@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm.models
+import timm
+import torch
 from torch import nn
 
 from .checks import CONFIG, WEIGHTS, check_foreign
 from .download import download
 from .skeleton import build_checked
 
-__all__ = ["build_model_with_cfg"]
+__all__ = ["build_model_with_cfg", "rebuild"]
 
 #: arguments in which the model that is wanted may differ from the one that was saved
 CALLERS = frozenset(
@@ -49,6 +50,16 @@ def build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pret
         weights,
         where,
     )
+
+
+def rebuild(folder: Path) -> None:
+    """Build a saved model on the meta device; for the architectures of this package it is compared with the weights.
+
+    Raises:
+        ValueError: as `build_model_with_cfg`; timm's architectures raise `BUILD_ERRORS` too.
+    """
+    with torch.device("meta"):
+        timm.create_model(f"local-dir:{folder}")
 
 
 def _weights(

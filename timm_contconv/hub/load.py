@@ -11,6 +11,7 @@ import timm
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 
+from .build import rebuild
 from .checks import BUILD_ERRORS, CONFIG, WEIGHTS, check_config
 from .download import download
 from .exchange import restore
@@ -53,15 +54,27 @@ def from_pretrained(
     architecture = check_config(folder / CONFIG)
     try:
         return _build(folder, architecture, kwargs)
-    except BUILD_ERRORS as error:
-        reason = f"{type(error).__name__}: {error}"
-        if kwargs:  # without them it was built as a skeleton
+    except (ValueError, *BUILD_ERRORS) as error:
+        if kwargs and _rebuilds(folder):
             given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
             raise ValueError(
                 f"{given}: timm can't build this {architecture} so, while it can with the arguments that were saved;"
-                f" change it or leave it out: {reason}"
+                f" change it or leave it out: {type(error).__name__}: {error}"
             ) from error
-        raise ValueError(f"{folder / CONFIG}: timm can't build {architecture} from it: {reason}") from error
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"{folder / CONFIG}: timm can't build {architecture} from it: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _rebuilds(folder: Path) -> bool:
+    """Whether the model can be built with the arguments that were saved."""
+    try:
+        rebuild(folder)
+    except (ValueError, *BUILD_ERRORS):
+        return False
+    return True
 
 
 def _build(folder: Path, architecture: str, arguments: Mapping[str, Any]) -> nn.Module:

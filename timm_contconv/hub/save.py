@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers import ConvReplacement
 from ..patching.record import PatchRecord, get_record, require_record
+from .build import rebuild
 from .card import CARD, PICTURE, CardFacts, write_card
 from .checks import BUILD_ERRORS, CONFIG, RESERVED, WEIGHTS
 from .exchange import replaced, restore
@@ -88,8 +89,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _require_rebuild(folder: Path) -> None:
     """Refuse a model whose tensors do not fit into what its configuration builds."""
     try:
-        with torch.device("meta"):  # timm's builder compares with the weights; see build.py
-            timm.create_model(f"local-dir:{folder}")
+        rebuild(folder)
     except (ValueError, *BUILD_ERRORS) as error:
         reason = str(error).replace(f"{folder / CONFIG}: ", "")
         raise ValueError(

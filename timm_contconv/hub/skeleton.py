@@ -38,7 +38,7 @@ WHOLE = {
 VALUES_FACTOR, SPARE_VALUES = 8, 2**26
 ENTRIES_FACTOR, SPARE_ENTRIES = 20, 2000
 #: the same where there are no weights to compare with
-LARGEST_VALUES, LARGEST_ENTRIES = 2**28, 100_000
+LARGEST_VALUES, LARGEST_ENTRIES = 2**28, 30_000
 #: values of the dense kernel that one layer constructs when it runs
 LARGEST_KERNEL = 2**28
 
