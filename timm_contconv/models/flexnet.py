@@ -14,9 +14,9 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..hub.build import build_model_with_cfg
 from ..layers.core.arguments import as_int
 from ..layers.flex import FlexConv2d, FlexSpec
-from .build import build_model_with_cfg
 from .checkpoint import check_keys, unwrap
 from .classifier import Classifier
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import timm
+import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi
 from huggingface_hub.utils import validate_repo_id
-from torch import nn
+from timm.models._input import get_model_input_config
+from torch import Tensor, nn
 
+from .card import CardFacts
 from .download import explain_errors
-from .hub import verify_folder, write_folder
-from .model_card import CardFacts
+from .load import from_pretrained
+from .save import write_folder
 
 __all__ = ["push_to_hub"]
 
@@ -68,7 +72,7 @@ def push_to_hub(
         folder = Path(temporary)
         facts = CardFacts(repo_id, f"hf-hub:{repo_id}", tags, license, datasets, base_model, eval_results, text)
         write_folder(model, folder, facts)
-        verify_folder(folder, model)
+        _verify(folder, model)
         return _upload(folder, repo_id, private, revision, create_pr, token)
 
 
@@ -96,3 +100,49 @@ def _upload(
             create_pr=create_pr,
             parent_commit=parent,
         )
+
+
+@torch.no_grad()
+def _verify(folder: Path, model: nn.Module) -> None:
+    """Load a folder back and compare parameters, buffers and logits with the model's.
+
+    Raises:
+        ValueError: something differs, or the model's logits are not finite.
+    """
+    parameter = next(model.parameters())
+    size = get_model_input_config(model)["input_size"]
+    images = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
+    with _evaluating(model):
+        expected = model(images).float()
+    if not expected.isfinite().all():
+        raise ValueError("model: its logits are not finite for an ordinary image; train it again before publishing")
+    loaded = from_pretrained(folder)
+    _require_same_values(loaded.state_dict(), model.state_dict())
+    ours = dict(model.named_parameters()) | dict(model.named_buffers())
+    for key, value in (*loaded.named_parameters(), *loaded.named_buffers()):
+        value.data = value.data.to(ours[key].device, ours[key].dtype)
+    actual = loaded.eval()(images).float()
+    tolerance = torch.finfo(parameter.dtype).eps ** 0.5
+    if (actual - expected).abs().max() > tolerance * expected.abs().max():
+        raise ValueError(
+            "model: loaded back from its files it gives other logits, so that it holds something that they do not: a"
+            " hook, or an attribute that was changed by hand"
+        )
+
+
+def _require_same_values(loaded: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    for key, value in saved.items():
+        if not torch.equal(loaded[key].cpu(), value.cpu().to(loaded[key].dtype)):
+            raise ValueError(f"{key}: what was loaded back is not what the model holds; its dtype is {value.dtype}")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and every module in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -11,9 +11,10 @@ import tomli_w
 from huggingface_hub import EvalResult
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .untrusted import check_pretrained_cfg
+from ..paths import data_folder
+from .checks import WEIGHTS, check_pretrained_cfg
 
-__all__ = ["Publication", "Result", "Weight", "record_publication"]
+__all__ = ["TRAINING", "Publication", "Result", "Weight", "packaged_weights", "record_publication"]
 
 WEIGHT, TRAINING, PUBLISHED = "weight.toml", "train.yaml", "published.toml"
 
@@ -102,8 +103,15 @@ class Weight(_Table):
         except (tomllib.TOMLDecodeError, ValidationError) as error:
             raise ValueError(f"{path}: {error}") from None
         url_free = {key: value for key, value in weight.pretrained_cfg.items() if key != "url"}
-        check_pretrained_cfg(url_free, f"{path}: pretrained_cfg")
+        check_pretrained_cfg(url_free, f"{path}: pretrained_cfg.")
         return weight
+
+    def timm_cfg(self, folder: Path) -> dict[str, Any]:
+        """pretrained_cfg as timm takes it; `file` is the weights file in `folder`, where it comes with the package."""
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in self.pretrained_cfg.items()}
+        if (folder / WEIGHTS).is_file():
+            values["file"] = str(folder / WEIGHTS)
+        return values
 
     def eval_results(self) -> list[EvalResult]:
         """The measurements for a model card."""
@@ -122,6 +130,12 @@ class Weight(_Table):
             )
             for result in self.results
         ]
+
+
+def packaged_weights() -> list[tuple[Path, Weight]]:
+    """The folders of hub/ that hold a weight.toml, with what it says."""
+    folders = sorted(path.parent for path in data_folder("hub").glob(f"*/{WEIGHT}"))
+    return [(folder, Weight.load(folder)) for folder in folders]
 
 
 def record_publication(folder: Path, publication: Publication) -> Path:
