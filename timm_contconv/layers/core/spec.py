@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from .arguments import as_int
+from .kernel import Kernel
 from .plain import PlainConv, plain_arguments
-
-if TYPE_CHECKING:
-    from .kernel import Kernel
-    from .replacement import ConvReplacement, Init
+from .replacement import ConvReplacement, Init
 
 __all__ = ["LARGEST_KERNEL", "METHODS", "KernelSize", "KernelSpec", "LayerSpec", "explain"]
 
@@ -141,6 +139,7 @@ _ALLOWED = {
     "float_parsing": "expected a number",
     "finite_number": "expected a finite number",
     "int_type": "expected an int",
+    "tuple_type": "expected a list",
 }
 
 
@@ -152,7 +151,7 @@ def explain(item: Mapping[str, Any], place: str = "", whole: str = "layer") -> s
         place: what the line starts with, as "recipe.toml:3: ".
         whole: what the fields belong to, for a field that is unknown.
     """
-    location = [str(part) for part in item["loc"] if part not in METHODS]
+    location = [str(part) for part in item["loc"]]
     name = ".".join(location)
     if item["type"] == "missing":
         return f"{place}{name} is missing"
