@@ -5,8 +5,7 @@ from .core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d, KernelConv
 from .core.replacement import ConvReplacement
 from .core.spec import METHODS, KernelSpec, LayerSpec
 from .dcls import DclsConv1d, DclsConv2d, DclsConv3d, DclsKernel
-from .smp import SmpConv1d, SmpConv2d, SmpKernel
-from .smp_bn import SmpConvBn2d
+from .smp import SmpConv1d, SmpConv2d, SmpConvBn2d, SmpKernel
 
 __all__ = [
     "METHODS",

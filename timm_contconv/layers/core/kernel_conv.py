@@ -244,8 +244,9 @@ class KernelConv(ConvReplacement):
         if self.padding == "same":
             even = [0 if max(self.stride) > 1 else min(side) for side in cut]  # a stride pads by the image's size
             return "same", even
-        even = [min(*side, int(p)) for side, p in zip(cut, self.padding, strict=True)]
-        return tuple(int(p) - e for p, e in zip(self.padding, even, strict=True)), even
+        assert not isinstance(self.padding, str)
+        even = [min(*side, p) for side, p in zip(cut, self.padding, strict=True)]
+        return tuple(p - e for p, e in zip(self.padding, even, strict=True)), even
 
     # ---- training, reports
 

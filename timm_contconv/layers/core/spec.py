@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -92,8 +92,8 @@ class KernelSpec(LayerSpec):
         kernel_size: size of the constructed kernel in pixels, one int for all dimensions or one each.
     """
 
-    #: the method's kernel
-    kernel: ClassVar[type[Kernel]]
+    #: the method's kernel, built from a spec, out_channels, in_channels / groups, kernel_size, causal, device and dtype
+    kernel: ClassVar[Callable[..., Kernel]]
 
     kernel_size: KernelSize
 
