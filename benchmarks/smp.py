@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import timm_contconv as tcc
-from tests.smpconv_peer import ReleasedNet, ReleasedSmp
+from tests.peers.smpconv import ReleasedNet, ReleasedSmp
 from timm_contconv.layers import SmpConv2d
 
 LAYERS = ((96, 31), (192, 29), (384, 27), (768, 13))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_contconv as tcc
 from benchmarks.smp_digits import accuracy
-from tests.smpconv_peer import ReleasedNet, ReleasedSmp, randomize_
+from tests.peers.smpconv import ReleasedNet, ReleasedSmp, randomize_
 from timm_contconv.layers import SmpConv2d, SmpConvBn2d
 from timm_contconv.layers.smp import SmpSpec
 from timm_contconv.models.smp_tcn import SmpTCN
