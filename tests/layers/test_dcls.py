@@ -108,9 +108,8 @@ def gauss_by_the_formula(weight, position, sigma, kernel_size):
 def test_gauss_gradients_equal_those_of_the_formula():
     """The Gauss kernel has a backward of its own; autograd, functional transforms and forward mode agree on it."""
     inputs = kernel_inputs("gauss")
-    ours, theirs = (
-        lambda *values, f=f: f(*values, (5, 4)).square().sum() for f in (gauss_kernel, gauss_by_the_formula)
-    )
+    functions = (gauss_kernel, gauss_by_the_formula)
+    ours, theirs = (lambda *values, f=f: f(*values, (5, 4)).square().sum() for f in functions)
     expected = torch.autograd.grad(theirs(*inputs), inputs)
     torch.testing.assert_close(torch.autograd.grad(ours(*inputs), inputs), expected)
     torch.testing.assert_close(torch.func.grad(ours, (0, 1, 2))(*inputs), expected)

@@ -41,7 +41,8 @@ def test_a_layer_convolves_with_its_weight(make, training):
     if layer.padding == "causal":
         before, after = [layer.kernel_size[0] - 1], [0]
     elif layer.padding == "same":
-        total = [max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in zip(x.shape[2:], layer.stride, layer.kernel_size)]
+        dimensions = zip(x.shape[2:], layer.stride, layer.kernel_size, strict=True)
+        total = [max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in dimensions]
         before, after = [t // 2 for t in total], [t - t // 2 for t in total]
     else:
         before = after = layer.padding
@@ -218,7 +219,5 @@ def test_a_meta_layer_is_materialised_by_reset_parameters(make):
 
 
 def test_data_parallel_is_refused_with_the_way_out():
-    with pytest.raises(
-        NotImplementedError, match="DclsConv2d: nn.DataParallel does not .* DistributedDataParallel, or"
-    ):
+    with pytest.raises(NotImplementedError, match="DclsConv2d: nn.DataParallel does not .* DistributedDataParallel"):
         LAYERS["dcls"]()._replicate_for_data_parallel()  # PyTorch's hook: replicate() itself wants a GPU
