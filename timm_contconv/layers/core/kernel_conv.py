@@ -142,11 +142,15 @@ class KernelConv(ConvReplacement):
     def weight(self) -> Tensor:
         """The dense kernel, (C_out, C_in/groups, *kernel_size): what `nn.Conv2d.weight` would hold.
 
-        Differentiable. On the CPU, outside training and without gradients, it is constructed once and kept for as long
-        as the parameters have the values that it was constructed from; otherwise every access constructs it.
+        Differentiable. A value, not a parameter: what is written into it in place is lost.
+
+        On the CPU, outside training and without gradients, it is constructed once and kept for as long as the
+        parameters have the values that it was constructed from; otherwise every access constructs it.
         """
         kernel, margins = self._cropped_kernel()
-        return kernel if margins is None else pad_image(kernel, margins, "zeros")
+        if margins is not None:
+            return pad_image(kernel, margins, "zeros")
+        return kernel if kernel.requires_grad else kernel.clone()  # a write must not reach what is kept
 
     def _cropped_kernel(self) -> tuple[Tensor, Margins | None]:
         """The dense kernel less its margins, and these."""
