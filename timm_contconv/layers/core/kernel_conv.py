@@ -151,7 +151,7 @@ class KernelConv(ConvReplacement):
         """
         kernel, margins = self._cropped_kernel()
         whole = kernel if margins is None else pad_image(kernel, margins, "zeros")
-        return whole if self.training else whole.clone()
+        return whole if whole.requires_grad else whole.clone()
 
     def _cropped_kernel(self) -> tuple[Tensor, Margins | None]:
         """The dense kernel less its margins, and these."""
