@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_contconv as tcc
-from benchmarks.smp_fit import fit, targets
 from timm_contconv.layers import SmpConv1d, SmpConv2d
 from timm_contconv.layers.replacement import share_geometry
 from timm_contconv.layers.smp import SmpSpec, smp_kernel, smp_sum_kernel
@@ -415,14 +414,3 @@ def test_the_last_stage_that_a_recipe_names_holds_for_later_ones():
 def test_an_unavailable_init_is_refused():
     with pytest.raises(ValueError, match="init='nearest': expected 'fit'"):
         SmpConv2d.from_conv(nn.Conv2d(8, 8, 5, padding=2, groups=8), SmpSpec(kernel_size=7), init="nearest")
-
-
-# ---- the paper's function fitting (Fig. 3)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_moving_points_fit_a_sinusoid_four_times_better_than_fixed_ones():
-    target = targets()["sin(3π(x + y))"]
-    (moving, _), (fixed, _) = (fit(target, kind, steps=500, seed=0) for kind in (True, False))
-    assert moving < 0.1 * target.var()
-    assert fixed > 4 * moving
