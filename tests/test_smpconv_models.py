@@ -6,6 +6,7 @@ import re
 import pytest
 import timm
 import torch
+from benchmarks.smp_digits import accuracy
 from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -19,12 +19,12 @@ from collections.abc import Callable
 
 import timm
 import torch
+from tests.flexnet_peer import ReleasedFlexConv, ReleasedFlexNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_contconv as tcc
 from benchmarks.common import arguments, in_turns, medians, new_parser, ratio, training_step, write_results
-from tests.flexnet_peer import ReleasedFlexConv, ReleasedFlexNet
 from timm_contconv.layers import FlexConv2d
 
 SIGMA, SIZE = 0.125, 33

@@ -1,20 +1,29 @@
 """Convolution layers, one file or package per method; what they share is in `core`."""
 
+from .cc import ContinuousConv2d, InternalNet
 from .core.kernel import Kernel
 from .core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d, KernelConv3d
 from .core.replacement import ConvReplacement
 from .core.spec import METHODS, KernelSpec, LayerSpec
 from .dcls import DclsConv1d, DclsConv2d, DclsConv3d, DclsKernel
+from .envelope import GaussianEnvelopeConv2d
+from .flex import FlexConv1d, FlexConv2d, FlexKernel, MAGNet
 from .smp import SmpConv1d, SmpConv2d, SmpKernel
 from .smp_bn import SmpConvBn2d
 
 __all__ = [
     "METHODS",
+    "ContinuousConv2d",
     "ConvReplacement",
     "DclsConv1d",
     "DclsConv2d",
     "DclsConv3d",
     "DclsKernel",
+    "FlexConv1d",
+    "FlexConv2d",
+    "FlexKernel",
+    "GaussianEnvelopeConv2d",
+    "InternalNet",
     "Kernel",
     "KernelConv",
     "KernelConv1d",
@@ -22,6 +31,7 @@ __all__ = [
     "KernelConv3d",
     "KernelSpec",
     "LayerSpec",
+    "MAGNet",
     "SmpConv1d",
     "SmpConv2d",
     "SmpConvBn2d",

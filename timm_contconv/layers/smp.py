@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .core.arguments import Int, as_int
-from .core.kept import may_look
+from .core.finite import require_finite
 from .core.kernel import Kernel
 from .core.kernel_conv import KernelConv1d, KernelConv2d
 from .core.least_squares import Geometry, fit_separately, pixels_by_energy
@@ -234,7 +234,7 @@ class SmpKernel(Kernel):
 
     def inputs(self) -> dict[str, Tensor]:
         for name, value in self.geometry.items():
-            _require_finite(name, value)
+            require_finite(name, value)
         return super().inputs()
 
     def constrain_(self) -> None:
@@ -351,14 +351,3 @@ def small_kernel_sizes(
             " odd, so that both have the same centre"
         )
     return small
-
-
-def _require_finite(name: str, value: Tensor) -> None:
-    """Refuse NaN and infinity on the CPU; an accelerator would have to be waited for."""
-    if value.device.type != "cpu" or not may_look((value,)):
-        return
-    if wrong := int((~value.detach().isfinite()).sum()):
-        raise ValueError(
-            f"{name}: {wrong} of {value.numel()} values are NaN or infinite, expected finite numbers; go back to an"
-            " earlier checkpoint, and train with gradient clipping or a lower learning rate"
-        )

@@ -15,8 +15,8 @@ from timm.layers import SelectAdaptivePool2d, to_2tuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..hub.build import build_model_with_cfg
 from ..layers import ContinuousConv2d
-from .build import build_model_with_cfg
 from .classifier import Classifier
 
 __all__ = ["CcNet", "CcNetHead", "CcNetLayer", "ccnet", "ccnet_baseline"]
@@ -212,7 +212,7 @@ def _init_weights(module: nn.Module) -> None:
     """He et al. 2015, for ReLUs: there are no norms. A CC layer's kernel has the same variance as a plain one's."""
     if isinstance(module, ContinuousConv2d):
         with torch.no_grad():
-            module.internal_weight.mul_(6**0.5)
+            module.net.weight.mul_(6**0.5)
     elif isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
     if isinstance(bias := getattr(module, "bias", None), Tensor):
