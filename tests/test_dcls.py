@@ -14,7 +14,7 @@ from timm_contconv.layers.dcls import bilinear_kernel, gauss_kernel, repulsion, 
 from timm_contconv.train import constrain_
 
 from .memory import peak_allocation
-from .peers import Dcls3_1d, peer_kernel, peer_of, to_peer_axes
+from .peers.dcls import Dcls3_1d, peer_kernel, peer_of, to_peer_axes
 
 INTERPOLATIONS = ("bilinear", "triangle", "gauss")
 SIZES = {1: (7,), 2: (7, 5), 3: (3, 5, 4)}

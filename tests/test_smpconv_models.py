@@ -6,14 +6,13 @@ import re
 import pytest
 import timm
 import torch
-from benchmarks.smp_digits import accuracy
 from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_contconv as tcc
-from tests.smpconv_peer import ReleasedNet, ReleasedSmp, randomize_
+from tests.peers.smpconv import ReleasedNet, ReleasedSmp, randomize_
 from timm_contconv.layers import SmpConv2d, SmpConvBn2d
 from timm_contconv.layers.smp import SmpSpec
 from timm_contconv.models.smp_tcn import SmpTCN

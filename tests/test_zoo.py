@@ -5,7 +5,6 @@ import timm
 import torch
 import torchvision
 import transformers
-from benchmarks.zoo import RECIPES, check, output, sample
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations
