@@ -348,10 +348,9 @@ def test_from_a_repository_nothing_but_its_two_files_is_asked_for(load, folder, 
         use_hub(monkeypatch, hub.url, tmp_path / "home")
         tcc.push_to_hub(timm.create_model("test_resnet_genv", num_classes=3), "me/model")
         repository = hub.repositories["me/model"]
-        entry = repository.commits[repository.refs["main"]]["config.json"]
-        config = json.loads(entry.content)
+        config = json.loads(repository.files()["config.json"])
         config["pretrained_cfg"] |= {"file": "/etc/passwd", "url": f"{hub.url}/x.pth", "hf_hub_filename": "x.pth"}
-        entry.content = json.dumps(config).encode()
+        repository.files()["config.json"] = json.dumps(config).encode()
         start = len(hub.requests)
         name = "me/model" if load == "from_pretrained" else "hf-hub:me/model"
         with WATCH, pytest.raises(ValueError, match=r"weights are the model.safetensors beside it"):
