@@ -6,13 +6,13 @@ import time
 import pytest
 import timm
 import torch
+from timm_contconv.layers.least_squares import solve
 from torch import nn
 
 import timm_contconv as tcc
 from timm_contconv.layers import DclsConv1d, DclsConv2d, DclsConv3d, GaussianEnvelopeConv2d, SmpConv1d, SmpConv2d
 from timm_contconv.layers.dcls import DclsSpec
 from timm_contconv.layers.envelope import EnvelopeSpec
-from timm_contconv.layers.least_squares import solve
 from timm_contconv.layers.smp import SmpSpec
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from timm_contconv.layers.once import compute_separately
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import timm_contconv as tcc
 from timm_contconv.layers import DclsConv2d, dcls
-from timm_contconv.layers.once import compute_separately
 
 RECIPES = ["dcls", "dcls_triangle", "dcls_gauss"]
 

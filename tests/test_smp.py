@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+from benchmarks.smp_fit import fit, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import fftconvolve
+from timm_contconv.layers.replacement import share_geometry
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_contconv as tcc
-from benchmarks.smp_fit import fit, targets
 from timm_contconv.layers import SmpConv1d, SmpConv2d
-from timm_contconv.layers.replacement import share_geometry
 from timm_contconv.layers.smp import SmpSpec, smp_kernel, smp_sum_kernel
 
 KINDS = [{}, {"points": "layer"}, {"normalize": False}, {"points": "layer", "normalize": False, "small_kernel": 3}]

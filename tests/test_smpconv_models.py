@@ -6,12 +6,12 @@ import re
 import pytest
 import timm
 import torch
+from benchmarks.smp_digits import accuracy
 from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_contconv as tcc
-from benchmarks.smp_digits import accuracy
 from tests.smpconv_peer import ReleasedNet, ReleasedSmp, randomize_
 from timm_contconv.layers import SmpConv2d, SmpConvBn2d
 from timm_contconv.layers.smp import SmpSpec

@@ -7,12 +7,12 @@ import timm
 import torch
 import torchvision
 import transformers
+from benchmarks.zoo import RECIPES, check, output, sample
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import timm_contconv as tcc
-from benchmarks.zoo import RECIPES, check, output, sample
 from timm_contconv.layers import ConvReplacement
 
 #: small models whose convolutions are built in as many ways as timm knows

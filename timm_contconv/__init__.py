@@ -11,9 +11,10 @@ Importing this package registers its architectures with timm.
 
 from . import models
 from .hub import from_pretrained, push_to_hub, save_pretrained
+from .layers.cc import cc_scales, scale_ensemble
+from .layers.flex import at_resolution
 from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
-from .scales import cc_scales, scale_ensemble
-from .train import at_resolution, constrain_, param_groups, penalty
+from .train import constrain_, param_groups, penalty
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,9 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -23,8 +23,8 @@ from torch import nn
 from .. import patching
 from ..hub import save_pretrained
 from ..hub.names import PATCHED
-from ..layers.replacement import Init
-from ..patching import PatchReport, PatchSpec
+from ..layers.core.replacement import Init
+from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
 from . import demo as demo_command
 from . import publish as publish_command
@@ -69,7 +69,7 @@ def patch(
     init: Annotated[Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' does not.")] = "fit",
     pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained weights.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only tell what would change: no weights are made or saved.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only print the plan: no weights are made or saved.")] = False,
     input_size: Annotated[
         tuple[int, int, int] | None, typer.Option(help="Channels, height and width to count multiply-adds for.")
     ] = None,
@@ -78,27 +78,26 @@ def patch(
     """Patch a timm model, print what changes, and save it where asked to."""
     if dry_run and save is not None:
         raise _refused(ValueError(f"--save {save}: not together with --dry-run, which saves nothing"))
+    choice: dict[str, Any] = {"select": select, "min_kernel_size": min_kernel_size}
     try:
-        with torch.device("meta") if dry_run else nullcontext():
-            patched = _create(model, pretrained and not dry_run)
+        if dry_run:
+            with torch.device("meta"):
+                result: PatchPlan | PatchReport = patching.plan_patch(
+                    _create(model, pretrained=False), recipe, **choice
+                )
+        else:
+            patched = _create(model, pretrained)
             _check_input_size(input_size, model, patched)
-            patching.patch(
-                patched,
-                recipe,
-                select=select,
-                min_kernel_size=min_kernel_size,
-                init="random" if dry_run else init,
-            )
-        report = _report(patched, input_size)
-        if save is not None:
-            with _writing("--save", save):
-                save_pretrained(patched, save)
+            result = _report(patching.patch(patched, recipe, init=init, **choice), input_size)
+            if save is not None:
+                with _writing("--save", save):
+                    save_pretrained(patched, save)
     except (ValueError, OSError) as error:
         raise _refused(error) from None
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json.dumps(result.to_dict(), indent=2))
     else:
-        console.print(report)
+        console.print(result)
 
 
 @app.command()

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from .. import hub, patching, viz
+from .. import hub, patching
+from ..inspect import figures
 from .digits import Digits, TrainingResult, accuracy, load_digits, train_on_digits
 
 __all__ = ["run"]
@@ -45,7 +46,7 @@ def run(console: Console, output: Path, epochs: int) -> None:
     _patch_by_hand(console)
     _merge(console, trained, digits)
     _save_and_load(console, trained, digits, output / PATCHED)
-    picture = viz.save_kernel_figure(trained, output / "kernels.png")
+    picture = figures.save_kernel_figure(trained, output / "kernels.png")
     console.print(f"learned kernels and the positions of their elements: {picture}")
 
 

@@ -121,7 +121,7 @@ def _picture(model: nn.Module, folder: Path) -> str:
     if find_spec("matplotlib") is None:
         warnings.warn("the model card has no picture of kernels: install timm_contconv[viz]", stacklevel=5)
         return ""
-    from ..viz import save_kernel_figure
+    from ..inspect.figures import save_kernel_figure
 
     save_kernel_figure(model, folder / PICTURE)
     return f"![Learned kernels]({PICTURE})"

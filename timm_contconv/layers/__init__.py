@@ -1,32 +1,39 @@
-"""Convolution layers, one file per method."""
+"""Convolution layers, one file or package per method; what they share is in `core`."""
 
-from .base import ConstructedConv
-from .cc import CcSpec, ContinuousConv2d
-from .dcls import DclsConv1d, DclsConv2d, DclsConv3d, DclsSpec
-from .envelope import EnvelopeSpec, GaussianEnvelopeConv2d
-from .flex import FlexConv1d, FlexConv2d, FlexSpec
-from .magnet import MAGNet
-from .replacement import ConvReplacement
-from .smp import SmpConv1d, SmpConv2d, SmpSpec
+from .cc import ContinuousConv2d, InternalNet
+from .core.kernel import Kernel
+from .core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d, KernelConv3d
+from .core.replacement import ConvReplacement
+from .core.spec import METHODS, KernelSpec, LayerSpec
+from .dcls import DclsConv1d, DclsConv2d, DclsConv3d, DclsKernel
+from .envelope import GaussianEnvelopeConv2d
+from .flex import FlexConv1d, FlexConv2d, FlexKernel, MAGNet
+from .smp import SmpConv1d, SmpConv2d, SmpKernel
 from .smp_bn import SmpConvBn2d
-from .spec import LayerSpec
 
 __all__ = [
-    "SPECS",
-    "ConstructedConv",
+    "METHODS",
     "ContinuousConv2d",
     "ConvReplacement",
     "DclsConv1d",
     "DclsConv2d",
     "DclsConv3d",
+    "DclsKernel",
     "FlexConv1d",
     "FlexConv2d",
+    "FlexKernel",
     "GaussianEnvelopeConv2d",
+    "InternalNet",
+    "Kernel",
+    "KernelConv",
+    "KernelConv1d",
+    "KernelConv2d",
+    "KernelConv3d",
+    "KernelSpec",
+    "LayerSpec",
     "MAGNet",
     "SmpConv1d",
     "SmpConv2d",
     "SmpConvBn2d",
+    "SmpKernel",
 ]
-
-#: the settings of every method; recipes are validated against these
-SPECS: tuple[type[LayerSpec], ...] = (DclsSpec, SmpSpec, EnvelopeSpec, FlexSpec, CcSpec)

@@ -9,24 +9,26 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .arguments import as_int
-from .base import ConstructedConv, plain_arguments
-from .compilation import CompileMode
-from .least_squares import Geometry, fit_separately, pixels_by_energy
-from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
-from .spec import KernelSpec
+from ..ops import is_transformed
+from .core.arguments import Int
+from .core.kernel import Kernel
+from .core.kernel_conv import KernelConv1d, KernelConv2d, KernelConv3d
+from .core.least_squares import Geometry, fit_separately, pixels_by_energy
+from .core.plain import PlainConv, centred, margin
+from .core.spec import KernelSpec
 
 __all__ = [
     "DclsConv1d",
     "DclsConv2d",
     "DclsConv3d",
+    "DclsKernel",
     "DclsSpec",
     "bilinear_kernel",
     "gauss_kernel",
@@ -35,6 +37,8 @@ __all__ = [
 ]
 
 Interpolation = Literal["bilinear", "triangle", "gauss"]
+#: factors (..., m, K_d) along every axis, and the normalisation (..., m) of Eq. 11; None without one
+Factors = tuple[list[Tensor], Tensor | None]
 
 TRIANGLE_MIN_WIDTH = 1.0  # sigma_0 of Eq. 9
 GAUSS_MIN_WIDTH = 0.27  # sigma_0 of Eq. 10
@@ -55,7 +59,7 @@ def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel. What lies outside of the kernel is lost.
     """
-    return interpolated_kernel(weight, **bilinear_interpolation(position, kernel_size))
+    return _sum_of_products(weight, *bilinear_factors(position, kernel_size))
 
 
 def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -70,7 +74,7 @@ def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
     """
-    return interpolated_kernel(weight, **triangle_interpolation(position, sigma, kernel_size))
+    return _sum_of_products(weight, *triangle_factors(position, sigma, kernel_size))
 
 
 def gauss_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -85,7 +89,7 @@ def gauss_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: S
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
     """
-    return interpolated_kernel(weight, **gauss_interpolation(position, sigma, kernel_size))
+    return _sum_of_products(weight, *gauss_factors(position, sigma, kernel_size))
 
 
 def repulsion(position: Tensor) -> Tensor:
@@ -103,37 +107,26 @@ def repulsion(position: Tensor) -> Tensor:
     return (1 - distance).relu().sum() / max(1, distance.numel())
 
 
-def bilinear_interpolation(position: Tensor, kernel_size: Sequence[int]) -> dict[str, Tensor]:
-    """How far every element reaches every pixel along every axis: factors (..., m, K_d) named "axis0", "axis1", ..."""
-    return _named([_hat(_distance(position[d], size)) for d, size in enumerate(kernel_size)])
+def bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
+    """How far every element reaches every pixel along every axis."""
+    return [_hat(_distance(position[d], size)) for d, size in enumerate(kernel_size)], None
 
 
-def triangle_interpolation(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> dict[str, Tensor]:
-    """As `bilinear_interpolation`, with the normalisation of Eq. 11 as "mass" (..., m)."""
+def triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
+    """As `bilinear_factors`, with the normalisation of Eq. 11."""
     widths = TRIANGLE_MIN_WIDTH + sigma.abs()
     factors = [
         (widths[d].unsqueeze(-1) - _distance(position[d], size).abs()).relu() for d, size in enumerate(kernel_size)
     ]
-    return {**_named(factors), "mass": _mass(factors)}
+    return factors, _mass(factors)
 
 
-def gauss_interpolation(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> dict[str, Tensor]:
-    """As `triangle_interpolation`."""
+def gauss_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
+    """As `triangle_factors`."""
     widths = GAUSS_MIN_WIDTH + sigma.abs()
-    factors = [
-        torch.exp(-0.5 * (_distance(position[d], size) / widths[d].unsqueeze(-1)).square())
-        for d, size in enumerate(kernel_size)
-    ]
-    return {**_named(factors), "mass": _mass(factors)}
-
-
-def interpolated_kernel(weight: Tensor, mass: Tensor | None = None, **factors: Tensor) -> Tensor:
-    """The dense kernel of elements whose interpolation is known, which does not depend on their weights."""
-    return _sum_of_products(weight if mass is None else weight / mass, list(factors.values()))
-
-
-def _named(factors: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"axis{d}": factor for d, factor in enumerate(factors)}
+    bell = _bell if is_transformed() else _Bell.apply
+    factors = [bell(position[d], widths[d], size) for d, size in enumerate(kernel_size)]
+    return factors, _mass(factors)
 
 
 def _distance(position: Tensor, size: int) -> Tensor:
@@ -145,10 +138,42 @@ def _distance(position: Tensor, size: int) -> Tensor:
 def _hat(distance: Tensor) -> Tensor:
     """max(0, 1 - |distance|) with the right-hand derivative in the position at its kinks.
 
-    That of abs() and relu() is 0 there, so that an element on a whole pixel would never move.
+    The derivative of abs() and relu() is 0 there, so an element on a whole pixel would never move. NaN stays NaN, so
+    that errors are seen.
     """
     hat = torch.where(distance > 0, 1 - distance, 1 + distance)
-    return torch.where((distance <= -1) | (distance > 1), 0, hat)  # NaN shows
+    return torch.where((distance <= -1) | (distance > 1), 0, hat)
+
+
+def _bell(position: Tensor, width: Tensor, size: int) -> Tensor:
+    """exp(-(distance / width)^2 / 2): (..., m) twice to (..., m, size)."""
+    return torch.exp(-0.5 * (_distance(position, size) / width.unsqueeze(-1)).square())
+
+
+class _Bell(torch.autograd.Function):
+    """`_bell` with a gradient that takes a third of the passes over memory that autograd takes.
+
+    With g = exp(-t^2 / 2), t = distance / width: dg/dposition = g t / width and dg/dwidth = g t^2 / width. The
+    backward uses differentiable operators on the inputs and the output, so derivatives of any order are right.
+    """
+
+    @staticmethod
+    def forward(position: Tensor, width: Tensor, size: int) -> Tensor:
+        return _distance(position, size).div_(width.unsqueeze(-1)).square_().mul_(-0.5).exp_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        position, width, _ = inputs
+        ctx.save_for_backward(position, width, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        position, width, bell = ctx.saved_tensors
+        t = _distance(position, bell.shape[-1]) / width.unsqueeze(-1)
+        once = grad * bell * t
+        grad_position = once.sum(-1) / width if ctx.needs_input_grad[0] else None
+        grad_width = (once * t).sum(-1) / width if ctx.needs_input_grad[1] else None
+        return grad_position, grad_width, None
 
 
 def _mass(factors: Sequence[Tensor]) -> Tensor:
@@ -156,19 +181,21 @@ def _mass(factors: Sequence[Tensor]) -> Tensor:
     return NORMALIZATION_EPS + functools.reduce(operator.mul, [factor.sum(-1) for factor in factors])
 
 
-def _sum_of_products(weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Sum over the elements k of weight_k times the outer product of its factors.
+def _sum_of_products(weight: Tensor, factors: Sequence[Tensor], mass: Tensor | None) -> Tensor:
+    """Sum over the elements k of weight_k / mass_k times the outer product of its factors.
 
     A matrix product over k: no tensor of kernel size x count is built.
 
     Args:
         weight: (..., m).
         factors: D tensors (..., m, K_d).
+        mass: (..., m), or None for 1.
 
     Returns:
         (..., K_1, ..., K_D).
     """
     *leading, last = factors
+    weight = weight if mass is None else weight / mass
     rows = _outer([weight.unsqueeze(-1), *leading])
     kernel = torch.bmm(rows.flatten(0, -3).transpose(1, 2), last.flatten(0, -3))
     return kernel.view(weight.shape[:-1] + tuple(factor.shape[-1] for factor in factors))
@@ -179,117 +206,80 @@ def _outer(factors: Sequence[Tensor]) -> Tensor:
     return functools.reduce(lambda a, b: (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2), factors)
 
 
-class _DclsConv(ConstructedConv):
-    """Dilated convolution with learnable spacings (Khalfaoui-Hassani et al. 2023).
+KERNEL_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "bilinear": bilinear_kernel,
+    "triangle": triangle_kernel,
+    "gauss": gauss_kernel,
+}
+FACTORS: dict[str, Callable[..., Factors]] = {
+    "bilinear": bilinear_factors,
+    "triangle": triangle_factors,
+    "gauss": gauss_factors,
+}
 
-    Takes the arguments of `ConstructedConv`, and
+
+class DclsKernel(Kernel):
+    """Elements that move (Khalfaoui-Hassani et al. 2023, Algorithm 1).
 
     Args:
-        kernel_count: m, the elements of each kernel.
-        interpolation: "bilinear", "triangle" or "gauss".
-        position_dims: the spatial dimensions along which elements move, all by default. Along the others the
-            kernel is dense: every one of its pixels there has `kernel_count` elements of its own.
+        spec: settings.
+        out_channels, in_channels, kernel_size, causal: as for `Kernel`.
+        device, dtype: of the parameters.
 
     Parameters:
-        element_weight: (C_out, C_in/groups, *dense sizes, m).
-        geometry["position"]: (moving dimensions, *element_weight.shape), in pixels from the kernel centre.
-        geometry["sigma"]: likewise, not for "bilinear".
-        bias: (C_out,).
+        weight: (C_out, C_in/groups, *dense sizes, m), m = kernel_count.
+        position: (moving dimensions, *weight.shape), in pixels from the kernel centre.
+        sigma: like position; not for "bilinear".
     """
 
-    method = "dcls"
     geometry_lr_scale = 5.0  # Appendix C
 
     def __init__(
         self,
-        in_channels: int,
+        spec: DclsSpec,
         out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | str = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
+        in_channels: int,
+        kernel_size: Sequence[int],
+        causal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        kernel_count: int,
-        interpolation: Interpolation = "gauss",
-        position_dims: Sequence[int] | None = None,
-        compile: CompileMode = "auto",
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
-            device, dtype, compile=compile,
-        )  # fmt: skip
-        elements = as_int(kernel_count)
-        if elements is None or elements < 1:
+        super().__init__(out_channels, in_channels, kernel_size, causal)
+        if spec.kernel_count is None:
             raise ValueError(
-                f"kernel_count={kernel_count!r}: expected a positive int; DCLS needs at least one element per kernel"
+                "kernel_count=None: expected a positive int; tcc.patch computes it for a model, by the paper's rule"
             )
-        if interpolation not in KERNEL_FUNCTIONS:
-            raise ValueError(f"interpolation={interpolation!r}: expected one of {', '.join(KERNEL_FUNCTIONS)}")
-        self.kernel_count = kernel_count = elements
-        self.interpolation = interpolation
-        self.position_dims = _position_dims(position_dims, self.ndim)
+        self.kernel_count = spec.kernel_count
+        self.interpolation = spec.interpolation
+        self.position_dims = check_position_dims(spec.position_dims, len(self.kernel_size))
+        self.moving = tuple(self.kernel_size[d] for d in self.position_dims)
         dense = [k for d, k in enumerate(self.kernel_size) if d not in self.position_dims]
-        shape = (out_channels, in_channels // groups, *dense, kernel_count)
-        self.element_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        names = ("position",) if interpolation == "bilinear" else ("position", "sigma")
-        moving = (len(self.position_dims), *shape)
-        self.geometry = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(moving, device=device, dtype=dtype)) for name in names}
-        )
-        self.reset_parameters()
-
-    @property
-    def position(self) -> Tensor:
-        """Element positions, in pixels from the kernel centre; shared layers return the shared ones."""
-        return self.geometry["position"]
-
-    @property
-    def sigma(self) -> Tensor | None:
-        """Element widths before their absolute value and lower bound; None for "bilinear"."""
-        return self.geometry["sigma"] if self.interpolation != "bilinear" else None
+        shape = (out_channels, in_channels, *dense, self.kernel_count)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.geometry_names = ("position",) if self.interpolation == "bilinear" else ("position", "sigma")
+        for name in self.geometry_names:
+            value = torch.empty((len(self.moving), *shape), device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(value))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initial values of Appendix C: weights as in `nn.Conv2d`, positions N(0, 0.5), constant widths."""
-        nn.init.kaiming_uniform_(self.element_weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.element_weight[0].numel())
-            nn.init.uniform_(self.bias, -bound, bound)
-        nn.init.normal_(self.position, 0, INITIAL_POSITION_STD)
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.normal_(self.geometry["position"], 0, INITIAL_POSITION_STD)
         self._clamp_positions_()
-        if self.sigma is not None:
-            nn.init.constant_(self.sigma, INITIAL_SIGMA[self.interpolation])
-
-    def kernel_inputs(self) -> Mapping[str, Tensor]:
-        return {"weight": self.element_weight, **self.geometry}
-
-    def kernel_function(self) -> Callable[..., Tensor]:
-        return self._along_moving_axes(
-            functools.partial(KERNEL_FUNCTIONS[self.interpolation], kernel_size=self._moving)
-        )
-
-    def interpolation_function(self) -> Callable[..., dict[str, Tensor]]:
-        return functools.partial(INTERPOLATIONS[self.interpolation], kernel_size=self._moving)
-
-    def interpolated_kernel_function(self) -> Callable[..., Tensor]:
-        return self._along_moving_axes(functools.partial(interpolated_kernel))
+        if self.interpolation != "bilinear":
+            nn.init.constant_(self.geometry["sigma"], INITIAL_SIGMA[self.interpolation])
 
     @property
-    def _moving(self) -> tuple[int, ...]:
-        """The kernel's size along the axes that elements move along."""
-        return tuple(self.kernel_size[d] for d in self.position_dims)
+    def bias_bound(self) -> float:
+        return 1 / math.sqrt(self.weight[0].numel())
 
-    def _along_moving_axes(self, function: functools.partial[Tensor]) -> Callable[..., Tensor]:
-        if len(self.position_dims) == self.ndim:
-            return function
-        settings = tuple(function.keywords.items())
+    def function(self) -> Callable[..., Tensor]:
+        function = KERNEL_FUNCTIONS[self.interpolation]
+        if len(self.moving) == len(self.kernel_size):
+            return functools.partial(function, kernel_size=self.moving)
         return functools.partial(
-            _partly_dense_kernel, function=function.func, settings=settings, position_dims=self.position_dims
+            _partly_dense_kernel, function=function, kernel_size=self.moving, position_dims=self.position_dims
         )
 
     def constrain_(self) -> None:
@@ -298,48 +288,29 @@ class _DclsConv(ConstructedConv):
             self._clamp_positions_()
 
     def penalty(self) -> Tensor:
-        """The repulsion between this layer's elements."""
-        return repulsion(self.position)
+        """The repulsion between the kernel's elements."""
+        return repulsion(self.geometry["position"])
 
     @torch.no_grad()
     def _clamp_positions_(self) -> None:
-        for axis, dim in enumerate(self.position_dims):
-            size = self.kernel_size[dim]
-            self.position[axis].clamp_(-(size // 2), size - 1 - size // 2)
-
-    @classmethod
-    def in_place_of(cls, conv: PlainConv, spec: DclsSpec) -> Self:
-        """A DCLS layer in place of `conv`, with the kernel of `spec`.
-
-        Raises:
-            ValueError: spec has no kernel_count; the kernel can't be centred on the old one.
-        """
-        if spec.kernel_count is None:
-            raise ValueError("kernel_count=None: expected a positive int; spec.resolve computes it for a model")
-        return cls(
-            **plain_arguments(conv, spec.sizes(cls.ndim)),
-            kernel_count=spec.kernel_count,
-            interpolation=spec.interpolation,
-            position_dims=spec.position_dims,
-        )
+        for axis, size in enumerate(self.moving):
+            self.geometry["position"][axis].clamp_(-(size // 2), size - 1 - size // 2)
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
         """Exact for "bilinear" with an element per pixel of the old kernel, else the least squares found."""
-        require_weights(convs)
-        first = layers[0]
-        moving = first._moving
-        kernels = [first._moving_last(kernel) for kernel in kernels_inside(convs, first.kernel_size)]
-        targets = torch.stack(kernels, -len(moving) - 1)
+        first = kernels[0]
+        ndim = len(first.moving)
+        moving_last = torch.stack([first._moving_last(target) for target in targets], -ndim - 1)
         geometry, weight = fit_elements(
-            targets.flatten(0, -len(moving) - 2), moving, first.kernel_count, first.interpolation
+            moving_last.flatten(0, -ndim - 2), first.moving, first.kernel_count, first.interpolation
         )
         for name, value in geometry.items():
-            first.geometry[name].copy_(value.movedim(-1, 0).view_as(first.geometry[name]))
-        for index, (layer, conv) in enumerate(zip(layers, convs, strict=True)):
-            layer.element_weight.copy_(weight[..., index].view_as(layer.element_weight))
-            copy_bias_(layer, conv)
+            parameter = first.geometry[name]
+            parameter.copy_(value.movedim(-1, 0).view_as(parameter))
+        for index, kernel in enumerate(kernels):
+            kernel.weight.copy_(weight[..., index].view_as(kernel.weight))
 
     def _moving_last(self, kernel: Tensor) -> Tensor:
         """A kernel with its full size along the dense axes: (C_out, C_in/groups, *dense sizes, *moving sizes)."""
@@ -347,55 +318,32 @@ class _DclsConv(ConstructedConv):
         ends = tuple(range(-len(self.position_dims), 0))
         return centred(kernel, sizes).movedim(tuple(2 + d for d in self.position_dims), ends)
 
+    def summary(self) -> str:
+        return f" / {self.kernel_count}"
+
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, kernel_count={self.kernel_count}, interpolation={self.interpolation}"
-        return text if len(self.position_dims) == self.ndim else f"{text}, position_dims={self.position_dims}"
-
-
-class DclsConv1d(_DclsConv):
-    __doc__ = _DclsConv.__doc__
-    ndim = 1
-
-
-class DclsConv2d(_DclsConv):
-    __doc__ = _DclsConv.__doc__
-    ndim = 2
-
-
-class DclsConv3d(_DclsConv):
-    __doc__ = _DclsConv.__doc__
-    ndim = 3
-
-
-INTERPOLATIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "bilinear": bilinear_interpolation,
-    "triangle": triangle_interpolation,
-    "gauss": gauss_interpolation,
-}
-KERNEL_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "bilinear": bilinear_kernel,
-    "triangle": triangle_kernel,
-    "gauss": gauss_kernel,
-}
+        text = f"kernel_count={self.kernel_count}, interpolation={self.interpolation}"
+        return text if len(self.moving) == len(self.kernel_size) else f"{text}, position_dims={self.position_dims}"
 
 
 class DclsSpec(KernelSpec):
     """Settings of a DCLS layer.
 
     Attributes:
-        interpolation: "bilinear", "triangle" or "gauss".
         kernel_size: size of the constructed kernel, one int for all dimensions or one each.
-        kernel_count: elements per kernel; None means the parameter rule of Appendix C: the largest number for
-            which the model has no more parameters than before.
-        position_dims: spatial dimensions along which elements move; None means all.
+        interpolation: "bilinear", "triangle" or "gauss".
+        kernel_count: m, elements per kernel, at least 1. In a patch None means the parameter rule of Appendix C: the
+            largest number for which the model has no more parameters than before.
+        position_dims: spatial dimensions along which elements move; None means all. Along the others the kernel is
+            dense: every one of its pixels there has `kernel_count` elements of its own.
     """
 
-    layers: ClassVar[dict[int, type[ConvReplacement]]] = {1: DclsConv1d, 2: DclsConv2d, 3: DclsConv3d}
+    kernel: ClassVar[type[Kernel]] = DclsKernel
 
     method: Literal["dcls"] = "dcls"
-    interpolation: Interpolation
-    kernel_count: Annotated[int, Field(ge=1, le=4096)] | None = None
-    position_dims: tuple[Annotated[int, Field(ge=0, le=2)], ...] | None = None
+    interpolation: Interpolation = "gauss"
+    kernel_count: Annotated[Int, Field(ge=1, le=4096)] | None = None
+    position_dims: tuple[Annotated[Int, Field(ge=0, le=2)], ...] | None = None
 
     def resolve(self, groups: Sequence[Sequence[PlainConv]]) -> Self:
         """Compute kernel_count by the parameter rule of Appendix C, positions and widths counted once a group."""
@@ -412,11 +360,32 @@ class DclsSpec(KernelSpec):
 
     def _parameters_per_element(self, group: Sequence[PlainConv]) -> int:
         ndim = len(group[0].kernel_size)
-        moving = _position_dims(self.position_dims, ndim)
+        moving = check_position_dims(self.position_dims, ndim)
         dense = math.prod(k for d, k in enumerate(self.sizes(ndim)) if d not in moving)
         places = [conv.weight.shape[:2].numel() * dense for conv in group]
         shared_kinds = len(moving) * (1 if self.interpolation == "bilinear" else 2)
         return sum(places) + shared_kinds * places[0]
+
+
+class DclsConv1d(KernelConv1d):
+    """`nn.Conv1d` with a `DclsKernel`: takes the arguments of `KernelConv1d`, and the settings of `DclsSpec`."""
+
+    spec_class = DclsSpec
+
+
+class DclsConv2d(KernelConv2d):
+    """`nn.Conv2d` with a `DclsKernel`: takes the arguments of `KernelConv2d`, and the settings of `DclsSpec`."""
+
+    spec_class = DclsSpec
+
+
+class DclsConv3d(KernelConv3d):
+    """`nn.Conv3d` with a `DclsKernel`: takes the arguments of `KernelConv3d`, and the settings of `DclsSpec`."""
+
+    spec_class = DclsSpec
+
+
+DclsSpec.layers = {1: DclsConv1d, 2: DclsConv2d, 3: DclsConv3d}
 
 
 def fit_elements(
@@ -445,9 +414,7 @@ def fit_elements(
 
     def equations(wanted: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         axes_first = {name: value.movedim(-1, 0) for name, value in geometry.items()}
-        reach = INTERPOLATIONS[interpolation](**axes_first, kernel_size=kernel_size)
-        mass = reach.pop("mass", None)
-        factors = list(reach.values())
+        factors, mass = FACTORS[interpolation](**axes_first, kernel_size=kernel_size)
         if mass is not None:
             factors[0] = factors[0] / mass.unsqueeze(-1)
         gram = functools.reduce(operator.mul, [factor @ factor.mT for factor in factors])
@@ -459,20 +426,21 @@ def fit_elements(
 
 
 def _partly_dense_kernel(
-    function: Callable[..., Tensor],
-    settings: tuple[tuple[str, Any], ...],
-    position_dims: Sequence[int],
-    **inputs: Tensor,
+    function: Callable[..., Tensor], kernel_size: Sequence[int], position_dims: Sequence[int], **inputs: Tensor
 ) -> Tensor:
     """A kernel whose elements move along `position_dims` only: the dense dimensions act as more channels."""
-    kernel = function(**inputs, **dict(settings))
+    kernel = function(**inputs, kernel_size=kernel_size)
     return kernel.movedim(tuple(range(-len(position_dims), 0)), tuple(2 + d for d in position_dims))
 
 
-def _position_dims(dims: Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+def check_position_dims(dims: Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """Dimensions along which elements move; all of `ndim` for None.
+
+    Raises:
+        ValueError: they are not ascending dimensions of the kernel.
+    """
     if dims is None:
         return tuple(range(ndim))
-    wrong = not isinstance(dims, Sequence) or any(as_int(dim) is None for dim in dims)
-    if wrong or not dims or sorted(set(dims)) != list(dims) or dims[0] < 0 or dims[-1] >= ndim:
+    if not dims or sorted(set(dims)) != list(dims) or dims[0] < 0 or dims[-1] >= ndim:
         raise ValueError(f"position_dims={dims!r}: expected ascending spatial dimensions out of 0..{ndim - 1}")
     return tuple(dims)

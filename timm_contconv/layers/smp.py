@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .arguments import as_int, is_causal
-from .base import ConstructedConv, plain_arguments
-from .compilation import CompileMode
-from .kept import may_look
-from .least_squares import Geometry, fit_separately, pixels_by_energy
-from .replacement import ConvReplacement, PlainConv, centred, copy_bias_, kernels_inside, margin, require_weights
-from .spec import KernelSize, KernelSpec
+from .core.arguments import Int, as_int
+from .core.finite import require_finite
+from .core.kernel import Kernel
+from .core.kernel_conv import KernelConv1d, KernelConv2d
+from .core.least_squares import Geometry, fit_separately, pixels_by_energy
+from .core.plain import PlainConv, centred, margin
+from .core.spec import KernelSize, KernelSpec
 
-__all__ = ["SmpConv1d", "SmpConv2d", "SmpSpec", "point_basis", "small_kernel_sizes", "smp_kernel", "smp_sum_kernel"]
+__all__ = [
+    "SmpConv1d",
+    "SmpConv2d",
+    "SmpKernel",
+    "SmpSpec",
+    "point_basis",
+    "small_kernel_sizes",
+    "smp_kernel",
+    "smp_sum_kernel",
+]
 
 Points = Literal["filter", "layer"]
 
@@ -149,173 +157,109 @@ def _pixels(size: int, like: Tensor) -> Tensor:
     return (2 * steps - (size - 1)) / max(size - 1, 1)
 
 
-def _plus_small(function: Callable[..., Tensor], margins: Sequence[int], small: Tensor, **inputs: Tensor) -> Tensor:
-    """The kernel of `function` plus a small one at its centre; margins as `F.pad` takes them."""
-    return function(**inputs) + F.pad(small, list(margins))
+def _plus_small(
+    function: Callable[..., Tensor], kernel_size: Sequence[int], small_weight: Tensor, **inputs: Tensor
+) -> Tensor:
+    """The kernel of `function` plus a small one at its centre."""
+    return function(**inputs, kernel_size=kernel_size) + centred(small_weight, kernel_size)
 
 
-class _SmpConv(ConstructedConv):
-    """Convolution with a kernel of self-moving points (Kim and Park 2023).
-
-    Takes the arguments of `ConstructedConv`, and
+class SmpKernel(Kernel):
+    """Points that move through a kernel (Kim and Park 2023, Eq. 1 and 2).
 
     Args:
-        padding: as there. By default 0 in 2-D and "causal" in 1-D: zeros before the sequence, so that output i
-            depends on inputs 0..i and there is one output per input (at stride 1).
-        kernel_count: m, the points of each kernel. Default: a quarter of the kernel's pixels in 2-D (released
-            ImageNet code), 30 in 1-D (section 4.2).
-        points: "filter" gives each output channel points of its own (section 3.2), "layer" lets all of them
-            share one set, for large networks (section 4.3). Weights are never shared.
-        normalize: divide by the number of neighbours (Eq. 1), or sum as the released ImageNet models do.
-        coordinate_std: standard deviation of the initial coordinates around the kernel's centre (causal: around
-            the newest sample); 0.05 is the best of Table 7, 0.2 the released ImageNet code's.
-        initial_radius: default 4 / K, two pixels of a kernel of size K.
-        min_radius: `constrain_` clips radii to [min_radius, 1]; 1e-4, or 1e-3 in the released ImageNet code.
-        small_kernel: size of a small dense kernel added at the centre of the large one (section 3.3), None for
-            none. It is part of the constructed kernel; `SmpConvBn2d` has one with a batch norm of its own.
+        spec: settings.
+        out_channels, in_channels, kernel_size, causal: as for `Kernel`.
+        device, dtype: of the parameters.
 
     Parameters:
-        point_weight: (C_out, C_in/groups, m).
-        geometry["coordinate"]: (P, m, D), in [-1, 1] inside of the kernel; P is C_out or 1.
-        geometry["radius"]: (P, m).
+        weight: (C_out, C_in/groups, m), m = kernel_count.
+        coordinate: (P, m, D), in [-1, 1] inside of the kernel; P is C_out with points="filter", 1 with "layer".
+        radius: (P, m), in the unit of coordinate.
         small_weight: (C_out, C_in/groups, *small sizes), only with small_kernel.
-        bias: (C_out,).
 
     Raises:
-        ValueError: an argument is out of range. Also from `construct()`, hence from a forward pass, if a
-            coordinate or a radius is not finite; not while training on an accelerator (looking would make it
-            wait), nor in compiled graphs.
+        ValueError: from a forward pass, if a coordinate or a radius is not finite. Not on an accelerator, which would
+            have to be waited for, nor in compiled graphs.
     """
 
-    method = "smp"
+    geometry_names = ("coordinate", "radius")
 
     def __init__(
         self,
-        in_channels: int,
+        spec: SmpSpec,
         out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | str | None = None,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
+        in_channels: int,
+        kernel_size: Sequence[int],
+        causal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        kernel_count: int | None = None,
-        points: Points = "filter",
-        normalize: bool = True,
-        coordinate_std: float = 0.05,
-        initial_radius: float | None = None,
-        min_radius: float = SMALLEST_RADIUS,
-        small_kernel: int | Sequence[int] | None = None,
-        compile: CompileMode = "auto",
     ) -> None:
-        causal = is_causal(self.ndim, padding, padding_mode)
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, 0 if causal or padding is None else padding,
-            dilation, groups, bias, padding_mode, device, dtype, compile=compile,
-        )  # fmt: skip
-        _check_points(points, coordinate_std, min_radius, initial_radius)
-        self.causal = causal
-        self.kernel_count = _kernel_count(kernel_count, self.kernel_size)
-        self.points = points
-        self.normalize = normalize
-        self.coordinate_std = coordinate_std
-        self.initial_radius = initial_radius
-        self.min_radius = min_radius
-        self.small_kernel = small_kernel_sizes(small_kernel, self.kernel_size, causal)
-        self._create_parameters(device, dtype)
-        self.reset_parameters()
-
-    def _create_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__(out_channels, in_channels, kernel_size, causal)
         empty = functools.partial(torch.empty, device=device, dtype=dtype)
-        channels = (self.out_channels, self.in_channels // self.groups)
-        sets = 1 if self.points == "layer" else self.out_channels
-        self.point_weight = nn.Parameter(empty(*channels, self.kernel_count))
-        values = {"coordinate": empty(sets, self.kernel_count, self.ndim), "radius": empty(sets, self.kernel_count)}
-        self.geometry = nn.ParameterDict({name: nn.Parameter(value) for name, value in values.items()})
+        ndim, sets = len(self.kernel_size), 1 if spec.points == "layer" else out_channels
+        self.kernel_count = spec.kernel_count or _default_count(self.kernel_size)
+        self.points = spec.points
+        self.normalize = spec.normalize
+        self.coordinate_std = spec.coordinate_std
+        self.initial_radius = spec.initial_radius
+        self.min_radius = spec.min_radius
+        self.small_kernel = small_kernel_sizes(spec.small_kernel, self.kernel_size, causal)
+        channels = (out_channels, in_channels)
+        self.weight = nn.Parameter(empty(*channels, self.kernel_count))
+        self.coordinate = nn.Parameter(empty(sets, self.kernel_count, ndim))
+        self.radius = nn.Parameter(empty(sets, self.kernel_count))
         self.small_weight = nn.Parameter(empty(*channels, *self.small_kernel)) if self.small_kernel else None
-
-    @property
-    def coordinate(self) -> Tensor:
-        """Points, -1 to 1 inside of the kernel; shared layers return the shared ones."""
-        return self.geometry["coordinate"]
-
-    @property
-    def radius(self) -> Tensor:
-        """How far the points reach, in the unit of `coordinate`."""
-        return self.geometry["radius"]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initial values of the released code: points near the centre (causal: the newest sample), small radii."""
-        nn.init.trunc_normal_(self.point_weight, std=INITIAL_WEIGHT_STD)
+        coordinate, radius = self.geometry.values()
+        nn.init.trunc_normal_(self.weight, std=INITIAL_WEIGHT_STD)
         if self.causal:
-            nn.init.trunc_normal_(self.coordinate, std=self.coordinate_std, a=-1, b=0)
-            self.coordinate.mul_(2).add_(1)
+            nn.init.trunc_normal_(coordinate, std=self.coordinate_std, a=-1, b=0)
+            coordinate.mul_(2).add_(1)
         else:
-            nn.init.trunc_normal_(self.coordinate, std=self.coordinate_std, a=-1, b=1)
+            nn.init.trunc_normal_(coordinate, std=self.coordinate_std, a=-1, b=1)
         default = min(max(4 / max(self.kernel_size), self.min_radius), LARGEST_RADIUS)
-        nn.init.constant_(self.radius, default if self.initial_radius is None else self.initial_radius)
+        nn.init.constant_(radius, default if self.initial_radius is None else self.initial_radius)
         if self.small_weight is not None:
             nn.init.kaiming_uniform_(self.small_weight, a=math.sqrt(5))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
-    def kernel_inputs(self) -> Mapping[str, Tensor]:
-        inputs = {"weight": self.point_weight, **self.geometry}
-        return inputs if self.small_weight is None else {**inputs, "small": self.small_weight}
-
-    def kernel_function(self) -> Callable[..., Tensor]:
-        function = functools.partial(smp_kernel if self.normalize else smp_sum_kernel, kernel_size=self.kernel_size)
+    def function(self) -> Callable[..., Tensor]:
+        function = smp_kernel if self.normalize else smp_sum_kernel
         if self.small_kernel is None:
-            return function
-        sizes = zip(self.kernel_size, self.small_kernel, strict=True)
-        margins = tuple(margin for large, small in reversed(list(sizes)) for margin in ((large - small) // 2,) * 2)
-        return functools.partial(_plus_small, function=function, margins=margins)
+            return functools.partial(function, kernel_size=self.kernel_size)
+        return functools.partial(_plus_small, function=function, kernel_size=self.kernel_size)
 
-    def construct(self) -> Tensor:
+    def inputs(self) -> dict[str, Tensor]:
         for name, value in self.geometry.items():
-            _require_finite(name, value, self.training)
-        return super().construct()
+            require_finite(name, value)
+        return super().inputs()
 
     def constrain_(self) -> None:
         """Clip radii to [min_radius, 1]. Coordinates stay free: clipping them costs accuracy (section 3.3)."""
         with torch.no_grad():
-            self.radius.clamp_(self.min_radius, LARGEST_RADIUS)
-
-    @classmethod
-    def in_place_of(cls, conv: PlainConv, spec: SmpSpec) -> Self:
-        """An SMP layer in place of `conv`, with the kernel of `spec`.
-
-        Raises:
-            ValueError: the kernel can't be centred on the old one.
-        """
-        settings = spec.model_dump(exclude={"method", "kernel_size"})
-        return cls(**plain_arguments(conv, spec.sizes(cls.ndim)), **settings)
+            self.geometry["radius"].clamp_(self.min_radius, LARGEST_RADIUS)
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
         """Exact where there is a point per pixel of the old kernel, else the least squares found."""
-        require_weights(convs)
-        first = layers[0]
-        kernels = torch.stack([first._for_points(kernel) for kernel in kernels_inside(convs, first.kernel_size)], 1)
-        targets = kernels.reshape(first.coordinate.shape[0], -1, *kernels.shape[3:])
+        first = kernels[0]
+        stacked = torch.stack([first._for_points(target) for target in targets], 1)
+        coordinate, radius = first.geometry.values()
+        by_set = stacked.reshape(coordinate.shape[0], -1, *stacked.shape[3:])
         radii = (first.min_radius, LARGEST_RADIUS)
-        geometry, weight = fit_points(targets, first.kernel_size, first.kernel_count, first.normalize, radii)
-        for name, value in geometry.items():
-            first.geometry[name].copy_(value)
-        by_layer = weight.mT.reshape(*kernels.shape[:3], -1)
-        for index, (layer, conv) in enumerate(zip(layers, convs, strict=True)):
-            layer.point_weight.copy_(by_layer[:, index])
-            if layer.bias is not None:
-                layer.bias.zero_()
-            copy_bias_(layer, conv)
-            if layer.small_weight is not None:
-                layer.small_weight.copy_(_centre(centred(conv.weight, layer.kernel_size), layer.small_weight.shape[2:]))
+        geometry, weight = fit_points(by_set, first.kernel_size, first.kernel_count, first.normalize, radii)
+        coordinate.copy_(geometry["coordinate"])
+        radius.copy_(geometry["radius"])
+        by_kernel = weight.mT.reshape(*stacked.shape[:3], -1)
+        for index, (kernel, target) in enumerate(zip(kernels, targets, strict=True)):
+            kernel.weight.copy_(by_kernel[:, index])
+            if kernel.small_weight is not None:
+                whole = centred(target, kernel.kernel_size)
+                kernel.small_weight.copy_(_centre(whole, kernel.small_weight.shape[2:]))
 
     def _for_points(self, kernel: Tensor) -> Tensor:
         """A kernel less what the small kernel takes over."""
@@ -325,39 +269,36 @@ class _SmpConv(ConstructedConv):
         _centre(rest, self.small_kernel).zero_()
         return _centre(rest, kernel.shape[2:])
 
+    def summary(self) -> str:
+        return f" / {self.kernel_count}"
+
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, kernel_count={self.kernel_count}, points={self.points}"
-        text += f", normalize={self.normalize}" + (", padding='causal'" if self.causal else "")
+        text = f"kernel_count={self.kernel_count}, points={self.points}, normalize={self.normalize}"
         return text if self.small_kernel is None else f"{text}, small_kernel={self.small_kernel}"
 
 
-class SmpConv1d(_SmpConv):
-    __doc__ = _SmpConv.__doc__
-    ndim = 1
-
-    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        return (F.pad(x, (self.kernel_size[0] - 1, 0)), (0,)) if self.causal else super()._pad(x)
-
-    def to_conv(self) -> nn.Module:
-        """The plain convolution with the same output; causal, after an `nn.ConstantPad1d`."""
-        conv = super().to_conv()
-        if not self.causal:
-            return conv
-        return nn.Sequential(nn.ConstantPad1d((self.kernel_size[0] - 1, 0), 0.0), conv).train(self.training)
-
-
-class SmpConv2d(_SmpConv):
-    __doc__ = _SmpConv.__doc__
-    ndim = 2
-
-
 class SmpSpec(KernelSpec):
-    """Settings of an SMP layer. Names, meanings and defaults are those of the layer's arguments."""
+    """Settings of an SMP layer.
 
-    layers: ClassVar[dict[int, type[ConvReplacement]]] = {1: SmpConv1d, 2: SmpConv2d}
+    Attributes:
+        kernel_size: size of the constructed kernel, one int for all dimensions or one each.
+        kernel_count: m, the points of each kernel, at least 1. Default: a quarter of the kernel's pixels in 2-D
+            (released ImageNet code), 30 in 1-D (section 4.2).
+        points: "filter" gives each output channel points of its own (section 3.2), "layer" lets all of them share one
+            set, for large networks (section 4.3). Weights are never shared.
+        normalize: divide by the number of neighbours (Eq. 1), or sum as the released ImageNet models do.
+        coordinate_std: standard deviation of the initial coordinates around the kernel's centre (causal: around the
+            newest sample); half the kernel is 1. 0.05 is the best of Table 7, 0.2 the released ImageNet code's.
+        initial_radius: half the kernel is 1. Default: 4 / K, two pixels of a kernel of size K.
+        min_radius: `constrain_` clips radii to [min_radius, 1]; 1e-4, or 1e-3 in the released ImageNet code.
+        small_kernel: size of a small dense kernel added at the centre of the large one (section 3.3), None for none.
+            It is part of the constructed kernel; `SmpConvBn2d` has one with a batch norm of its own.
+    """
+
+    kernel: ClassVar[type[Kernel]] = SmpKernel
 
     method: Literal["smp"] = "smp"
-    kernel_count: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] | None = None
+    kernel_count: Annotated[Int, Field(ge=1, le=LARGEST_COUNT)] | None = None
     points: Points = "filter"
     normalize: bool = True
     coordinate_std: Annotated[float, Field(gt=0, le=1)] = 0.05
@@ -367,26 +308,30 @@ class SmpSpec(KernelSpec):
 
     def check_kernel(self, conv: PlainConv, sizes: tuple[int, ...]) -> None:
         super().check_kernel(conv, sizes)
-        small_kernel_sizes(self.small_kernel, sizes, causal=False)
+        small_kernel_sizes(self.small_kernel, sizes)
 
 
-def _kernel_count(count: int | None, kernel_size: Sequence[int]) -> int:
-    if count is None:
-        return SEQUENCE_COUNT if len(kernel_size) == 1 else max(1, math.prod(kernel_size) // 4)
-    points = as_int(count)
-    if points is None or points < 1:
-        raise ValueError(f"kernel_count={count!r}: expected a positive int; SMP needs at least one point per kernel")
-    return points
+class SmpConv1d(KernelConv1d):
+    """`nn.Conv1d` with an `SmpKernel`: takes the arguments of `KernelConv1d`, and the settings of `SmpSpec`.
+
+    The padding is "causal" by default.
+    """
+
+    spec_class = SmpSpec
+    default_padding = "causal"
 
 
-def _check_points(points: str, coordinate_std: float, min_radius: float, initial_radius: float | None) -> None:
-    if points not in ("filter", "layer"):
-        raise ValueError(f"points={points!r}: expected 'filter' (points per output channel) or 'layer' (one set)")
-    if not 0 < coordinate_std <= 1:
-        raise ValueError(f"coordinate_std={coordinate_std}: expected more than 0 and at most 1, half the kernel")
-    for name, radius in (("min_radius", min_radius), ("initial_radius", initial_radius)):
-        if radius is not None and not SMALLEST_RADIUS <= radius <= LARGEST_RADIUS:
-            raise ValueError(f"{name}={radius}: expected {SMALLEST_RADIUS} to {LARGEST_RADIUS}, half the kernel")
+class SmpConv2d(KernelConv2d):
+    """`nn.Conv2d` with an `SmpKernel`: takes the arguments of `KernelConv2d`, and the settings of `SmpSpec`."""
+
+    spec_class = SmpSpec
+
+
+SmpSpec.layers = {1: SmpConv1d, 2: SmpConv2d}
+
+
+def _default_count(kernel_size: Sequence[int]) -> int:
+    return SEQUENCE_COUNT if len(kernel_size) == 1 else max(1, math.prod(kernel_size) // 4)
 
 
 def small_kernel_sizes(
@@ -406,14 +351,3 @@ def small_kernel_sizes(
             " odd, so that both have the same centre"
         )
     return small
-
-
-def _require_finite(name: str, value: Tensor, training: bool) -> None:
-    """Refuse NaN and infinity, where the values can be looked at without holding up an accelerator every step."""
-    if not may_look((value,)) or (training and value.device.type != "cpu"):
-        return
-    if wrong := int((~value.detach().isfinite()).sum()):
-        raise ValueError(
-            f"{name}: {wrong} of {value.numel()} values are NaN or infinite, expected finite numbers; go back to an"
-            " earlier checkpoint, and train with gradient clipping or a lower learning rate"
-        )

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .replacement import ConvReplacement, PlainConv
-from .smp import SmpConv2d, SmpSpec, small_kernel_sizes
+from .core.compilation import CompileMode
+from .core.geometry import GeometryOwner
+from .core.plain import PlainConv, centred, plain_conv
+from .core.replacement import ConvReplacement
+from .core.tracing import as_node, is_traced
+from .smp import SmpConv2d, SmpKernel, SmpSpec, small_kernel_sizes
 
 __all__ = ["SmpConvBn2d"]
 
@@ -32,28 +35,37 @@ class SmpConvBn2d(ConvReplacement):
     """
 
     method = "smp"
+    bias = None
 
     def __init__(self, conv: SmpConv2d, small_kernel: int | Sequence[int] | None = 5) -> None:
         super().__init__()
-        if conv.small_kernel is not None:
+        assert isinstance(conv.kernel, SmpKernel)
+        if conv.kernel.small_kernel is not None:
             raise ValueError(
-                f"conv: has small_kernel={conv.small_kernel} without a batch norm; expected None, and small_kernel"
-                " given to SmpConvBn2d"
+                f"conv: has small_kernel={conv.kernel.small_kernel} without a batch norm; expected None, and"
+                " small_kernel given to SmpConvBn2d"
             )
-        like: dict[str, Any] = {"device": conv.point_weight.device, "dtype": conv.point_weight.dtype}
+        like: dict[str, Any] = {"device": conv.kernel.weight.device, "dtype": conv.kernel.weight.dtype}
         self.conv = conv
         self.bn = nn.BatchNorm2d(conv.out_channels, **like)
         sizes = small_kernel_sizes(small_kernel, conv.kernel_size)
         self.small_conv = None if sizes is None else _small_conv(conv, sizes, **like)
         self.small_bn = None if sizes is None else nn.BatchNorm2d(conv.out_channels, **like)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(conv, name))
+        self.padding_mode = conv.padding_mode
 
     @property
-    def geometry(self) -> nn.ParameterDict:  # type: ignore[override]
-        """The points' coordinates and radii."""
-        return self.conv.geometry
+    def geometry_owner(self) -> GeometryOwner:
+        return self.conv.kernel
+
+    def compile_construction(self, mode: CompileMode) -> None:
+        self.conv.compile_construction(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W')."""
+        if is_traced(x):
+            return as_node(self, x)
         y = self.bn(self.conv(x))
         return y if self.small_conv is None or self.small_bn is None else y + self.small_bn(self.small_conv(x))
 
@@ -65,12 +77,10 @@ class SmpConvBn2d(ConvReplacement):
         weight, bias = _fold(conv.weight, conv.bias, self.bn)
         if self.small_conv is not None and self.small_bn is not None:
             small, small_bias = _fold(self.small_conv.weight, None, self.small_bn)
-            margins = [(k - s) // 2 for k, s in zip(conv.kernel_size, self.small_conv.kernel_size, strict=True)]
-            weight = weight + F.pad(small, [m for margin in reversed(margins) for m in (margin, margin)])
-            bias = bias + small_bias
+            weight, bias = weight + centred(small, weight.shape[2:]), bias + small_bias
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         conv.bias = nn.Parameter(bias, requires_grad=self.bn.bias.requires_grad)
-        return conv
+        return conv.train(self.training)
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         """Multiply-adds of both convolutions for one sample with an output of `output_size` pixels."""
@@ -107,16 +117,20 @@ def _small_conv(conv: SmpConv2d, sizes: Sequence[int], **like: Any) -> nn.Conv2d
         padding = tuple(size // 2 for size in sizes)
     else:
         both = zip(conv.padding, conv.kernel_size, sizes, strict=True)
-        padding = tuple(p - (large - small) // 2 for p, large, small in both)
+        padding = tuple(int(p) - (large - small) // 2 for p, large, small in both)
     if min(padding) < 0:
         raise ValueError(
             f"padding={conv.padding}: expected {-min(padding)} more, or a larger small_kernel: at the centre of the"
             " large kernel the small one starts inside of the image"
         )
-    return nn.Conv2d(
-        conv.in_channels, conv.out_channels, tuple(sizes), conv.stride, padding,  # type: ignore[arg-type]
-        groups=conv.groups, bias=False, padding_mode=conv.padding_mode, **like,  # type: ignore[arg-type]
-    )  # fmt: skip
+    weight = torch.empty(conv.out_channels, conv.in_channels // conv.groups, *sizes, **like)
+    small = plain_conv(
+        weight, None, stride=conv.stride, padding=padding, groups=conv.groups, padding_mode=conv.padding_mode
+    )
+    assert isinstance(small, nn.Conv2d)
+    small.weight.requires_grad_(True)
+    small.reset_parameters()
+    return small
 
 
 def _fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -212,7 +212,7 @@ def _init_weights(module: nn.Module) -> None:
     """He et al. 2015, for ReLUs: there are no norms. A CC layer's kernel has the same variance as a plain one's."""
     if isinstance(module, ContinuousConv2d):
         with torch.no_grad():
-            module.internal_weight.mul_(6**0.5)
+            module.net.weight.mul_(6**0.5)
     elif isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
     if isinstance(bias := getattr(module, "bias", None), Tensor):

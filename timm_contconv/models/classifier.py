@@ -9,6 +9,8 @@ from timm.layers import get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..layers import ConvReplacement
+
 __all__ = ["Classifier"]
 
 
@@ -29,7 +31,9 @@ class Classifier(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the geometry parameters: points, masks, the hidden layers of internal nets."""
-        return {name for name, _ in self.named_parameters() if ".geometry." in name}
+        layers = [module for module in self.modules() if isinstance(module, ConvReplacement)]
+        geometry = {id(parameter) for layer in layers for parameter in layer.geometry.values()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in geometry}
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -20,27 +21,37 @@ from timm.models import (
 )
 from timm.models._features import FeatureGetterNet
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
-from torch import nn
+from torch import Tensor, nn
 
-from ..convert import to_native
 from ..hub.build import build_model_with_cfg
 from ..hub.checks import check_arguments
 from ..hub.names import HAND_PATCHED, PATCHED, PatchedArchitecture
 from ..hub.skeleton import LARGEST_ENTRIES, counted
 from ..hub.weights import packaged_weights
 from ..patching import PatchSpec, load_patch, patch
-from ..patching.record import get_record, set_record
+from ..patching.record import set_architecture
+from .checkpoint import check_keys, unwrap
 
 __all__ = ["contconv"]
+
+# key of the original ConvNeXt release -> key of timm's ConvNeXt
+_CONVNEXT_KEYS = (
+    (r"^downsample_layers\.0\.", "stem."),
+    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.dwconv\.weight$", ".conv_dw.kernel.weight"),
+    (r"\.dwconv\.", ".conv_dw."),
+    (r"\.pwconv(\d)\.", r".mlp.fc\1."),
+    (r"^norm\.", "head.norm."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
 
 
 def _build_base(base: str, spec: PatchSpec, name: str, base_args: Mapping[str, Any], **kwargs: Any) -> nn.Module:
     """The base architecture without weights, patched."""
     model = model_entrypoint(base)(pretrained=False, **{**base_args, **kwargs})
     patch(model, spec, init="random")
-    record = get_record(model)
-    assert record is not None
-    set_record(model, dataclasses.replace(record, architecture=name))
+    set_architecture(model, name)
     return model
 
 
@@ -53,7 +64,7 @@ def _build(
         functools.partial(_build_base, base, spec, name, base_args),
         name,
         pretrained,
-        pretrained_filter_fn=to_native,
+        pretrained_filter_fn=checkpoint_filter_fn,
         **kwargs,
     )
 
@@ -116,6 +127,43 @@ def _checked_base(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(base, str) or not is_model(base) or base == HAND_PATCHED:
         raise ValueError(f"base={base!r}: expected the name of a timm architecture")
     return check_arguments(base_args, "base_args")
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint of this package, or one of the released ConvNeXt-DCLS, with the model's keys.
+
+    Raises:
+        ValueError: keys are missing or left over, or the blocks of a stage do not agree on their positions.
+    """
+    native = unwrap(state_dict)
+    if any(key.endswith(".dwconv.P") for key in native):
+        native = _convnext_dcls_keys(native, model)
+    return check_keys(native, model)
+
+
+def _convnext_dcls_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Rename the keys of the released ConvNeXt-DCLS checkpoints; positions are stored once per stage.
+
+    The release repeats a stage's positions in every block, (2, C, 1, m) with the row first, as ours.
+
+    Raises:
+        ValueError: the blocks of a stage do not agree on their positions.
+    """
+    native: dict[str, Tensor] = {}
+    shared = {key.split(".")[1]: key for key in model.state_dict() if key.endswith("dcls_geometry.position")}
+    for key, value in state_dict.items():
+        renamed = key
+        for pattern, replacement in _CONVNEXT_KEYS:
+            renamed = re.sub(pattern, replacement, renamed)
+        if renamed.endswith(".conv_dw.P"):
+            stage = renamed.split(".")[1]
+            renamed = shared.get(stage, renamed.replace(".P", ".kernel.position"))
+            if renamed in native and not torch.equal(native[renamed], value):
+                raise ValueError(
+                    f"{key}: differs from the positions of another block of stage {stage}, which shares them"
+                )
+        native[renamed] = value
+    return native
 
 
 def _untrained_cfg(base: str) -> PretrainedCfg:

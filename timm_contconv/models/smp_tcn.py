@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..layers import SmpConv1d
-from ..layers.arguments import check_counts
+from ..layers.core.arguments import check_counts
 from .tcn import TCN
 
 __all__ = ["SmpTCN"]

@@ -5,7 +5,8 @@ The large kernels of RepLKNet (Ding et al. 2022) are replaced by SMP kernels who
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,26 @@ from timm.layers import (
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..convert import to_native
 from ..hub.build import build_model_with_cfg
 from ..layers import SmpConv2d, SmpConvBn2d
+from .checkpoint import check_keys, unwrap
 from .classifier import Classifier
 
 __all__ = ["ConvFfn", "LargeKernelBlock", "SmpConvNet", "SmpConvStage", "smpconv_base", "smpconv_tiny"]
+
+# key of the SMPConv release -> key of this file
+_SMPCONV_KEYS = (
+    (r"^transitions\.0\.", "stages.1.downsample."),
+    (r"^transitions\.1\.", "stages.2.downsample."),
+    (r"^transitions\.2\.", "stages.3.downsample."),
+    (r"\.large_kernel\.smp\.conv\.weight_coord$", ".large_kernel.conv.kernel.coordinate"),
+    (r"\.large_kernel\.smp\.conv\.radius$", ".large_kernel.conv.kernel.radius"),
+    (r"\.large_kernel\.smp\.conv\.weights$", ".large_kernel.conv.kernel.weight"),
+    (r"\.large_kernel\.smp\.bn\.", ".large_kernel.bn."),
+    (r"\.large_kernel\.small_conv\.conv\.", ".large_kernel.small_conv."),
+    (r"\.large_kernel\.small_conv\.bn\.", ".large_kernel.small_bn."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
 
 FFN_RATIO = 4
 # what the released ImageNet code does differently from the layer's defaults
@@ -215,6 +230,41 @@ def _stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
     )
 
 
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint of this package, or one of the released SMPConv, with the model's keys.
+
+    Raises:
+        ValueError: keys are missing or left over; the message names them.
+    """
+    native = unwrap(state_dict)
+    if any(key.endswith(".smp.conv.weight_coord") for key in native):
+        native = _released_keys(native)
+    return check_keys(native, model)
+
+
+def _released_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the keys of the released SMPConv ImageNet checkpoints; turn their points to our axes.
+
+    The release transposes its kernel and flips it along the rows: its point (p0, p1) lies at row -p1, column p0.
+    Its `kernel_coord`, the grid that the kernel is sampled on, is left out.
+    """
+    native: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if key.endswith(".kernel_coord"):
+            continue
+        renamed = key
+        for pattern, replacement in _SMPCONV_KEYS:
+            renamed = re.sub(pattern, replacement, renamed)
+        if renamed.endswith(".kernel.coordinate"):
+            value = torch.stack((-value[..., 1], value[..., 0]), -1)  # (1, m, 2)
+        elif renamed.endswith(".kernel.radius"):
+            value = value.flatten(1)  # (1, m, 1, 1) -> (1, m)
+        elif renamed.endswith(".kernel.weight"):
+            value = value.transpose(0, 1)  # (1, C, m) -> (C, 1, m)
+        native[renamed] = value
+    return native
+
+
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     """The released files are on Google Drive: load one with pretrained_cfg_overlay={"file": path}."""
     return {
@@ -236,7 +286,7 @@ def _create_smpconv(variant: str, pretrained: bool, **kwargs: Any) -> SmpConvNet
         SmpConvNet,
         variant,
         pretrained,
-        pretrained_filter_fn=to_native,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **kwargs,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.arguments import check_counts
+from ..layers.core.arguments import check_counts
 
 __all__ = ["TCN", "TemporalBlock"]
 

@@ -1,16 +1,10 @@
-"""The convolution engine for dense kernels."""
+"""The convolution engine: one entry, one operator, several algorithms, and what chooses among them."""
 
-from .conv import conv, depthwise_conv, depthwise_conv1d, depthwise_conv2d, depthwise_conv3d
-from .dense import fft_conv
-from .dispatch import algorithm, algorithms
+from .choose import Choice, choices
+from .conv import conv
+from .forced import algorithm, algorithms
+from .measure import measuring
+from .plain import is_transformed
+from .problem import compute_dtype
 
-__all__ = [
-    "algorithm",
-    "algorithms",
-    "conv",
-    "depthwise_conv",
-    "depthwise_conv1d",
-    "depthwise_conv2d",
-    "depthwise_conv3d",
-    "fft_conv",
-]
+__all__ = ["Choice", "algorithm", "algorithms", "choices", "compute_dtype", "conv", "is_transformed", "measuring"]

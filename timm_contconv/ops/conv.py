@@ -1,25 +1,31 @@
-"""The router: one function through which every layer convolves with its dense kernel."""
+"""The one entry: every layer convolves with its dense kernel through it."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import plain
+from . import operator, plain
 from .autocast import autocast_dtype
-from .dense import chosen_conv, fft_conv, has_choice, is_cheaper_by_fft
-from .depthwise import depthwise_conv as _operator
-from .dispatch import forced, is_plain
-from .problem import Problem, memory_format, per_dimension
+from .choose import decided, gains, state
+from .forced import forced
+from .prior import is_large
+from .problem import Problem, kind_misfit, memory_format, output_size, size_misfit
 
-__all__ = ["conv", "depthwise_conv", "depthwise_conv1d", "depthwise_conv2d", "depthwise_conv3d"]
+__all__ = ["conv"]
 
 
 def conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> Tensor:
-    """Convolution with symmetric zero padding, in 1, 2 or 3 spatial dimensions.
+    """Convolution with symmetric zero padding, in 1, 2 or 3 spatial dimensions, by the fastest algorithm known.
+
+    Differentiable to any order, and one operator in compiled and exported graphs. It is PyTorch's own convolution where
+    nothing is gained by another, under the transforms of torch.func, in forward mode, under torch.jit.trace, and for
+    integers and complex numbers; and PyTorch's own error where arguments do not fit.
+
+    A NaN or Inf in an image does not reach other images. Large kernels may run by Fourier transforms, which spread it
+    over its image and not only to the outputs whose kernels meet it (not so under `torch.autograd.detect_anomaly`).
 
     Args:
         x: (N, C_in, *size) images, or one, (C_in, *size).
@@ -30,115 +36,62 @@ def conv(
 
     Returns:
         (N, C_out, *output_size), in the memory format of `x`; without N as `x` is.
+
+    Raises:
+        ValueError: if an algorithm is forced that does not apply.
+        RuntimeError: from PyTorch, if shapes, dtypes or devices do not fit together.
     """
     if x.ndim == weight.ndim - 1:
         return conv(x.unsqueeze(0), weight, bias, stride, padding, groups).squeeze(0)
-    if 1 < groups == weight.shape[0] and weight.shape[1] == 1:
-        return depthwise_conv(x, weight, bias, stride, padding)
-    if torch.compiler.is_compiling():
-        if has_choice(x, weight, bias, stride, padding, groups):
-            return chosen_conv(x, weight, bias, stride, padding, groups)
-    elif is_cheaper_by_fft(x, weight, bias, stride, padding, groups):
-        return fft_conv(x, weight, bias, stride, padding, groups)
+    if _is_ours(x, weight, bias, stride, padding, groups):
+        return operator.conv(x, weight, bias, stride, padding, groups)
     return plain.convolution(x, weight, bias, stride, padding, groups)
 
 
-def depthwise_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-) -> Tensor:
-    """Convolution of every channel with its own kernel, by the fastest algorithm that is known for the shape.
-
-    Differentiable to any order, and one operator in compiled and exported graphs. On CUDA it is PyTorch's own
-    convolution unless another algorithm is forced: no faster one has been measured there yet. Under the transforms of
-    torch.func, in forward mode, and for integers and complex numbers it is PyTorch's own whatever is forced.
-
-    Args:
-        x: (N, C, *size) images, in 1, 2 or 3 spatial dimensions and any layout.
-        weight: (C, 1, *kernel) kernels.
-        bias: (C,), or None.
-        stride, padding: an int, or one per spatial dimension; zeros are padded on both sides.
-
-    Returns:
-        (N, C, *output_size), in the memory format of `x`.
-
-    Raises:
-        ValueError: if shapes, dtypes or devices do not fit together, or a forced algorithm does not apply.
-    """
-    dims = weight.ndim - 2
-    stride, padding = per_dimension(stride, dims), per_dimension(padding, dims)
-    if _must_be_plain(x) or (not torch.compiler.is_compiling() and _is_best_plain(x, weight, stride, padding)):
-        return plain.convolution(x, weight, bias, stride, padding, weight.shape[0])
-    return _operator(x, weight, bias, stride, padding)
-
-
-def depthwise_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-) -> Tensor:
-    """`depthwise_conv` of x (N, C, L) with weight (C, 1, K)."""
-    return depthwise_conv(x, _with_dims(weight, 1), bias, stride, padding)
-
-
-def depthwise_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-) -> Tensor:
-    """`depthwise_conv` of x (N, C, H, W) with weight (C, 1, K_h, K_w)."""
-    return depthwise_conv(x, _with_dims(weight, 2), bias, stride, padding)
-
-
-def depthwise_conv3d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-) -> Tensor:
-    """`depthwise_conv` of x (N, C, D, H, W) with weight (C, 1, K_d, K_h, K_w)."""
-    return depthwise_conv(x, _with_dims(weight, 3), bias, stride, padding)
-
-
-def _with_dims(weight: Tensor, dims: int) -> Tensor:
-    if weight.ndim != dims + 2:
-        raise ValueError(f"weight {tuple(weight.shape)}: expected {dims + 2} dimensions")
-    return weight
-
-
-def _must_be_plain(x: Tensor) -> bool:
-    return plain.is_transformed() or not x.is_floating_point()
-
-
-def _is_best_plain(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
-    """Whether PyTorch's own convolution is best for all passes that will run, and nothing is forced."""
-    if x.ndim != weight.ndim or forced():
+def _is_ours(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> bool:
+    """Whether the operator runs, and not PyTorch's own convolution."""
+    if not x.is_floating_point() or plain.is_transformed() or torch.jit.is_tracing():
         return False
+    if torch.compiler.is_compiling():
+        return _may_gain(x, weight, bias, stride, padding, groups)
+    if forced():
+        return True
     passes: tuple[str, ...] = ("output",)
     if torch.is_grad_enabled():
         passes += ("input",) * x.requires_grad + ("weight",) * weight.requires_grad
-    last = memory_format(x) is not torch.contiguous_format
-    return _is_plain(x.shape, weight.shape[2:], stride, padding, autocast_dtype(x), x.device.type, last, passes)
+    kinds = tuple((t.shape, t.dtype, t.device) for t in (x, weight, bias) if t is not None)
+    last, dtype = memory_format(x) is not torch.contiguous_format, autocast_dtype(x)
+    key = (passes, kinds, tuple(stride), tuple(padding), groups, last, dtype, state())
+    return decided(key, lambda: _gains(passes, x, weight, bias, stride, padding, groups))
 
 
-@lru_cache(maxsize=4096)
-def _is_plain(
-    x: torch.Size,
-    kernel: torch.Size,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dtype: torch.dtype,
-    device: str,
-    channels_last: bool,
-    passes: tuple[str, ...],
+def _may_gain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
-    problem = Problem(x[0], x[1], tuple(x[2:]), tuple(kernel), stride, padding, dtype, device, channels_last)
-    return is_plain(problem, passes)
+    """Whether the operator may be faster, by what does not change with the size of images: one graph serves all."""
+    of_bias = None if bias is None else bias.shape
+    if kind_misfit(x, weight, bias) or size_misfit(x.shape, weight.shape, of_bias, stride, padding, groups):
+        return False
+    is_depthwise = 1 < groups == x.shape[1] == weight.shape[0]
+    if x.device.type != "cpu":
+        return is_depthwise and is_large(weight.shape[2:], is_depthwise)
+    return is_large(weight.shape[2:], is_depthwise)
+
+
+def _gains(
+    passes: Sequence[str],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+) -> bool:
+    if not _may_gain(x, weight, bias, stride, padding, groups):
+        return False
+    if min(x.shape[2:]) < 1 or min(output_size(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
+        return False
+    problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)
+    return gains(passes, problem._replace(dtype=autocast_dtype(x)))

@@ -1,9 +1,8 @@
-"""The arguments of a convolution, for both engines; and a depthwise one as every algorithm and its cost rule see it."""
+"""The arguments of a convolution: whether they fit together, and what an algorithm sees of them."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from .autocast import autocast_dtype
 __all__ = [
     "PASSES",
     "Problem",
-    "as_format",
     "check",
     "compute_dtype",
     "in_format",
@@ -21,7 +19,6 @@ __all__ = [
     "memory_format",
     "new_tensor",
     "output_size",
-    "per_dimension",
     "size_misfit",
 ]
 
@@ -37,11 +34,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def output_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
     """Spatial size of the output; the arguments hold one int per spatial dimension."""
     return [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
-
-
-def per_dimension(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """A stride or padding as one int per spatial dimension."""
-    return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
 def kind_misfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -92,6 +84,8 @@ def check(
     error = size_misfit(x.shape, weight.shape, of_bias, stride, padding, groups) or kind_misfit(x, weight, bias)
     if error is not None:
         raise ValueError(error)
+    if min(x.shape[2:]) < 1 and x.shape[0]:
+        raise ValueError(f"x {tuple(x.shape)}: expected no spatial dimension of size 0; only the batch may be empty")
     if min(output_size(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
         raise ValueError(
             f"kernel {tuple(weight.shape[2:])}: larger than the input {tuple(x.shape[2:])} with its padding "
@@ -121,99 +115,97 @@ def new_tensor(like: Tensor, size: Sequence[int]) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 
-def as_format(x: Tensor, like: Tensor) -> Tensor:
-    """`x` with the dtype, and the strides, that `new_tensor(like, x.shape)` has, copied only where they differ."""
-    return in_format(x, like.dtype, memory_format(like))
-
-
 def in_format(x: Tensor, dtype: torch.dtype, form: torch.memory_format) -> Tensor:
     """`x` with a dtype, and the strides that a new tensor of the format has, copied only where they differ.
 
     `Tensor.contiguous` would not do: it leaves the strides of dimensions of size 1 as they are, and the
     operators promise the same strides as their fake kernels.
     """
-    wanted = torch.empty(x.shape, device="meta", memory_format=form).stride()
-    if x.stride() == wanted and x.dtype == dtype:
+    if x.dtype == dtype and x.stride() == _strides(x.shape, form):
         return x
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=form).copy_(x)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One depthwise convolution with symmetric zero padding; sizes hold one int per spatial dimension."""
+def _strides(size: Sequence[int], form: torch.memory_format) -> tuple[int, ...]:
+    order = list(range(len(size))) if form == torch.contiguous_format else [0, *range(2, len(size)), 1]
+    strides, step = [0] * len(size), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(size[dim], 1)
+    return tuple(strides)
+
+
+class Problem(NamedTuple):
+    """One convolution with symmetric zero padding; sizes hold one int per spatial dimension."""
 
     batch: int
-    channels: int
+    in_channels: int
+    out_channels: int
+    groups: int
     input_size: tuple[int, ...]
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dtype: torch.dtype
-    device: str
+    device: torch.device
+    #: The layout of the images that a pass reads: x, or for the input pass the gradient of the output.
     channels_last: bool
 
     @classmethod
     def of(
         cls,
-        like: Tensor,
-        input_size: Sequence[int],
-        kernel_size: Sequence[int],
+        x: Sequence[int],
+        weight: Sequence[int],
         stride: Sequence[int],
         padding: Sequence[int],
+        groups: int,
+        like: Tensor,
     ) -> "Problem":
-        """The problem of convolving inputs (N, C, *input_size) that have the dtype, device and layout of `like`."""
-        return cls(
-            like.shape[0],
-            like.shape[1],
-            tuple(input_size),
-            tuple(kernel_size),
-            tuple(stride),
-            tuple(padding),
-            like.dtype,
-            like.device.type,
-            memory_format(like) is not torch.contiguous_format,
-        )
+        """The problem of shapes x (N, C_in, *size) and weight (C_out, C_in/groups, *kernel), of images like `like`."""
+        sizes = tuple(x[2:]), tuple(weight[2:]), tuple(stride), tuple(padding)
+        last = memory_format(like) is not torch.contiguous_format
+        return cls(x[0], x[1], weight[0], groups, *sizes, like.dtype, like.device, last)
 
     @property
     def ndim(self) -> int:
         """Number of spatial dimensions."""
         return len(self.kernel_size)
 
-    @cached_property
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every channel is convolved with one kernel of its own."""
+        return 1 < self.groups == self.in_channels == self.out_channels
+
+    @property
     def output_size(self) -> tuple[int, ...]:
         """Spatial size of the output."""
         return tuple(output_size(self.input_size, self.kernel_size, self.stride, self.padding))
 
-    @cached_property
-    def elements(self) -> int:
-        """Elements of input and output together."""
-        return self.batch * self.channels * (math.prod(self.input_size) + math.prod(self.output_size))
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """(N, C_out, *output_size)."""
+        return (self.batch, self.out_channels, *self.output_size)
 
-    @cached_property
-    def taps(self) -> int:
-        """Elements of the weight."""
-        return self.channels * math.prod(self.kernel_size)
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(N, C_in, *input_size)."""
+        return (self.batch, self.in_channels, *self.input_size)
 
-    @cached_property
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(C_out, C_in/groups, *kernel_size)."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
     def macs(self) -> int:
-        """Multiply-adds as a convolution counts them, products with the padding included."""
-        return self.batch * self.taps * math.prod(self.output_size)
-
-    @cached_property
-    def inner_macs(self) -> int:
-        """Multiply-adds without the products with the padding."""
-        products = 1
-        axes = zip(self.input_size, self.output_size, self.kernel_size, self.stride, self.padding, strict=True)
-        for size, out, kernel, stride, padding in axes:
-            products *= sum(
-                max(0, min(kernel, size + padding - stride * i) - max(0, padding - stride * i)) for i in range(out)
-            )
-        return self.batch * self.channels * products
+        """Multiply-adds of a pass as a convolution counts them, products with the padding included."""
+        return self.batch * math.prod(self.weight_shape) * math.prod(self.output_size)
 
     def __str__(self) -> str:
+        kernel, stride, padding = ("x".join(map(str, s)) for s in (self.kernel_size, self.stride, self.padding))
         layout = "channels-last" if self.channels_last else "contiguous"
         return (
-            f"a {layout} {str(self.dtype).removeprefix('torch.')} input "
-            f"{(self.batch, self.channels, *self.input_size)} on {self.device}, kernel {self.kernel_size}, "
-            f"stride {self.stride}, padding {self.padding}"
+            f"{layout} {str(self.dtype).removeprefix('torch.')} {'x'.join(map(str, self.input_shape))} on "
+            f"{self.device.type}, {self.out_channels} kernels {kernel}, stride {stride}, padding {padding}, "
+            f"groups {self.groups}"
         )

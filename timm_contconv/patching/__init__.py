@@ -1,8 +1,20 @@
 """Replacing the convolutions of a model."""
 
 from .patch import patch
+from .plan import PatchPlan, plan_patch
 from .report import PatchReport, report
 from .restore import merge, unpatch
 from .spec import PatchSpec, list_patches, load_patch
 
-__all__ = ["PatchReport", "PatchSpec", "list_patches", "load_patch", "merge", "patch", "report", "unpatch"]
+__all__ = [
+    "PatchPlan",
+    "PatchReport",
+    "PatchSpec",
+    "list_patches",
+    "load_patch",
+    "merge",
+    "patch",
+    "plan_patch",
+    "report",
+    "unpatch",
+]

@@ -1,34 +1,29 @@
-"""Replacing convolutions of a model by those of a method."""
+"""tcc.patch: plan, build and fit the layers, apply them to the model."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
-from ..layers import ConstructedConv, ConvReplacement
-from ..layers.compilation import CompileMode, check_compile_mode
-from ..layers.replacement import Init, PlainConv, check_init, share_geometry
-from .fit import fit_errors, warm_start
-from .record import PatchRecord, get_record, set_record
-from .reparameterize import folding_obstacles
-from .rewire import Rewired, move_stem_pool, revert
-from .select import Selector, obstacle, select_convolutions, stages, ties
-from .spec import PatchSpec, as_patch_spec
-from .swap import (
-    copy_without_hooks,
-    exempt_from_weight_decay,
-    geometry_homes,
-    remove_traces,
-    swap,
-    with_hooks,
-)
+from ..layers import ConvReplacement
+from ..layers.core.compilation import CompileMode, check_compile_mode
+from ..layers.core.geometry import share_geometry
+from ..layers.core.plain import PlainConv
+from ..layers.core.replacement import Init, check_init
+from .copies import copy_without_hooks, with_hooks
+from .plan import PatchPlan, plan_patch
+from .record import RECORD, PatchRecord
+from .select import Selector, find_convolutions
+from .spec import PatchSpec
+from .transaction import Transaction
 
 __all__ = ["patch"]
 
@@ -72,162 +67,25 @@ def patch(
         ValueError: unknown recipe or setting, a value out of range, a selection that matches nothing or nothing
             that the method can replace, a model that is patched already, compiled or scripted, an unknown init, or
             "fit" for a model on the meta device.
-        TypeError: model is not a module; patch or a selector is of a wrong type.
+        TypeError: model is not a module; patch, select or progress is of a wrong type.
     """
     check_init(init)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected a module, as timm.create_model returns one")
     check_compile_mode(compile)
-    spec = as_patch_spec(patch)
-    if layer_overrides:
-        spec = spec.with_layer(**layer_overrides)
-    if min_kernel_size is not None:
-        spec = PatchSpec.from_dict({**spec.to_dict(), "min_kernel_size": min_kernel_size})
-    _require_patchable(model)
-    rewired = move_stem_pool(model) if spec.stem_pool == "to_stage" else ()
-    try:
-        _replace(model, spec, _selectors(spec, select), init, compile, rewired, progress)
-    except BaseException:
-        revert(model, rewired)
-        raise
+    if progress not in (None, True, False):
+        raise TypeError(f"progress={progress!r}: expected True, False, or None for a bar on a terminal only")
+    plan = plan_patch(model, patch, select=select, min_kernel_size=min_kernel_size, **layer_overrides)
+    _warn_of_half_frozen(plan)
+    layers = _build(plan, compile)
+    if init == "fit":
+        _fit(plan, layers, progress)
+    _apply(model, plan, layers, init)
     return model
 
 
-def _replace(
-    model: nn.Module,
-    spec: PatchSpec,
-    selectors: Sequence[Selector],
-    init: Init,
-    compile: CompileMode,
-    rewired: tuple[Rewired, ...],
-    progress: bool | None,
-) -> None:
-    """Replace what the selectors choose and record it; on any error the model's modules are what they were."""
-    selected = select_convolutions(model, selectors, spec.min_kernel_size)
-    stage_of = dict(zip(selected, stages(model, list(selected)), strict=True))
-    chosen, left_alone = _replaceable(spec, selected, stage_of, ties(model, selected))
-    resolved, replacements = _build(spec, chosen, stage_of)
-    folding = folding_obstacles(model, replacements, spec.foldable, spec.unfoldable)
-    obstacles = {name: reason for name, reason in folding.items() if reason is not None}
-    if obstacles:
-        left_alone |= obstacles
-        chosen = _without(chosen, left_alone, spec)
-        resolved, replacements = _build(spec, chosen, stage_of)
-    spec, groups = resolved, _groups(resolved, chosen, stage_of)
-    _warn_of_half_frozen(groups, chosen)
-    if init == "fit":
-        warm_start(groups, chosen, replacements, progress)
-    for name, conv in chosen.items():
-        _carry_over(conv, replacements[name])
-        if isinstance(layer := replacements[name], ConstructedConv):
-            layer.compile_mode = compile
-    trials = {"foldable": tuple(name for name in folding if name not in obstacles), "unfoldable": tuple(obstacles)}
-    record = PatchRecord(
-        spec=spec.model_copy(update={"select": _recordable(selectors, chosen), "models": (), **trials}),
-        replaced={name: copy_without_hooks(conv).to("meta") for name, conv in chosen.items()},
-        left_alone=left_alone,
-        homes=geometry_homes(model, [group for group in groups if len(group) > 1], spec.layer.method),
-        rewired=rewired,
-    )
-    undo = swap(model, replacements)
-    try:
-        shared = [[replacements[name] for name in group] for group in groups if len(group) > 1]
-        for layers, (home, attribute) in zip(shared, record.homes, strict=True):
-            share_geometry(layers, model.get_submodule(home), attribute)
-        errors = fit_errors(chosen, replacements) if init == "fit" else {}
-        set_record(model, dataclasses.replace(record, fit_errors=errors))
-        exempt_from_weight_decay(model)
-    except BaseException:
-        remove_traces(model, record)
-        undo()
-        raise
-
-
-def _require_patchable(model: nn.Module) -> None:
-    if "_orig_mod" in model._modules:
-        raise ValueError(f"model: a compiled {type(model._orig_mod).__name__}: patch the model, then compile it")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "model: a ScriptModule runs TorchScript, not the modules in it; patch the model that it was made from,"
-            " then script that"
-        )
-    record = get_record(model)
-    if record is not None:
-        raise ValueError(
-            f"model: already patched with {record.spec.layer.method!r}; tcc.unpatch(model) or tcc.merge(model) first"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, ConvReplacement):
-            raise ValueError(f"model: {name or 'it'} is already a {type(module).__name__}; tcc.merge(model) first")
-    if isinstance(model, _ConvNd):
-        raise ValueError(
-            "model: a lone convolution can't be replaced in place; put it into a module, or call"
-            " Layer.from_conv(convolution, spec)"
-        )
-
-
-def _selectors(spec: PatchSpec, select: Selector | Sequence[Selector] | None) -> tuple[Selector, ...]:
-    if select is None:
-        return spec.select
-    listed = (select,) if isinstance(select, str) or callable(select) else tuple(select)
-    only_exclusions = listed != () and all(isinstance(s, str) and s.startswith("!") for s in listed)
-    return (*spec.select, *listed) if only_exclusions else listed
-
-
-def _recordable(selectors: Sequence[Selector], chosen: Iterable[str]) -> tuple[str, ...]:
-    """Selectors as they can be written to a file: predicates become the names that they chose."""
-    texts = [s for s in selectors if isinstance(s, str)]
-    return tuple(texts) if len(texts) == len(selectors) else tuple(chosen)
-
-
-def _replaceable(
-    spec: PatchSpec, selected: Mapping[str, _ConvNd], stage_of: Mapping[str, int], tied: Mapping[str, str]
-) -> tuple[dict[str, PlainConv], dict[str, str]]:
-    chosen: dict[str, PlainConv] = {}
-    left_alone: dict[str, str] = {}
-    for name, conv in selected.items():
-        plain = cast(PlainConv, conv)  # `obstacle` names what is not
-        reason = obstacle(conv) or tied.get(name) or spec.layer_at(stage_of[name]).refusal(plain)
-        if reason is None:
-            chosen[name] = plain
-        else:
-            left_alone[name] = reason
-    return _without(chosen, left_alone, spec), left_alone
-
-
-def _without(chosen: Mapping[str, PlainConv], left_alone: Mapping[str, str], spec: PatchSpec) -> dict[str, PlainConv]:
-    remaining = {name: conv for name, conv in chosen.items() if name not in left_alone}
-    if not remaining:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in left_alone.items())
-        raise ValueError(f"{spec.layer.method} can replace none of the selected convolutions:\n{reasons}")
-    return remaining
-
-
-def _build(
-    spec: PatchSpec, chosen: Mapping[str, PlainConv], stage_of: Mapping[str, int]
-) -> tuple[PatchSpec, dict[str, ConvReplacement]]:
-    """The spec with everything filled in for these convolutions, and a layer for each."""
-    groups = _groups(spec, chosen, stage_of)
-    layer_spec = spec.layer.resolve([[chosen[name] for name in group] for group in groups])
-    spec = spec.model_copy(update={"layer": layer_spec})
-    return spec, {name: spec.layer_at(stage_of[name]).build(conv, "random") for name, conv in chosen.items()}
-
-
-def _groups(spec: PatchSpec, chosen: Mapping[str, PlainConv], stage_of: Mapping[str, int]) -> list[list[str]]:
-    """Names of convolutions that will share their geometry, group by group."""
-    if spec.share is None:
-        return [[name] for name in chosen]
-    groups: dict[Any, list[str]] = {}
-    for name, conv in chosen.items():
-        key = (stage_of[name], conv.weight.shape[:2], len(conv.kernel_size), conv.weight.device, conv.weight.dtype)
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
-
-
-def _warn_of_half_frozen(groups: Sequence[Sequence[str]], chosen: Mapping[str, PlainConv]) -> None:
+def _warn_of_half_frozen(plan: PatchPlan) -> None:
     """Say where frozen convolutions will share geometry, that of the first of a group, with others that train."""
-    for group in groups:
-        frozen = [name for name in group if not chosen[name].weight.requires_grad]
+    for group in plan.groups:
+        frozen = [name for name in group if not plan.convs[name].weight.requires_grad]
         if not 0 < len(frozen) < len(group):
             continue
         training = [name for name in group if name not in frozen]
@@ -236,16 +94,89 @@ def _warn_of_half_frozen(groups: Sequence[Sequence[str]], chosen: Mapping[str, P
             f"{', '.join(frozen)}: frozen, but {', '.join(training)} share(s) their geometry, which {outcome}; freeze"
             " them all or none, or use the patch without `share`",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-def _carry_over(conv: PlainConv, layer: nn.Module) -> None:
+# ---- build and fit: new layers, on the side
+
+
+def _build(plan: PatchPlan, compile: CompileMode) -> dict[str, ConvReplacement]:
+    """A layer for each convolution, by name, with random parameters."""
+    layers = {}
+    for name, conv in plan.convs.items():
+        layers[name] = layer = plan.spec.layer_at(plan.stage_of[name]).build(conv, "random")
+        layer.compile_construction(compile)
+    return layers
+
+
+def _fit(plan: PatchPlan, layers: Mapping[str, ConvReplacement], progress: bool | None) -> None:
+    """Let the layers reproduce the convolutions, group by group, with a progress bar."""
+    columns = (TextColumn("fitting kernels"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not (sys.stderr.isatty() if progress is None else progress)
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
+        task = bar.add_task("fit", total=len(plan.convs))
+        for group in plan.groups:
+            members = [layers[name] for name in group]
+            type(members[0]).fit_(members, [plan.convs[name] for name in group])
+            bar.advance(task, len(group))
+
+
+def _carry_over(conv: PlainConv, layer: ConvReplacement) -> None:
     """Training mode, frozen parameters and hooks."""
     layer.train(conv.training)
+    bias_trains = conv.bias is not None and conv.bias.requires_grad
     if not conv.weight.requires_grad:
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(name == "bias" and conv.bias is not None and conv.bias.requires_grad)
-    elif conv.bias is not None and not conv.bias.requires_grad and isinstance(layer.bias, Tensor):
-        layer.bias.requires_grad_(False)
+        layer.requires_grad_(False)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(bias_trains)
     with_hooks(conv, layer)
+
+
+# ---- apply
+
+
+def _apply(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacement], init: Init) -> None:
+    """Put the layers, their shared geometry and the record into the model, in one transaction."""
+    for name, conv in plan.convs.items():
+        _carry_over(conv, layers[name])
+    shared = [share_geometry([layers[name].geometry_owner for name in group]) for group in plan.shared_groups]
+    record = PatchRecord(
+        spec=plan.spec,
+        replaced={name: copy_without_hooks(conv).to("meta") for name, conv in plan.convs.items()},
+        refused=plan.refused,
+        homes=plan.homes,
+        rewired=tuple(change.without_after() for change in plan.rewired),
+        fit_errors={name: layers[name].fit_error(conv) for name, conv in plan.convs.items()} if init == "fit" else {},
+        no_weight_decay=model.__dict__.get("no_weight_decay"),
+    )
+    changes = Transaction()
+    originals = find_convolutions(model)
+    for change in plan.rewired:
+        if isinstance(change.after, nn.Module):
+            _put_inside(change.after, f"{change.owner}.{change.attribute}.", layers)
+        changes.set(model.get_submodule(change.owner), change.attribute, change.after)
+    changes.replace(model, {id(originals[name]): layer for name, layer in layers.items() if name in originals})
+    for geometry, (home, attribute) in zip(shared, plan.homes, strict=True):
+        changes.set(layers[home] if home in layers else model.get_submodule(home), attribute, geometry)
+    changes.set(model, RECORD, record)
+    changes.set(model, "no_weight_decay", _without_decay(model, plan, layers))
+    changes.apply()
+
+
+def _put_inside(module: nn.Module, prefix: str, layers: Mapping[str, ConvReplacement]) -> None:
+    """Replace convolutions of a module that is not in the model yet."""
+    for name, layer in layers.items():
+        if name.startswith(prefix):
+            module.set_submodule(name.removeprefix(prefix), layer)
+
+
+def _without_decay(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacement]) -> Any:
+    """What timm's optimiser factory asks a model for: names that are not decayed, with those of the geometry."""
+    names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
+    for name, layer in layers.items():
+        geometry = {id(parameter) for parameter in layer.geometry.values()}
+        names.update(f"{name}.{key}" for key, parameter in layer.named_parameters() if id(parameter) in geometry)
+    for group, home in zip(plan.shared_groups, plan.homes, strict=True):
+        names.update(f"{'.'.join(home)}.{key}" for key in layers[group[0]].geometry)
+    return functools.partial(set, frozenset(names))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..layers import ConvReplacement
-from ..layers.replacement import PlainConv
-from .rewire import Rewired
+from ..layers.core.plain import PlainConv
 from .spec import PatchSpec
+from .stem_pool import Rewired
+from .transaction import Transaction
 
-__all__ = ["PatchRecord", "get_record", "require_record", "set_record"]
+__all__ = ["RECORD", "PatchRecord", "get_record", "remove_record", "require_record", "set_architecture"]
 
-_ATTRIBUTE = "_timm_contconv_patch"
+#: the attribute of a model that holds its record
+RECORD = "_timm_contconv_patch"
 
 
 @dataclass(frozen=True)
@@ -23,25 +27,27 @@ class PatchRecord:
     Attributes:
         spec: the patch, with everything filled in that was computed for this model.
         replaced: the convolution that each replaced layer's name held, on the meta device (no weights).
-        left_alone: selected convolutions that were not replaced, and why.
+        refused: selected convolutions that were not replaced, and why.
         homes: modules that hold a shared geometry: (module name, attribute).
         rewired: what else was changed in the model, with the old values.
         fit_errors: relative error of each replaced kernel at the start, by name; empty for a random start.
+        no_weight_decay: what the model's own attribute of that name was; None if it had none.
         architecture: the registered name that the model was built by; None for a model patched by hand.
     """
 
     spec: PatchSpec
     replaced: dict[str, PlainConv]
-    left_alone: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     homes: tuple[tuple[str, str], ...] = ()
     rewired: tuple[Rewired, ...] = ()
     fit_errors: dict[str, float] = field(default_factory=dict)
+    no_weight_decay: Callable[[], set[str]] | None = None
     architecture: str | None = None
 
 
 def get_record(model: nn.Module) -> PatchRecord | None:
     """The record of the patch on this model, None where there is none."""
-    return model.__dict__.get(_ATTRIBUTE)
+    return model.__dict__.get(RECORD)
 
 
 def require_record(model: nn.Module) -> PatchRecord:
@@ -74,9 +80,22 @@ def _gone(model: nn.Module, record: PatchRecord) -> list[str]:
     return [*layers, *owners]
 
 
-def set_record(model: nn.Module, record: PatchRecord | None) -> None:
-    """Put a record on a model, or take it off."""
+def set_architecture(model: nn.Module, name: str) -> None:
+    """Note the registered name that a patched model was built by."""
+    model.__dict__[RECORD] = dataclasses.replace(require_record(model), architecture=name)
+
+
+def remove_record(model: nn.Module, changes: Transaction) -> None:
+    """Take off what a patch put on a model besides its layers, as far as that is still there."""
+    record = get_record(model)
     if record is None:
-        model.__dict__.pop(_ATTRIBUTE, None)
+        return
+    modules = dict(model.named_modules())
+    for home, attribute in record.homes:
+        if home in modules:
+            changes.remove(modules[home], attribute)
+    changes.remove(model, RECORD)
+    if record.no_weight_decay is None:
+        changes.remove(model, "no_weight_decay")
     else:
-        model.__dict__[_ATTRIBUTE] = record
+        changes.set(model, "no_weight_decay", record.no_weight_decay)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ConvReplacement
+from .copies import copy_without_hooks
 from .record import PatchRecord, require_record
 from .restore import merge, original_architecture
-from .rewire import Rewired
-from .swap import copy_without_hooks
+from .stem_pool import Rewired
 
 __all__ = ["PatchReport", "PatchRow", "report"]
 
@@ -58,7 +58,8 @@ class PatchReport:
     Attributes:
         patch: the patch, as plain values.
         rows: one per replaced convolution, per shared geometry and per other module that the patch changed.
-        left_alone: selected convolutions that were not replaced, and why.
+        refused: selected convolutions that were not replaced, and why.
+        notes: what is to be known of the model around its new layers.
         parameters_before, parameters_after: of the whole model.
         multiply_adds_before, multiply_adds_after: of the whole model for one sample; None without an input size.
         multiply_adds_published: multiply_adds_after as the method's paper counts, where fewer are needed here.
@@ -67,7 +68,8 @@ class PatchReport:
 
     patch: dict[str, Any]
     rows: tuple[PatchRow, ...]
-    left_alone: dict[str, str]
+    refused: dict[str, str]
+    notes: tuple[str, ...]
     parameters_before: int
     parameters_after: int
     multiply_adds_before: int | None
@@ -105,8 +107,10 @@ class PatchReport:
                 *(["" if row.max_frequency is None else f"{row.max_frequency:.2f}"] if band_limited else []),
                 "" if row.fit_error is None else f"{row.fit_error:.1e}",
             )
-        for name, reason in self.left_alone.items():
-            table.add_row(name, "left alone", reason)
+        for name, reason in self.refused.items():
+            table.add_row(name, "refused", reason)
+        if self.notes:
+            table.caption = "\n".join(self.notes)
         return table
 
     def __str__(self) -> str:
@@ -143,7 +147,8 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
     return PatchReport(
         patch=record.spec.to_dict(),
         rows=tuple(rows),
-        left_alone=dict(record.left_alone),
+        refused=dict(record.refused),
+        notes=_notes(model, record.replaced),
         parameters_before=sum(p.numel() for p in original.parameters()),
         parameters_after=sum(p.numel() for p in model.parameters()),
         multiply_adds_before=before,
@@ -191,8 +196,9 @@ def _row(
     old_output: tuple[int, ...] | None,
     output: tuple[int, ...] | None,
 ) -> PatchRow:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, ConvReplacement)
+    layer = _layer(model, name)
+    homes = [getattr(model.get_submodule(home), attribute) for home, attribute in record.homes]
+    shared = {id(parameter) for home in homes for parameter in home.parameters()}  # counted in rows of their own
     weights = 0 if conv is None else sum(p.numel() for key, p in conv.named_parameters() if key == "weight")
     pixels = None if old_output is None else torch.Size(old_output).numel()
     return PatchRow(
@@ -200,8 +206,7 @@ def _row(
         before="" if conv is None else _describe(conv),
         after=_describe(layer),
         parameters_before=0 if conv is None else sum(p.numel() for p in conv.parameters()),
-        parameters_after=sum(p.numel() for p in layer.parameters())
-        - sum(p.numel() for key, m in layer.named_children() if key != "geometry" for p in m.parameters()),
+        parameters_after=sum(p.numel() for p in layer.parameters() if id(p) not in shared),
         multiply_adds_before=None if pixels is None else pixels * weights,
         multiply_adds_after=None if output is None else layer.multiply_adds(output),
         receptive_field_before=None if conv is None else _receptive_field(conv),
@@ -211,6 +216,12 @@ def _row(
     )
 
 
+def _layer(model: nn.Module, name: str) -> ConvReplacement:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, ConvReplacement)
+    return layer
+
+
 def _receptive_field(conv: nn.Module) -> tuple[int, ...]:
     sizes = zip(conv.kernel_size, conv.dilation, strict=True)  # type: ignore[arg-type]
     return tuple((k - 1) * d + 1 for k, d in sizes)
@@ -218,7 +229,7 @@ def _receptive_field(conv: nn.Module) -> tuple[int, ...]:
 
 def _home_row(model: nn.Module, record: PatchRecord, home: str, attribute: str) -> PatchRow:
     geometry = getattr(model.get_submodule(home), attribute)
-    users = sum(model.get_submodule(name).geometry is geometry for name in record.replaced)
+    users = sum(_layer(model, name).geometry_owner.geometry_home is geometry for name in record.replaced)
     after = f"{', '.join(geometry)} of {users} layers"
     return PatchRow(f"{home}.{attribute}", "", after, 0, sum(p.numel() for p in geometry.parameters()))
 
@@ -232,9 +243,30 @@ def _module_row(model: nn.Module, change: Rewired) -> PatchRow:
 
 
 def _describe(layer: nn.Module) -> str:
-    size = "×".join(str(k) for k in layer.kernel_size)  # type: ignore[union-attr]
-    count = getattr(layer, "kernel_count", None)
-    return f"{type(layer).__name__} {size}" + ("" if count is None else f" / {count}")
+    if isinstance(layer, ConvReplacement):
+        return layer.summary()
+    return f"{type(layer).__name__} {'×'.join(map(str, layer.kernel_size))}"  # type: ignore[arg-type]
+
+
+def _notes(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """What is to be known of the model around its new layers."""
+    folding = {block for name in names for block in _folding_blocks(model, name)}
+    if not folding:
+        return ()
+    return (
+        f"{', '.join(sorted(folding))}: such blocks fold their branches for inference"
+        " (timm.utils.reparameterize_model), which may fail with the new layers: merge, or use the model unfolded",
+    )
+
+
+def _folding_blocks(model: nn.Module, name: str) -> Iterator[str]:
+    """Class names of the modules around a layer that timm's `reparameterize_model` would fold."""
+    path = name.split(".")[:-1]
+    for depth in range(1, len(path) + 1):
+        block = model.get_submodule(".".join(path[:depth]))
+        methods = [getattr(block, method, None) for method in ("fuse", "reparameterize", "switch_to_deploy")]
+        if any(callable(method) and not isinstance(method, nn.Module) for method in methods):
+            yield type(block).__name__
 
 
 def _change(before: int | None, after: int | None) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeVar, cast
 
 from torch import nn
 
 from ..layers import ConvReplacement
-from .record import get_record, require_record
-from .rewire import revert
-from .swap import copy_without_hooks, remove_traces, swap, with_hooks
+from .copies import copy_without_hooks, with_hooks
+from .record import PatchRecord, remove_record, require_record
+from .transaction import Transaction
 
 __all__ = ["merge", "original_architecture", "unpatch"]
 
@@ -46,9 +46,10 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
     for name, layer in layers.items():
         with _named(name):
             plain[name] = layer.to_dense_conv() if dense else layer.to_conv()
-    merged = {name: with_hooks(layer, plain[name]) for name, layer in layers.items()}
-    swap(model, merged)
-    remove_traces(model, get_record(model))
+    changes = Transaction()
+    changes.replace(model, {id(layer): with_hooks(layer, plain[name]) for name, layer in layers.items()})
+    remove_record(model, changes)
+    changes.apply()
     return model
 
 
@@ -81,9 +82,7 @@ def unpatch(model: Model) -> Model:
             + ", ".join(too_large)
             + "; tcc.merge(model) keeps their full size"
         )
-    swap(model, restored)
-    revert(model, record.rewired)
-    remove_traces(model, record)
+    _take_back(model, record, restored)
     return model
 
 
@@ -95,10 +94,19 @@ def original_architecture(model: nn.Module) -> nn.Module:
     """
     record = require_record(model)
     shadow = copy_without_hooks(model).to("meta")
-    swap(shadow, {name: copy.deepcopy(conv) for name, conv in record.replaced.items()})
-    revert(shadow, record.rewired)
-    remove_traces(shadow, record)
+    _take_back(shadow, record, {name: copy.deepcopy(conv) for name, conv in record.replaced.items()})
     return shadow
+
+
+def _take_back(model: nn.Module, record: PatchRecord, convs: Mapping[str, nn.Module]) -> None:
+    """Put convolutions in the place of the layers of these names, and undo everything else that the patch did."""
+    changes = Transaction()
+    changes.replace(model, {id(model.get_submodule(name)): conv for name, conv in convs.items()})
+    for change in reversed(record.rewired):
+        owner = convs[change.owner] if change.owner in convs else model.get_submodule(change.owner)
+        changes.set(owner, change.attribute, change.before)
+    remove_record(model, changes)
+    changes.apply()
 
 
 @contextlib.contextmanager

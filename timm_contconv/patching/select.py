@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -16,7 +16,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-__all__ = ["Selector", "find_convolutions", "obstacle", "select_convolutions", "stages", "ties"]
+__all__ = [
+    "Selector",
+    "combined_selectors",
+    "find_convolutions",
+    "refusal",
+    "select_convolutions",
+    "shared_refusals",
+    "stages",
+]
 
 Selector = str | Callable[[str, nn.Module], bool]
 
@@ -44,37 +52,62 @@ def find_convolutions(model: nn.Module) -> dict[str, _ConvNd]:
 
 
 def select_convolutions(
-    model: nn.Module, selectors: Selector | Sequence[Selector], min_kernel_size: int = 1
+    convolutions: Mapping[str, _ConvNd], selectors: Sequence[Selector], min_kernel_size: int = 1
 ) -> dict[str, _ConvNd]:
     """The convolutions that any selector names, less those that a "!" selector names.
 
     Args:
-        model: any module.
+        convolutions: by module name.
         selectors: "depthwise" (one input channel per group, kernel larger than 1), "strided" (a stride above 1),
-            "all", globs over module names, predicates (name, convolution) -> bool, or a sequence of these.
+            "all", globs over module names, and predicates (name, convolution) -> bool.
         min_kernel_size: convolutions whose kernel is smaller along every dimension are left out.
 
     Raises:
         TypeError: a selector is neither a string nor callable.
-        ValueError: nothing is left; the message lists what there is to select.
+        ValueError: nothing is selected; the message lists what there is.
     """
+    included = [s for s in selectors if not _is_exclusion(s)]
+    excluded = [s[1:] for s in selectors if isinstance(s, str) and _is_exclusion(s)]
     chosen: dict[str, _ConvNd] = {}
-    convolutions = find_convolutions(model)
-    listed = [selectors] if isinstance(selectors, str) or callable(selectors) else list(selectors)
-    included = [s for s in listed if not (isinstance(s, str) and s.startswith("!"))]
-    excluded = [s[1:] for s in listed if isinstance(s, str) and s.startswith("!")]
     for name, conv in convolutions.items():
         wanted = any(_matches(s, name, conv) for s in included) and not any(_matches(s, name, conv) for s in excluded)
         if wanted and max(conv.kernel_size) >= min_kernel_size:
             chosen[name] = conv
     if not chosen:
         limit = f" with min_kernel_size={min_kernel_size}" if min_kernel_size > 1 else ""
-        raise ValueError(f"select={selectors!r}{limit} matches no convolution. {_describe(convolutions)}")
+        raise ValueError(f"select={tuple(selectors)!r}{limit} matches no convolution. {_describe(convolutions)}")
     return chosen
 
 
-def obstacle(conv: _ConvNd) -> str | None:
-    """Why no method can stand in for this module, or None where nothing speaks against it."""
+def combined_selectors(
+    recipe: tuple[Selector, ...], select: Selector | Sequence[Selector] | None
+) -> tuple[Selector, ...]:
+    """What a caller's `select` means beside a recipe's: it replaces it, or takes exclusions away from it.
+
+    Raises:
+        TypeError: select is neither a selector nor a sequence of them.
+    """
+    if select is None:
+        return recipe
+    if isinstance(select, str) or callable(select):
+        listed: tuple[Selector, ...] = (select,)
+    elif isinstance(select, Sequence):
+        listed = tuple(select)
+    else:
+        raise TypeError(
+            f"select={select!r}: expected 'depthwise', 'strided', 'all', globs of module names, predicates"
+            " (name, convolution) -> bool, or a list of these"
+        )
+    only_exclusions = listed != () and all(map(_is_exclusion, listed))
+    return (*recipe, *listed) if only_exclusions else listed
+
+
+def _is_exclusion(selector: Selector) -> bool:
+    return isinstance(selector, str) and selector.startswith("!")
+
+
+def refusal(conv: _ConvNd) -> str | None:
+    """Why no method can stand in for this module; None if nothing speaks against it."""
     if conv.transposed:
         return "transposed convolution"
     if parametrize.is_parametrized(conv) or "weight" not in conv._parameters:
@@ -88,8 +121,8 @@ def obstacle(conv: _ConvNd) -> str | None:
     return None
 
 
-def ties(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Those of the named convolutions that something else in the model depends on, and what."""
+def shared_refusals(model: nn.Module, convolutions: Mapping[str, _ConvNd]) -> dict[str, str]:
+    """Those convolutions that something else in the model depends on, and what."""
     users: dict[int, list[str]] = {}
     references: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -97,12 +130,11 @@ def ties(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             users.setdefault(id(parameter), []).append(name)
         references |= {id(conv): f"{name}.{key}".lstrip(".") for key, conv in _references(module)}
     found: dict[str, str] = {}
-    for name in names:
-        conv = model.get_submodule(name)
+    for name, conv in convolutions.items():
         if id(conv) in references:
             found[name] = f"{references[id(conv)]!r} holds it too, which is neither a submodule nor a ModuleList"
         for key, parameter in conv._parameters.items():
-            others = [user for user in users[id(parameter)] if parameter is not None and user != name]
+            others = [user for user in users.get(id(parameter), ()) if parameter is not None and user != name]
             if others:
                 found[name] = f"its {key} is shared with {others[0]!r}"
     return found
@@ -128,7 +160,14 @@ def stages(model: nn.Module, names: Sequence[str]) -> list[int]:
     named = [(item["module"], item["module"].replace(".", "_")) for item in info if item.get("module")]
     features = [name if name in order else flat for name, flat in named if name in order or flat in order]
     ends = [max(i for name, i in order.items() if f"{name}.".startswith(f"{feature}.")) for feature in features]
-    return [sum(end < order[name] for end in ends) for name in names]
+    return [sum(end < order[_known(name, order)] for end in ends) for name in names]
+
+
+def _known(name: str, order: Mapping[str, int]) -> str:
+    """The module itself, or for one that a patch will add, the module that will hold it."""
+    while name not in order:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _matches(selector: Selector, name: str, conv: _ConvNd) -> bool:
@@ -141,7 +180,7 @@ def _matches(selector: Selector, name: str, conv: _ConvNd) -> bool:
     return fnmatch.fnmatchcase(name, selector)
 
 
-def _describe(convolutions: dict[str, _ConvNd], shown: int = 20) -> str:
+def _describe(convolutions: Mapping[str, _ConvNd], shown: int = 20) -> str:
     """What there is to select, as text: the presets with their counts and a table of names."""
     if not convolutions:
         return "The model has no convolution."

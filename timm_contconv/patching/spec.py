@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import json
-import operator
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
-from .. import layers
-from ..layers import LayerSpec
-from ..layers.spec import LARGEST_KERNEL
+from ..layers import METHODS, LayerSpec
+from ..layers.core.arguments import Int
+from ..layers.core.spec import LARGEST_KERNEL, explain
 from ..paths import data_folder
 
 __all__ = ["PatchSpec", "as_patch_spec", "list_patches", "load_patch"]
 
-if TYPE_CHECKING:
-    AnyLayerSpec = LayerSpec
-else:  # every method that `layers` defines; the field `method` says which one a mapping is
-    AnyLayerSpec = functools.reduce(operator.or_, layers.SPECS)
-
 _Text = Annotated[str, Field(max_length=1000)]
 _Names = Annotated[tuple[_Text, ...], Field(max_length=10_000)]
-_OF_TRIALS = ("foldable", "unfoldable")
+
+
+def _layer_spec(value: Any) -> Any:
+    """The spec of the method that a mapping names."""
+    if not isinstance(value, Mapping):
+        return value
+    method = value.get("method")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    return METHODS[method].model_validate(value)
 
 
 class PatchSpec(BaseModel):
@@ -45,9 +55,6 @@ class PatchSpec(BaseModel):
         stem_pool: "to_stage" takes the max-pool out of a ResNet's stem; its first stage strides instead.
         description: one line for people.
         models: timm architectures that this recipe is registered on, as `{architecture}_{recipe}`.
-        foldable: convolutions whose block a trial found to re-parameterise itself as before with the new layer in
-            it. `tcc.patch` notes them here, so that a saved model is rebuilt without another trial.
-        unfoldable: convolutions that are left alone because their block no longer did.
 
     Raises:
         ValueError: a field is unknown, missing or out of range; the message names it.
@@ -55,16 +62,14 @@ class PatchSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layer: Annotated[AnyLayerSpec, Field(discriminator="method" if len(layers.SPECS) > 1 else None)]
+    layer: Annotated[SerializeAsAny[LayerSpec], BeforeValidator(_layer_spec)]
     by_stage: Annotated[tuple[dict[str, Any], ...], Field(max_length=100)] = ()
     select: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=10_000)]
-    min_kernel_size: Annotated[int, Field(ge=1, le=LARGEST_KERNEL)] = 1
+    min_kernel_size: Annotated[Int, Field(ge=1, le=LARGEST_KERNEL)] = 1
     share: Literal["stage"] | None = None
     stem_pool: Literal["to_stage"] | None = None
     description: _Text = ""
     models: _Names = ()
-    foldable: _Names = ()
-    unfoldable: _Names = ()
 
     @field_validator("by_stage")
     @classmethod
@@ -94,9 +99,7 @@ class PatchSpec(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` gives the spec back."""
-        unset = {key for key in ("models", *_OF_TRIALS) if not getattr(self, key)}
-        if self.min_kernel_size == 1:
-            unset.add("min_kernel_size")
+        unset = {key for key, empty in (("models", ()), ("min_kernel_size", 1)) if getattr(self, key) == empty}
         return self.model_dump(mode="json", exclude_none=True, exclude=unset)
 
     def to_toml(self) -> str:
@@ -113,8 +116,6 @@ class PatchSpec(BaseModel):
         values["layer"] = {**values["layer"], **changes}
         kept = [{k: v for k, v in table.items() if k not in changes} for table in self.by_stage]
         values["by_stage"] = kept if any(kept) else []
-        for key in _OF_TRIALS:  # which were made with the other settings
-            values.pop(key, None)
         return self.from_dict(values)
 
 
@@ -184,21 +185,11 @@ def _with_settings(layer: LayerSpec, settings: Mapping[str, Any], place: str) ->
 
 def _explain(error: ValidationError, source: str, text: str | None = None, whole: str = "patch") -> str:
     """One line per mistake: source, line (where there is a text), key, value, what is allowed."""
-    methods = [spec.model_fields["method"].default for spec in layers.SPECS]
     lines = []
     for item in error.errors():
-        location = [str(part) for part in item["loc"] if part not in methods]
-        key = ".".join(location)
-        problem = item["msg"].removeprefix("Value error, ")
-        where = f"{source}:{_line_of(text, location[-1])}" if text and location else source
-        if item["type"] == "missing":
-            lines.append(f"{where}: {key} is missing")
-        elif item["type"] == "extra_forbidden":
-            lines.append(f"{where}: {key} is not a field of this {'layer' if len(location) > 1 else whole}")
-        elif item["type"].startswith("union_tag"):
-            lines.append(f"{where}: layer.method: expected one of {', '.join(methods)}; {problem}")
-        else:
-            lines.append(f"{where}: {key}={json.dumps(item['input'], default=repr)}: {problem}")
+        key = str(item["loc"][-1]) if item["loc"] else ""
+        place = f"{source}:{_line_of(text, key)}: " if text and key else f"{source}: "
+        lines.append(explain(item, place, whole))
     return "\n".join(lines)
 
 

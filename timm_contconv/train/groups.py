@@ -117,7 +117,7 @@ def split_geometry(groups: Iterable[Group], model: nn.Module, lr_scale: float | 
     groups = list(groups)
     layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
     factors = {
-        id(parameter): layer.geometry_lr_scale if lr_scale is None else lr_scale
+        id(parameter): layer.geometry_owner.geometry_lr_scale if lr_scale is None else lr_scale
         for layer in layers
         for parameter in layer.geometry.values()
     }

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..layers import ConvReplacement
-from ..layers.replacement import live_layers
+from ..layers.core.replacement import live_layers
+from .constraints import constrain_layers_, mean_penalty
 from .factory import scale_positions
-from .step import constrain_layers_, mean_penalty
 
 __all__ = ["StepHooks", "training_hooks"]
 

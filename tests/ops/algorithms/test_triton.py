@@ -1,0 +1,68 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU, against PyTorch's convolution in float64.
+
+The interpreter is chosen by an environment variable when Triton is imported, so the checks run in a process of
+their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+CASES = [
+    # batch, channels, size, kernel, stride, padding
+    (2, 2, (5, 6), (3, 4), (1, 1), (1, 2)),
+    (1, 2, (3, 5), (9, 11), (1, 1), (4, 5)),
+    (3, 2, (7, 8), (2, 5), (2, 3), (3, 1)),
+    (1, 2, (3, 70), (2, 5), (1, 2), (0, 4)),
+    (1, 2, (90,), (40,), (1,), (20,)),
+    (2, 2, (4, 6), (3, 2), (3, 1), (4, 5)),
+]
+CHECK = """
+import json
+import sys
+import torch
+import torch.nn.functional as F
+from timm_contconv import ops
+
+
+def check(dtype, batch, channels, size, kernel, stride, padding):
+    x = torch.randn(batch, channels, *size).to(dtype).requires_grad_()
+    weight = torch.randn(channels, 1, *kernel).to(dtype).requires_grad_()
+    bias = torch.randn(channels).to(dtype)
+    plain = {1: F.conv1d, 2: F.conv2d}[len(size)]
+    exact = plain(x.double(), weight.double(), bias.double(), stride, padding, 1, channels)
+    grad = torch.randn(exact.shape).to(dtype)
+    expected = exact, *torch.autograd.grad(exact, (x, weight), grad.double())
+    with ops.algorithm("triton"):
+        out = ops.conv(x, weight, bias, stride, padding, channels)
+        got = out, *torch.autograd.grad(out, (x, weight), grad)
+    tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for name, a, b in zip(("output", "input", "weight"), got, expected):
+        error = ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1)).item()
+        assert error < tolerance, (name, error, dtype, x.shape, weight.shape)
+
+
+torch.manual_seed(0)
+for dtype, *case in json.loads(sys.argv[1]):
+    check(getattr(torch, dtype), *case)
+"""
+
+
+def check_by_interpreter(cases: list) -> None:
+    """Asserts that every case is within its tolerance, in one process with Triton's interpreter."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHECK, json.dumps(cases)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_three_passes_in_float32():
+    check_by_interpreter([("float32", *case) for case in CASES])
+
+
+def test_half_precision_with_float32_sums():
+    check_by_interpreter([(dtype, *CASES[0]) for dtype in ("bfloat16", "float16")])

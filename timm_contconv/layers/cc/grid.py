@@ -1,0 +1,188 @@
+"""The projected grid of CC layers and its neighbours (Shocher et al. 2020, Blocks 1 and 2), in exact integers.
+
+A scale is a fraction p/q. Then every position on the projected grid is a multiple of 1/(2p), and nothing depends on
+how floating point rounds where a position lies halfway between two pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "SMALLEST_SCALE",
+    "Axis",
+    "Ratio",
+    "Rounding",
+    "Scale",
+    "distances",
+    "neighbours",
+    "output_size",
+    "plateaus",
+    "projected_grid",
+    "ratio_of_sizes",
+    "ratios",
+    "reference_axes",
+    "scale_text",
+    "strided_axes",
+]
+
+Scale = float | Fraction | Sequence[float | Fraction]
+Rounding = Literal["ceil", "floor", "round"]
+#: numerator and denominator of a scale
+Ratio = tuple[int, int]
+
+#: a scale is taken as the nearest fraction with at most this denominator, less than 1e-12 away
+LARGEST_DENOMINATOR = 10**6
+#: bounds on a scale
+SMALLEST_SCALE, LARGEST_SCALE = Fraction(1, 256), Fraction(256)
+#: any multiple: only what is left over after a whole number of strides matters
+STRIDES = 4
+
+
+class Axis(NamedTuple):
+    """How one spatial dimension is resized.
+
+    Attributes:
+        size, out_size: pixels before and after.
+        numerator, denominator: p and q of the scale p/q, in lowest terms.
+        support: pixels that the kernel reaches.
+    """
+
+    size: int
+    out_size: int
+    numerator: int
+    denominator: int
+    support: int
+
+    def position(self, n: int) -> int:
+        """2p · g_n of the paper's Eq. 2: where output pixel n lies in the input, in units of 1/(2p) pixels."""
+        return 2 * n * self.denominator + self.numerator * (self.size - 1) - self.denominator * (self.out_size - 1)
+
+    def first(self, n: int) -> int:
+        """The first of the `support` neighbours of output pixel n: ceil(g_n - support/2)."""
+        return -((self.numerator * self.support - self.position(n)) // (2 * self.numerator))
+
+    @property
+    def period(self) -> int:
+        """Output pixels after which the distances to the neighbours repeat."""
+        return self.numerator
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """Pixels that neighbours lie outside of the input, before and after it; negative where none comes near."""
+        return -self.first(0), self.first(self.out_size - 1) + self.support - self.size
+
+
+def projected_grid(axis: Axis) -> Tensor:
+    """Sub-pixel positions of the output pixels in the input (Eq. 2).
+
+    Returns:
+        (out_size,) in float64; pixel centres of the input are the integers from 0.
+    """
+    return _positions(axis, torch.arange(axis.out_size)).double() / (2 * axis.numerator)
+
+
+def neighbours(axis: Axis, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+    """Neighbours of output pixels start..stop-1 (Block 2).
+
+    Returns:
+        (stop - start, support) indices of input pixels; they are negative or too large beyond the borders.
+    """
+    position = _positions(axis, torch.arange(start, stop, device=device))
+    first = -torch.div(axis.numerator * axis.support - position, 2 * axis.numerator, rounding_mode="floor")
+    return first.unsqueeze(1) + torch.arange(axis.support, device=device)
+
+
+def distances(axis: Axis, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+    """Distances g - m of output pixels start..stop-1 from their neighbours, (stop - start, support), in float64."""
+    position, unit = _positions(axis, torch.arange(start, stop, device=device)), 2 * axis.numerator
+    return (position.unsqueeze(1) - unit * neighbours(axis, start, stop, device)).double() / unit
+
+
+def _positions(axis: Axis, n: Tensor) -> Tensor:
+    """`Axis.position` of several output pixels."""
+    return 2 * axis.denominator * n + axis.position(0)
+
+
+def reference_axes(scale: Sequence[Ratio], support: Sequence[int]) -> tuple[Axis, Axis]:
+    """Rows and columns of the smallest image with a whole size · scale."""
+    rows, columns = (Axis(q, p, p, q, size) for (p, q), size in zip(scale, support, strict=True))
+    return rows, columns
+
+
+def strided_axes(stride: int, support: int, rounding: Rounding) -> list[Axis]:
+    """Axes at scale 1/stride: a size that is a multiple of the stride, and one beside it with another parity.
+
+    All other sizes have the distances of one of these two, so a kernel can't be fitted to more of them.
+    """
+    beside = 1 if rounding == "floor" else -1
+    sizes = [STRIDES * stride] if stride == 1 else [STRIDES * stride, STRIDES * stride + beside]
+    return [Axis(size, output_size(size, (1, stride), rounding), 1, stride, support) for size in sizes]
+
+
+def plateaus(scale: Ratio, support: int, rounding: Rounding) -> list[tuple[float, float]]:
+    """Lowest and highest distance at which each pixel of a kernel is found, in the pixels' order.
+
+    At scales 1/k these are the distances that occur; at others, the pixels lie one apart about the centre.
+    """
+    numerator, denominator = scale
+    if numerator > 1:
+        return [((support - 1) / 2 - pixel,) * 2 for pixel in range(support)]
+    axes = strided_axes(denominator, support, rounding)
+    rows = [distances(axis, 0, 1, torch.device("cpu"))[0].tolist() for axis in axes]
+    return [(min(ends), max(ends)) for ends in zip(*rows, strict=True)]
+
+
+def output_size(size: int, ratio: Ratio, rounding: Rounding) -> int:
+    """Size of the output: size · scale, rounded to whole pixels; at least one."""
+    p, q = ratio
+    if rounding == "ceil":
+        pixels = -(-size * p // q)
+    elif rounding == "floor":
+        pixels = size * p // q
+    else:
+        pixels = (2 * size * p + q) // (2 * q)
+    return max(pixels, 1)
+
+
+def ratios(name: str, value: Scale) -> tuple[Ratio, Ratio]:
+    """A scale for both dimensions, or one for each, as fractions in lowest terms.
+
+    Raises:
+        ValueError: it is not a number from 1/256 to 256, or there are not two.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != 2:
+            raise ValueError(f"{name}={value!r}: expected a number, or one for each of two dimensions")
+        return _ratio(f"{name}[0]", value[0]), _ratio(f"{name}[1]", value[1])
+    ratio = _ratio(name, value)
+    return ratio, ratio
+
+
+def _ratio(name: str, value: float | Fraction) -> Ratio:
+    try:
+        exact = Fraction(value if isinstance(value, int | Fraction) else float(value))
+        scale = exact.limit_denominator(LARGEST_DENOMINATOR)
+    except (TypeError, ValueError, OverflowError):
+        scale = Fraction(0)
+    if isinstance(value, bool | str) or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(f"{name}={value!r}: expected a number from 1/256 to 256, or one for each of two dimensions")
+    return scale.numerator, scale.denominator
+
+
+def ratio_of_sizes(after: int, before: int) -> Ratio:
+    """The ratio of two sizes in lowest terms."""
+    divisor, rest = after, before
+    while rest:  # not math.gcd, which torch.compile can't trace with sizes that change
+        divisor, rest = rest, divisor % rest
+    return after // divisor, before // divisor
+
+
+def scale_text(scale: Sequence[Ratio]) -> str:
+    """A scale for messages: "1/2", or "1/2×1" where rows and columns differ."""
+    return "×".join(str(Fraction(*ratio)) for ratio in dict.fromkeys(scale))

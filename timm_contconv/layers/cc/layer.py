@@ -1,0 +1,397 @@
+"""ContinuousConv2d: a convolution with a continuous kernel, which resizes by any scale."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..core.arguments import check_channels, check_counts, per_dimension
+from ..core.compilation import CompileMode, check_compile_mode
+from ..core.geometry import GeometryOwner
+from ..core.kept import Kept
+from ..core.plain import NEGLIGIBLE, PlainConv, copy_bias_, require_weights
+from ..core.replacement import ConvReplacement
+from ..core.tracing import as_node, is_traced
+from .features_first import features_first
+from .grid import (
+    SMALLEST_SCALE,
+    Ratio,
+    Rounding,
+    Scale,
+    distances,
+    plateaus,
+    ratio_of_sizes,
+    ratios,
+    reference_axes,
+    scale_text,
+)
+from .merge import covering_support, fit_last_layer, kernel_in_place_of, merged_conv, require_strides, rounding_of
+from .net import InternalNet
+from .phases import apply_kernels
+from .plan import Plan, resize_plan
+from .spec import CcSpec
+
+__all__ = ["ContinuousConv2d"]
+
+#: scales with at most so many phases are computed as one convolution for each
+MOST_PHASES = 16
+#: bytes: on the CPU half of it, what a chunk computes, is about what a core's cache holds
+MEMORY_LIMIT_CPU, MEMORY_LIMIT = 2**23, 2**29
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+_cached_plan = functools.lru_cache(maxsize=4096)(resize_plan)
+
+
+class ContinuousConv2d(ConvReplacement):
+    """A convolution with a continuous kernel, which resizes by any scale (Shocher et al. 2020).
+
+    Output pixel n lies at g_n in the input (Eq. 2) and is the sum over its `kernel_size` neighbours m of
+    I[m] K(g_n - m) (Eq. 1). K is a small net. Beyond the borders an image goes on with zeros (as ResizeRight's
+    `pad_mode="constant"`), or as `padding_mode` says. There is no `weight`: the kernel depends on scale and size.
+
+    Args:
+        in_channels, out_channels, groups, bias, device, dtype: as for `nn.Conv2d`.
+        kernel_size: support of the kernel, in input pixels: so many neighbours along each axis; at most 31.
+        stride: the layer's scale is 1/stride, unless `scale` is given.
+        padding: only "same": the projected grid says where the kernel is applied, and how often.
+        dilation: only 1.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        scale: size of the output relative to the input's; a number from 1/256 to 256, or one for rows and one for
+            columns.
+        rounding: the output has ceil(size · scale) pixels, as in the paper, or "floor", or "round".
+        hidden: as for `CcSpec`.
+        memory_limit: bytes that a pass at a scale of many phases may take for what it computes in between; above
+            that it works in chunks and computes them again in the backward pass. None is 8 MiB on the CPU and 512 MiB
+            elsewhere.
+        compile: as for `KernelConv`.
+
+    Parameters:
+        net.*: those of the internal net, an `InternalNet`.
+        bias: (C_out,).
+
+    Raises:
+        ValueError: an argument is out of range; the message names it, its value and what is allowed.
+    """
+
+    method = "cc"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: str = "same",
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        scale: Scale | None = None,
+        rounding: Rounding = "ceil",
+        hidden: Sequence[int] | None = None,
+        memory_limit: int | None = None,
+        compile: CompileMode = "auto",
+    ) -> None:
+        super().__init__()
+        check_channels(in_channels, out_channels, groups)
+        _check_choice("padding", padding, ("same",))
+        _check_choice("padding_mode", padding_mode, get_args(PaddingMode))
+        _check_choice("rounding", rounding, get_args(Rounding))
+        if memory_limit is not None:
+            check_counts(memory_limit=memory_limit)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = per_dimension("kernel_size", kernel_size, 2, minimum=1)
+        self.stride = per_dimension("stride", stride, 2, minimum=1)
+        self.padding = padding
+        self.dilation = per_dimension("dilation", dilation, 2, minimum=1)
+        if max(self.dilation) > 1:
+            raise ValueError(f"dilation={dilation!r}: expected 1; a larger kernel_size reaches further")
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.output_padding = (0, 0)
+        self.rounding: Rounding = rounding
+        self.memory_limit = memory_limit
+        self._ratios = self._built_ratios = _initial_scale(self.stride, scale)
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        spec = CcSpec.of(kernel_size=self.kernel_size, hidden=hidden)
+        pixels = [plateaus(*dim, rounding) for dim in zip(self._ratios, self.kernel_size, strict=True)]
+        self.net = InternalNet(out_channels, in_channels // groups, pixels, spec.hidden, device, dtype)
+        self.compile_construction(compile)
+        self._kept: Kept[Tensor] = Kept()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: the kernel as the internal net says, the bias as that of `nn.Conv2d`."""
+        self.net.reset_parameters()
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -self.net.bound, self.net.bound)
+
+    @property
+    def scale(self) -> tuple[Fraction, Fraction]:
+        """Size of the output relative to the input's, for rows and columns. It can be set, also after training."""
+        rows, columns = self._ratios
+        return Fraction(*rows), Fraction(*columns)
+
+    @scale.setter
+    def scale(self, value: Scale) -> None:
+        self._ratios = ratios("scale", value)
+
+    # ---- the convolution
+
+    def forward(self, x: Tensor, scale: Scale | None = None, size: int | Sequence[int] | None = None) -> Tensor:
+        """Convolve and resize.
+
+        Args:
+            x: (N, C_in, H, W) or (C_in, H, W).
+            scale: another scale than the layer's.
+            size: (H', W') of the output; without a scale, size / (H, W) is the scale.
+
+        Returns:
+            (N, C_out, H', W') or (C_out, H', W').
+
+        Raises:
+            ValueError: the scale is out of range, or the size not positive.
+        """
+        if is_traced(x):
+            return as_node(self, x, scale=scale, size=size)
+        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
+            channels = self.in_channels
+            raise ValueError(f"x: expected (N, {channels}, H, W) or ({channels}, H, W), got {tuple(x.shape)}")
+        plan = self.plan(x.shape[-2:], scale, size)
+        images = x if x.ndim == 4 else x.unsqueeze(0)
+        if plan.phases <= MOST_PHASES:
+            y = apply_kernels(images, self._kernels(plan), self.bias, plan, self.groups)
+        else:
+            limit = self.memory_limit or (MEMORY_LIMIT_CPU if x.is_cpu else MEMORY_LIMIT)
+            weight = self.net.inputs()["weight"]
+            y = features_first(images, weight, self.net.features, self.bias, plan, self.groups, limit)
+        return y if x.ndim == 4 else y.squeeze(0)
+
+    def plan(
+        self, size: Sequence[int], scale: Scale | None = None, out_size: int | Sequence[int] | None = None
+    ) -> Plan:
+        """How an image of `size` pixels is resized; other arguments as `scale` and `size` of `forward`."""
+        if out_size is not None:
+            out_size = per_dimension("size", out_size, 2, minimum=1)
+        ratio = self._ratios
+        if scale is not None:
+            ratio = ratios("scale", scale)
+        elif out_size is not None:
+            ratio = ratio_of_sizes(out_size[0], size[0]), ratio_of_sizes(out_size[1], size[1])
+        make = resize_plan if torch.compiler.is_compiling() else _cached_plan
+        return make(tuple(size), out_size, ratio, self.kernel_size, self.rounding, self.padding_mode)
+
+    def _kernels(self, plan: Plan) -> Tensor:
+        """Kernels of all phases, (p_y, p_x, C_out, C_in/groups, S_y, S_x), kept outside training."""
+
+        def construct() -> Tensor:
+            device = self.net.weight.device
+            kernels: Tensor = self.net(*(distances(axis, 0, axis.period, device) for axis in plan.axes))
+            return kernels
+
+        if self.training:
+            return construct()
+        return self._kept.get((self.net.weight, *self.net.geometry.values()), construct, plan.key)
+
+    # ---- the kernel
+
+    @property
+    def geometry_owner(self) -> GeometryOwner:
+        return self.net
+
+    def compile_construction(self, mode: CompileMode) -> None:
+        self.net.compile_mode = check_compile_mode(mode)
+
+    def kernel_at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The continuous kernel at given distances, g - m, in input pixels.
+
+        Args:
+            rows: (..., A) vertical distances, on any device: one kernel for each of its rows, or a single one.
+            columns: (..., B) horizontal distances.
+
+        Returns:
+            (..., C_out, C_in/groups, A, B), the dimensions ahead being those of rows, then of columns; in the
+            parameters' dtype, differentiable.
+        """
+        device = self.net.weight.device
+        kernels = self.net(*(values.reshape(-1, values.shape[-1]).to(device) for values in (rows, columns)))
+        return kernels.reshape(*rows.shape[:-1], *columns.shape[:-1], *kernels.shape[2:])
+
+    def construct(self) -> Tensor:
+        """The kernel of the first output pixel, where size · scale is whole; at scale 1/k that of all pixels.
+
+        Returns:
+            (C_out, C_in/groups, *kernel_size), differentiable with respect to the parameters.
+        """
+        return self.kernel_at(*self.weight_distances())
+
+    def weight_distances(self) -> tuple[Tensor, Tensor]:
+        """The distances at which `construct` samples the continuous kernel, (S_y,) and (S_x,) on the CPU, in pixels."""
+        axes = reference_axes(self._ratios, self.kernel_size)
+        rows, columns = (distances(axis, 0, 1, torch.device("cpu"))[0] for axis in axes)
+        return rows, columns
+
+    @torch.no_grad()
+    def sampled_kernel(self, samples: int, channels: int) -> Tensor:
+        """Continuous kernels on a fine grid over their support, for pictures (Fig. 3).
+
+        Args:
+            samples: along each axis.
+            channels: so many output channels, for the first input channel.
+
+        Returns:
+            (channels, samples, samples); distances fall from support/2 to -support/2, as the pixels of a kernel follow
+            one another.
+        """
+        centres = (torch.arange(samples, device=self.net.weight.device) + 0.5) / samples - 0.5
+        features = self.net.features(*(-size * centres for size in self.kernel_size))
+        return torch.einsum("yxf,cf->cyx", features, self.net.weight[:channels, 0].to(features.dtype))
+
+    # ---- in place of a convolution, and back
+
+    @classmethod
+    def in_place_of(cls, conv: PlainConv, spec: CcSpec) -> Self:
+        """A CC layer with scale 1/stride in place of `conv`.
+
+        Raises:
+            ValueError: no rounding gives the output size of `conv` for every input.
+        """
+        rounding = rounding_of(conv)
+        size = spec.kernel_size or tuple(covering_support(conv, dim, rounding) for dim in (0, 1))
+        return cls(
+            conv.in_channels, conv.out_channels, size, conv.stride, groups=conv.groups,
+            bias=conv.bias is not None, padding_mode=conv.padding_mode,
+            device=conv.weight.device, dtype=conv.weight.dtype, rounding=rounding, hidden=spec.hidden,
+        )  # fmt: skip
+
+    @classmethod
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+        """Solve the last layers of the internal nets by least squares, so that the kernels are those of `convs`.
+
+        At the distances that occur with sizes that are multiples of the stride, and with those beside them. That is
+        exact where the support holds the pixels that a convolution reads and the hidden layers suffice, as those of
+        `hidden=None` do.
+
+        Raises:
+            ValueError: a convolution has no weights (meta device).
+        """
+        require_weights(convs)
+        for layer, conv in zip(layers, convs, strict=True):
+            fit_last_layer(layer.net.weight, layer.net.features, conv, layer.kernel_size, layer.rounding)
+            copy_bias_(layer.bias, conv)
+
+    @torch.no_grad()
+    def fit_error(self, conv: PlainConv) -> float:
+        """||kernel - kernel of conv|| / ||kernel of conv||, where input sizes are multiples of the stride."""
+        kernel, wanted = self.construct().double(), conv.weight.double()
+        placed = kernel_in_place_of(conv, kernel, reference_axes(self._ratios, self.kernel_size))
+        elsewhere = (kernel.square().sum() - placed.square().sum()).clamp_min(0)
+        distance = ((placed - wanted).square().sum() + elsewhere).sqrt()
+        return float(distance / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+    def to_conv(self) -> nn.Module:
+        """The strided convolution with the same output, where input sizes are multiples of the stride.
+
+        With other sizes the projected grid lies elsewhere between the pixels, and the kernel there is another one.
+
+        Raises:
+            ValueError: the scale is not 1/k.
+        """
+        require_strides(self._ratios)
+        axes = reference_axes(self._ratios, self.kernel_size)
+        conv = merged_conv(self.construct(), self.bias, axes, self.rounding, self.padding_mode, self.groups)
+        return _trained_as(self, conv)
+
+    def to_conv_like(self, conv: PlainConv) -> PlainConv | None:
+        """A copy of `conv`, which this layer stands in for, with this layer's kernel where it reads the same pixels.
+
+        `conv` may be on the meta device. None where more than 1e-5 of the kernel's mass lies elsewhere.
+
+        Raises:
+            ValueError: the scale is not 1/stride.
+        """
+        require_strides(self._ratios, conv.stride)
+        kernel = self.construct().detach()
+        placed = kernel_in_place_of(conv, kernel, reference_axes(self._ratios, self.kernel_size))
+        mass = kernel.abs().sum(dtype=torch.float64)
+        if mass - placed.abs().sum(dtype=torch.float64) > NEGLIGIBLE * mass:
+            return None
+        plain = copy.deepcopy(conv)
+        plain.weight = nn.Parameter(placed)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return _trained_as(self, plain)
+
+    # ---- reports, saving, modes
+
+    def multiply_adds(self, output_size: Sequence[int]) -> int:
+        """Multiply-adds for one sample, at the layer's scale; building kernels is not counted."""
+        taps, out_channels = math.prod(self.kernel_size), self.out_channels // self.groups
+        per_pixel = out_channels * taps
+        if self._ratios[0][0] * self._ratios[1][0] > MOST_PHASES:
+            per_pixel = (taps + out_channels) * self.net.weight.shape[-1]
+        return math.prod(output_size) * self.in_channels * per_pixel
+
+    def unsaved_setting(self) -> str | None:
+        if self._ratios == self._built_ratios:
+            return None
+        return f"scale={scale_text(self._ratios)}, built with {scale_text(self._built_ratios)}"
+
+    def reset_setting(self) -> None:
+        self._ratios = self._built_ratios
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._kept.drop()  # its memory is of no use during training
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, scale={scale_text(self._ratios)}"
+        )
+        for name, value, default in (
+            ("rounding", self.rounding, "ceil"),
+            ("groups", self.groups, 1),
+            ("bias", self.bias is not None, True),
+            ("padding_mode", self.padding_mode, "zeros"),
+        ):
+            text += f", {name}={value}" if value != default else ""
+        return text
+
+
+CcSpec.layers = {2: ContinuousConv2d}
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, allowed))}")
+
+
+def _initial_scale(stride: tuple[int, ...], scale: Scale | None) -> tuple[Ratio, Ratio]:
+    """The scale that a layer is built with: the given one, or 1/stride."""
+    if scale is None:
+        if max(stride) * SMALLEST_SCALE > 1:
+            raise ValueError(f"stride={stride}: expected at most {1 / SMALLEST_SCALE}; the layer's scale is 1/stride")
+        return (1, stride[0]), (1, stride[1])
+    if max(stride) > 1:
+        raise ValueError(f"stride={stride}, scale={scale!r}: expected one of them; a scale is 1/stride")
+    return ratios("scale", scale)
+
+
+def _trained_as(layer: ContinuousConv2d, conv: PlainConv) -> PlainConv:
+    """`conv`, which trains and is in training mode if the layer does and is."""
+    conv.weight.requires_grad_(any(value.requires_grad for value in layer.net.inputs().values()))
+    return conv.train(layer.training)

@@ -1,0 +1,204 @@
+"""CC layers and plain strided convolutions: which pixels both read, and how each gets the other's kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..core.plain import PlainConv, plain_conv
+from .grid import Axis, Ratio, Rounding, distances, scale_text, strided_axes
+
+__all__ = [
+    "covering_support",
+    "fit_last_layer",
+    "kernel_in_place_of",
+    "merged_conv",
+    "require_strides",
+    "rounding_of",
+]
+
+
+def rounding_of(conv: PlainConv) -> Rounding:
+    """How the output size of a convolution rounds size / stride.
+
+    Raises:
+        ValueError: it is neither ceil(size / stride) nor floor(size / stride) for all sizes.
+    """
+    for rounding in ("ceil", "floor"):
+        if all(_rounds(conv, dim, rounding) for dim in range(2)):
+            return rounding
+    raise ValueError(
+        f"kernel_size={tuple(conv.kernel_size)}, stride={tuple(conv.stride)}, padding={conv.padding!r}: its output has"
+        " neither ceil nor floor of size / stride pixels for every size, which an output resized by 1/stride has"
+    )
+
+
+def _rounds(conv: PlainConv, dim: int, rounding: Rounding) -> bool:
+    kernel_size, stride = conv.kernel_size[dim], conv.stride[dim]
+    if _is_same(conv):
+        return rounding == "ceil" or stride == 1
+    margin = 2 * _padding(conv, dim) - kernel_size + stride  # output: floor((size + margin) / stride)
+    return margin == (stride - 1 if rounding == "ceil" else 0)
+
+
+def require_strides(scale: Sequence[Ratio], stride: Sequence[int] | None = None) -> None:
+    """Refuse a scale that is not 1/stride, or for stride=None not that of any stride.
+
+    Raises:
+        ValueError: names the scale, and what is allowed.
+    """
+    wanted = [(1, denominator) for _, denominator in scale] if stride is None else [(1, s) for s in stride]
+    if list(scale) != wanted:
+        expected = "1/k, k whole," if stride is None else f"1/stride, stride {tuple(stride)},"
+        raise ValueError(
+            f"scale={scale_text(scale)}: expected {expected} which a plain convolution has too; `layer.scale` sets it"
+        )
+
+
+# ---- from a convolution
+
+
+def covering_support(conv: PlainConv, dim: int, rounding: Rounding) -> int:
+    """The smallest support, at least the kernel's size, that holds all pixels that the convolution reads."""
+    size = support = conv.kernel_size[dim]
+    while any(
+        len(range(*_overlap(conv, dim, axis)[1].indices(size))) < size
+        for axis in strided_axes(conv.stride[dim], support, rounding)
+    ):
+        support += 1
+    return support
+
+
+@torch.no_grad()
+def fit_last_layer(
+    weight: Tensor,
+    features: Callable[[Tensor, Tensor], Tensor],
+    conv: PlainConv,
+    support: Sequence[int],
+    rounding: Rounding,
+) -> None:
+    """Set the last layer of an internal net, in place, so that the kernel is that of a strided convolution.
+
+    Least squares over the distances of `strided_axes`; the layer's bias, the last feature, is used where the others
+    leave something.
+
+    Args:
+        weight: (C_out, C_in/groups, F + 1), changed.
+        features: the hidden layers.
+        conv: the convolution.
+        support: of the continuous kernel, in pixels.
+        rounding: of the layer.
+    """
+    found = [_distances_and_taps(conv, dim, support[dim], rounding, weight.device) for dim in (0, 1)]
+    (rows, row_taps), (columns, column_taps) = found
+    phi = features(rows, columns).double().flatten(0, 1)
+    kernel = F.pad(conv.weight.double(), (0, 1, 0, 1))  # index -1 finds a zero
+    target = kernel[:, :, row_taps][..., column_taps].flatten(2).flatten(0, 1).T
+    solution = _least_squares(phi[:, :-1], target)
+    left = target - phi[:, :-1] @ solution
+    needs_bias = left.norm() > 1e-9 * target.norm()
+    solution = _least_squares(phi, target) if needs_bias else F.pad(solution, (0, 0, 0, 1))
+    weight.copy_(solution.T.view(weight.shape))
+
+
+def _distances_and_taps(
+    conv: PlainConv, dim: int, support: int, rounding: Rounding, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(D,) distances that occur, and the index of the kernel's pixel at each, -1 where the convolution reads none."""
+    axes = strided_axes(conv.stride[dim], support, rounding)
+    taps = torch.full((len(axes), support), -1, device=device)
+    for row, axis in zip(taps, axes, strict=True):
+        own, its = _overlap(conv, dim, axis)
+        row[own] = torch.arange(its.start, its.stop, device=device)
+    return torch.cat([distances(axis, 0, 1, device)[0] for axis in axes]), taps.flatten()
+
+
+def _least_squares(a: Tensor, b: Tensor) -> Tensor:
+    """The smallest x with the least ||a x - b||, also where a has a low rank."""
+    return torch.linalg.pinv(a, rtol=1e-8) @ b
+
+
+# ---- to a convolution
+
+
+def merged_conv(
+    kernel: Tensor, bias: Tensor | None, axes: Sequence[Axis], rounding: Rounding, padding_mode: str, groups: int
+) -> PlainConv:
+    """The convolution with a CC layer's kernel at scale 1/stride.
+
+    Args:
+        kernel: (C_out, C_in/groups, height, width).
+        bias: (C_out,) or None.
+        axes: rows and columns of an image whose size is a multiple of the stride.
+        rounding, padding_mode, groups: of the layer.
+    """
+    first, stride = [axis.first(0) for axis in axes], [axis.denominator for axis in axes]
+    kernel = F.pad(kernel, [n for dim in (1, 0) for n in _zeros_around(kernel.shape[2 + dim], first[dim])])
+    pads = [max(-index, 0) for index in first]
+    size = kernel.shape[2:]
+    short = any(2 * p - k != -1 for p, k in zip(pads, size, strict=True))  # of ceil(size / stride) outputs
+    even = all((k - s) % 2 == 0 for k, s in zip(size, stride, strict=True))
+    same = rounding != "floor" and short and even and padding_mode == "zeros"
+    padding: str | list[int] = "same" if same else pads
+    return plain_conv(kernel, bias, stride=stride, padding=padding, groups=groups, padding_mode=padding_mode)
+
+
+def _zeros_around(size: int, first: int) -> tuple[int, int]:
+    """With which a kernel that reaches from pixel `first` on is placed by the same padding on both sides.
+
+    It may start inside, being smaller than the stride; and where it ends before the padding does, as even ones with
+    stride 1, it would be applied once too often.
+    """
+    inside = max(first, 0)
+    return inside, max(inside, -2 * first + 1 - size)
+
+
+def kernel_in_place_of(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """A continuous kernel's pixels in the places of those of a convolution that read the same pixels of an image.
+
+    Args:
+        conv: the convolution.
+        kernel: (C_out, C_in/groups, S_y, S_x), at `axes`.
+        axes: rows and columns of an image.
+
+    Returns:
+        (C_out, C_in/groups, *size of conv's kernel); 0 where the continuous kernel reads nothing.
+    """
+    (own_rows, its_rows), (own_columns, its_columns) = (_overlap(conv, dim, axis) for dim, axis in enumerate(axes))
+    placed = kernel.new_zeros(conv.weight.shape)
+    placed[..., its_rows, its_columns] = kernel[..., own_rows, own_columns]
+    return placed
+
+
+# ---- where both read
+
+
+def _overlap(conv: PlainConv, dim: int, axis: Axis) -> tuple[slice, slice]:
+    """Where along one dimension a continuous kernel and that of a convolution read the same pixels.
+
+    Returns:
+        Indices of the neighbours, and of the convolution's kernel.
+    """
+    ahead = axis.first(0) + _padding_before(conv, dim, axis)  # index in the convolution of the first neighbour
+    start = max(-ahead, 0)
+    stop = max(min(axis.support, conv.kernel_size[dim] - ahead), start)
+    return slice(start, stop), slice(start + ahead, stop + ahead)
+
+
+def _padding_before(conv: PlainConv, dim: int, axis: Axis) -> int:
+    if not _is_same(conv):
+        return _padding(conv, dim)
+    total = (axis.out_size - 1) * conv.stride[dim] + conv.kernel_size[dim] - axis.size
+    return max(total, 0) // 2
+
+
+def _is_same(conv: PlainConv) -> bool:
+    return isinstance(conv, Conv2dSame) or conv.padding == "same"
+
+
+def _padding(conv: PlainConv, dim: int) -> int:
+    return 0 if isinstance(conv.padding, str) else conv.padding[dim]

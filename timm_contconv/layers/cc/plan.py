@@ -1,0 +1,58 @@
+"""What follows from the sizes of an image and of its output: where a CC layer's kernels are applied, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .grid import Axis, Ratio, Rounding, output_size
+
+__all__ = ["Plan", "resize_plan"]
+
+
+class Plan(NamedTuple):
+    """What follows from the sizes of an image and its output.
+
+    Attributes:
+        axes: the geometry of rows and columns.
+        phases: number of different sets of distances, p_y * p_x.
+        key: what all distances follow from. For rows and columns: numerator, denominator, support, and the distance of
+            the first output pixel from its first neighbour in units of 1/(2p) pixels.
+        padding_mode: how images go on beyond their borders.
+        padding: with which a convolution itself reaches the neighbours; None where it can't, or there are phases.
+    """
+
+    axes: tuple[Axis, Axis]
+    phases: int
+    key: tuple[tuple[int, ...], ...]
+    padding_mode: str
+    padding: tuple[int, int] | None
+
+
+def resize_plan(
+    size: Sequence[int],
+    out_size: Sequence[int] | None,
+    scale: Sequence[Ratio],
+    support: Sequence[int],
+    rounding: Rounding,
+    padding_mode: str,
+) -> Plan:
+    """The plan for images of `size` pixels at a scale; without an `out_size`, of size · scale, rounded."""
+    if out_size is None:
+        out_size = [output_size(n, ratio, rounding) for n, ratio in zip(size, scale, strict=True)]
+    axes = rows, columns = [Axis(size[d], out_size[d], *scale[d], support[d]) for d in (0, 1)]
+    key = tuple((*axis[2:], axis.position(0) - 2 * axis.numerator * axis.first(0)) for axis in axes)
+    phases = rows.period * columns.period
+    padding = _own_padding(axes, padding_mode) if phases == 1 else None
+    return Plan((rows, columns), phases, key, padding_mode, padding)
+
+
+def _own_padding(axes: Sequence[Axis], padding_mode: str) -> tuple[int, int] | None:
+    """The padding with which a convolution itself reaches the same neighbours, or None where it can't."""
+    rows, columns = (-axis.first(0) for axis in axes)
+    if padding_mode != "zeros" or min(rows, columns) < 0:
+        return None
+    for axis, pad in zip(axes, (rows, columns), strict=True):
+        if (axis.size + 2 * pad - axis.support) // axis.denominator + 1 != axis.out_size:
+            return None
+    return rows, columns

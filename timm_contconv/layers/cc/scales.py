@@ -1,0 +1,192 @@
+"""Other scales for a trained model's CC layers: for a while, or several averaged (Shocher et al. 2020, section 4)."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .grid import Scale, ratios
+from .layer import ContinuousConv2d
+
+__all__ = ["ScaleEnsemble", "cc_scales", "scale_ensemble"]
+
+_LOCK = threading.RLock()
+
+#: scales of the layers by module name, or of all of them in the model's order
+Scales = Mapping[str, Scale] | Sequence[Scale]
+
+
+@contextlib.contextmanager
+def cc_scales(model: nn.Module, scales: Scales) -> Iterator[nn.Module]:
+    """Give CC layers of a model other scales, until the block is left.
+
+    The layers have them for all threads; blocks of several threads wait for one another. A backward pass through
+    gradient checkpoints runs layers again, and belongs inside the block.
+
+    Args:
+        model: a model that holds `ContinuousConv2d` layers.
+        scales: {module name: scale}, or one scale for each CC layer in the model's order. A scale is a number, or one
+            for rows and one for columns.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: the model holds no CC layer, a name is not that of one, the number of scales is not that of the
+            layers, or a scale is out of range. Nothing is changed then.
+    """
+    wanted = _by_name(model, scales)
+    layers = _layers(model)
+    with _one_thread_at_a_time():
+        before = {name: layers[name].scale for name in wanted}
+        try:
+            for name, scale in wanted.items():
+                layers[name].scale = scale
+            yield model
+        finally:
+            for name, scale in before.items():
+                layers[name].scale = scale
+
+
+class ScaleEnsemble(nn.Module):
+    """A model applied several times, each with other scales in its CC layers; the outputs are averaged.
+
+    Args:
+        model: a model that holds `ContinuousConv2d` layers; its own scales say which size is expected.
+        sequences: as `cc_scales` takes them, at least one. [{}] are the model's own scales. Along every path through
+            the network their product is that of the model's own, so that sizes agree where paths meet and at the end.
+
+    Raises:
+        ValueError: as `cc_scales`.
+    """
+
+    def __init__(self, model: nn.Module, sequences: Sequence[Scales]) -> None:
+        super().__init__()
+        if not isinstance(sequences, Sequence) or not sequences:
+            raise ValueError(f"sequences={sequences!r}: expected at least one sequence of scales, in a list")
+        self.model = model
+        self.sequences = tuple(_by_name(model, scales) for scales in sequences)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean of the model's outputs for x.
+
+        Raises:
+            ValueError: the model is in training mode; a sequence gives the last CC layer an output of another size
+                than the model's own scales do, or sizes that do not fit together elsewhere in the network. The
+                message has the sizes of all layers.
+        """
+        if self.model.training:
+            raise ValueError("model: it is in training mode, expected eval(); an ensemble of scales is for inference")
+        with _one_thread_at_a_time():
+            expected = self._expected_size(x)
+            return torch.stack([self._output(x, number, expected) for number in range(len(self.sequences))]).mean(0)
+
+    @torch.no_grad()
+    def _expected_size(self, x: Tensor) -> tuple[int, ...]:
+        """Size of the last CC layer's output with the model's own scales."""
+        sizes: list[LayerSizes] = []
+        with _recording(self.model, sizes):
+            self.model(x[:1])
+        if not sizes:
+            raise ValueError(f"model: none of its CC layers ran ({', '.join(_layers(self.model))})")
+        return sizes[-1].after
+
+    def _output(self, x: Tensor, number: int, expected: tuple[int, ...]) -> Tensor:
+        """The model's output with the scales of one sequence."""
+        sizes: list[LayerSizes] = []
+        try:
+            with cc_scales(self.model, self.sequences[number]), _recording(self.model, sizes):
+                y = self.model(x)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"sequences[{number}]: its sizes do not fit the rest of the network ({error}):\n{_table(sizes)}"
+            ) from error
+        if sizes[-1].after != expected:
+            raise ValueError(
+                f"sequences[{number}]: the last CC layer's output has {_pixels(sizes[-1].after)} pixels, expected"
+                f" {_pixels(expected)} as with the model's own scales; the product of a sequence's scales has to be"
+                f" theirs:\n{_table(sizes)}"
+            )
+        if not isinstance(y, Tensor):
+            raise ValueError(f"model: its output is a {type(y).__name__}, expected a tensor, of which there is a mean")
+        return y
+
+
+def scale_ensemble(model: nn.Module, sequences: Sequence[Scales]) -> ScaleEnsemble:
+    """A module that averages a model's outputs over several sequences of scales; `ScaleEnsemble` has the arguments."""
+    return ScaleEnsemble(model, sequences)
+
+
+class LayerSizes(NamedTuple):
+    """Height and width before and after a CC layer."""
+
+    name: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@contextlib.contextmanager
+def _recording(model: nn.Module, sizes: list[LayerSizes]) -> Iterator[None]:
+    """Append the sizes of all CC layers that run, in the order in which they run."""
+
+    def record(name: str) -> Callable[[nn.Module, Any, Any, Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+            x = args[0] if args else kwargs["x"]
+            sizes.append(LayerSizes(name, tuple(x.shape[-2:]), tuple(y.shape[-2:])))
+
+        return hook
+
+    handles = [layer.register_forward_hook(record(name), with_kwargs=True) for name, layer in _layers(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _one_thread_at_a_time() -> contextlib.AbstractContextManager[Any]:
+    """For what changes layers for a while. A graph is traced by one thread, and holds no lock."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK
+
+
+def _layers(model: nn.Module) -> dict[str, ContinuousConv2d]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, ContinuousConv2d)}
+    if not found:
+        raise ValueError(
+            f"model: this {type(model).__name__} holds no ContinuousConv2d; tcc.patch(model, 'cc') does it"
+        )
+    return found
+
+
+def _by_name(model: nn.Module, scales: Scales) -> dict[str, Scale]:
+    """Scales by module name, checked."""
+    layers = _layers(model)
+    if isinstance(scales, Mapping):
+        by_name = dict(scales)
+    elif isinstance(scales, Sequence) and len(scales) == len(layers):
+        by_name = dict(zip(layers, scales, strict=True))
+    else:
+        raise ValueError(
+            f"scales={scales!r}: expected {len(layers)} of them, one for each CC layer ({', '.join(layers)}), or"
+            " {name: scale}"
+        )
+    for name, scale in by_name.items():
+        if name not in layers:
+            raise ValueError(f"scales[{name!r}]: no CC layer; there are {', '.join(layers)}")
+        ratios(f"scales[{name!r}]", scale)
+    return by_name
+
+
+def _table(sizes: Sequence[LayerSizes]) -> str:
+    return "\n".join(f"  {row.name}: {_pixels(row.before)} -> {_pixels(row.after)}" for row in sizes)
+
+
+def _pixels(size: Sequence[int]) -> str:
+    return "×".join(str(n) for n in size)

@@ -1,0 +1,89 @@
+"""Checks of arguments that layers share with PyTorch's convolutions."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+from torch import Tensor
+
+__all__ = ["Int", "as_int", "check_channels", "check_counts", "check_padding", "per_dimension"]
+
+LARGEST_SIZE = 1 << 20  # pixels of a kernel, a stride or a padding
+
+
+def as_int(value: Any) -> int | None:
+    """Python's int for an int of any library; None for anything else, also for bools and tensors."""
+    if isinstance(value, bool | Tensor):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _as_strict_int(value: Any) -> int:
+    number = as_int(value)
+    if number is None:
+        raise ValueError("expected an int")
+    return number
+
+
+#: an int of any library, as a setting: no bool, no text, no float
+Int = Annotated[int, BeforeValidator(_as_strict_int)]
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse numbers of things that are not positive ints.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    for name, value in counts.items():
+        number = as_int(value)
+        if number is None or number < 1:
+            raise ValueError(f"{name}={value!r}: expected a positive int")
+
+
+def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    """Refuse numbers of channels that `groups` does not divide.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if value % groups:
+            raise ValueError(f"{name}={value}: expected a multiple of groups={groups}")
+
+
+def per_dimension(name: str, value: int | Sequence[int], ndim: int, minimum: int) -> tuple[int, ...]:
+    """An argument of a convolution as one int for each of its spatial dimensions.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    given = value if isinstance(value, Sequence) else (value,) * ndim
+    values = tuple(v for v in map(as_int, given) if v is not None and minimum <= v <= LARGEST_SIZE)
+    if not len(values) == len(given) == ndim:
+        wanted = "a positive int" if minimum == 1 else f"an int of at least {minimum}"
+        raise ValueError(f"{name}={value!r}: expected {wanted}, or {ndim} of them")
+    return values
+
+
+def check_padding(padding: int | Sequence[int] | str, ndim: int) -> tuple[int, ...] | Literal["same"]:
+    """Padding in pixels, one int for each spatial dimension, or "same".
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    if not isinstance(padding, str):
+        return per_dimension("padding", padding, ndim, minimum=0)
+    if padding == "same":
+        return "same"
+    if padding == "valid":
+        return (0,) * ndim
+    allowed = "'same', 'valid'" + (" or 'causal'" if ndim == 1 else "")
+    raise ValueError(f"padding={padding!r}: expected an int, {ndim} ints, {allowed}")

@@ -1,0 +1,63 @@
+"""Geometry: the parameters that say where a kernel reaches, and how several layers share one set of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import nn
+
+__all__ = ["GeometryOwner", "share_geometry"]
+
+
+class GeometryOwner(nn.Module):
+    """A module that reads geometry parameters: its own, or a set that it shares with others.
+
+    A subclass registers the parameters under `geometry_names` and reads them from `geometry`.
+    """
+
+    #: names of the geometry parameters
+    geometry_names: tuple[str, ...] = ()
+    #: learning rate of the geometry relative to that of the weights, as in the method's paper
+    geometry_lr_scale: ClassVar[float] = 1.0
+
+    @property
+    def geometry(self) -> dict[str, nn.Parameter]:
+        """The geometry parameters by name; modules that share them return the shared ones."""
+        home = self.geometry_home
+        return {name: getattr(home, name) for name in self.geometry_names}
+
+    @property
+    def geometry_home(self) -> nn.Module:
+        """The module that registers the geometry parameters."""
+        home: nn.Module = self.__dict__.get("_shared_geometry", self)
+        return home
+
+
+def share_geometry(owners: Sequence[GeometryOwner]) -> nn.ParameterDict:
+    """Let several modules use one set of geometry parameters, that of the first.
+
+    The owners hold references to the set.
+
+    Returns:
+        The set. The caller registers it once, on a module that should hold all the owners: so it stands once in
+        `state_dict()` and `parameters()`, and wrappers that manage parameters by module (FSDP) have it at hand whenever
+        one of the owners runs.
+
+    Raises:
+        ValueError: the owners' parameter shapes differ; then nothing is changed.
+    """
+    geometry = owners[0].geometry
+    for owner in owners[1:]:
+        for key, value in geometry.items():
+            if owner.geometry[key].shape != value.shape:
+                raise ValueError(
+                    f"{key} has shape {tuple(owner.geometry[key].shape)} in one layer and {tuple(value.shape)} in"
+                    " another: layers share geometry only where the shapes are equal"
+                )
+    shared = nn.ParameterDict(geometry)
+    for owner in owners:
+        for key in geometry:
+            del owner._parameters[key]
+        owner.__dict__["_shared_geometry"] = shared  # past nn.Module.__setattr__: a reference, not a registration
+    return shared

@@ -1,0 +1,104 @@
+"""What is computed from parameters outside training, kept on the CPU for as long as their values are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import is_transformed
+
+__all__ = ["Kept", "may_look"]
+
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry(Generic[Value]):
+    key: Hashable
+    inputs: tuple[Tensor, ...]
+    value: Value
+    version: int
+
+
+class Kept(Generic[Value]):
+    """The last value that was computed, with copies of the parameters that it was computed from.
+
+    Values are compared, because edits through `.data`, views and communication buffers leave no other trace. That is
+    a matter of microseconds on the CPU. An accelerator would have to be waited for, so nothing is kept there.
+    Several threads may use one object: each reads the entry once, and replaces it as a whole.
+    """
+
+    def __init__(self) -> None:
+        self._entry: _Entry[Value] | None = None
+
+    def get(self, inputs: Sequence[Tensor], compute: Callable[[], Value], key: Hashable = None) -> Value:
+        """The kept value if it is of these inputs and this key; otherwise a new one, which is kept if that is allowed.
+
+        Args:
+            inputs: the parameters that the value is a function of.
+            compute: computes the value, a tensor or a tuple that starts with one.
+            key: what else the value depends on.
+        """
+        if not _may_keep(inputs):
+            return compute()
+        entry = self._entry
+        if entry is None or entry.key != key or not _is_current(entry, inputs):
+            with torch.inference_mode(False), torch.no_grad():  # serves later calls with gradients of the input too
+                value = compute()
+                copies = tuple(tensor.detach().clone() for tensor in inputs)
+            self._entry = entry = _Entry(key, copies, value, _version(value))
+        return entry.value
+
+    def drop(self) -> None:
+        """Free the memory of what is kept."""
+        self._entry = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept[Value]:
+        return Kept()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, ()
+
+
+def _is_current(entry: _Entry[Any], inputs: Sequence[Tensor]) -> bool:
+    if _version(entry.value) != entry.version or len(inputs) != len(entry.inputs):
+        return False
+    return all(
+        now.dtype == then.dtype and torch.equal(now, then) for now, then in zip(inputs, entry.inputs, strict=True)
+    )
+
+
+def _version(value: Any) -> int:
+    """Of the kept tensor: an edit of it shows there."""
+    tensor = value[0] if isinstance(value, tuple) else value
+    return tensor._version if isinstance(tensor, Tensor) else 0
+
+
+def _may_keep(inputs: Sequence[Tensor]) -> bool:
+    if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
+        return False
+    return all(value.device.type == "cpu" for value in inputs) and may_look(inputs)
+
+
+def may_look(values: Iterable[Any]) -> bool:
+    """Whether values can be read here: they can't be while they are traced, transformed or captured, or on meta."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or _is_recorded():
+        return False
+    is_cuda = False
+    for value in values:
+        if type(value) not in (Tensor, nn.Parameter) or value.is_meta:
+            return False
+        is_cuda = is_cuda or value.is_cuda
+    return not (is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _is_recorded() -> bool:
+    """Whether operators are recorded, or run on fake tensors."""
+    modes = torch._C._TorchDispatchModeKey
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)
+    )

@@ -1,0 +1,108 @@
+"""Kernel: parameters in, dense kernel out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from .compilation import CompileMode, construct
+from .geometry import GeometryOwner
+
+__all__ = ["Kernel", "Margins"]
+
+#: pixels of a kernel that are left out before and after, per spatial dimension
+Margins = tuple[tuple[int, int], ...]
+
+
+class Kernel(GeometryOwner):
+    """A dense kernel as a function of parameters.
+
+    A subclass registers its parameters, names those that are geometry in `geometry_names`, and gives a pure function
+    of them. This class constructs: in float32 (float64 for float64 parameters), also under autocast, cast to the
+    parameters' dtype afterwards.
+
+    Args:
+        out_channels: C_out.
+        in_channels: C_in/groups.
+        kernel_size: D ints, in pixels.
+        causal: the last pixel of the kernel is the newest sample of a sequence.
+    """
+
+    def __init__(self, out_channels: int, in_channels: int, kernel_size: Sequence[int], causal: bool = False) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.in_channels = in_channels
+        self.kernel_size = tuple(kernel_size)
+        self.causal = causal
+        self.compile_mode: CompileMode = "auto"
+
+    @abstractmethod
+    def function(self) -> Callable[..., Tensor]:
+        """A pure function of `inputs()`, by name, that returns the dense kernel (C_out, C_in/groups, *kernel_size).
+
+        A function of a module, or a `functools.partial` of one with hashable keywords: torch.compile takes it.
+        """
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as the method's paper does."""
+
+    def sources(self) -> dict[str, Tensor]:
+        """The parameters that the kernel is constructed from, by name; shared ones included."""
+        own = {name: value for name, value in self._parameters.items() if value is not None}
+        return {**own, **self.geometry}
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What `function()` takes, by name: the parameters, unless a kernel needs more."""
+        return self.sources()
+
+    def forward(self) -> Tensor:
+        """The dense kernel, (C_out, C_in/groups, *kernel_size) less `margins`; differentiable."""
+        return construct(self.function(), self.inputs(), self.dtype, self.compile_mode)
+
+    @property
+    def margins(self) -> Margins | None:
+        """Borders that are known to be zero and left out by `forward`; None for none."""
+        return None
+
+    def look(self) -> None:
+        """Read what `margins` depends on from the parameters' values."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, hence of the dense kernel."""
+        return next(self.parameters()).dtype
+
+    @property
+    def bias_bound(self) -> float:
+        """The bias of a convolution with this kernel starts uniform between this number and its negative."""
+        return 0.0
+
+    @classmethod
+    @abstractmethod
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+        """Let kernels reproduce others, in place, as well as they can. Deterministic; exact where that is possible.
+
+        Args:
+            kernels: kernels of one geometry, shared where there are several.
+            targets: (C_out, C_in/groups, *size) kernels of one size, at most kernel_size, that lie about the centre.
+        """
+
+    def constrain_(self) -> None:
+        """Clamp parameters, in place, into the range that the method needs after an optimiser step."""
+
+    def penalty(self) -> Tensor | None:
+        """The method's regulariser, a scalar; None if it has none."""
+        return None
+
+    def summary(self) -> str:
+        """What a report says of the kernel after its size."""
+        return ""
+
+    def highest_frequency(self) -> float | None:
+        """The highest frequency in cycles per pixel; None if the kernel is not band-limited, or without values."""
+        return None

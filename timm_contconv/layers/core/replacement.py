@@ -1,0 +1,197 @@
+"""ConvReplacement: what patching, training and saving may ask of every layer of this package."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from .compilation import CompileMode
+from .geometry import GeometryOwner
+from .plain import PlainConv, kernel_in_size, relative_error
+
+__all__ = ["ConvReplacement", "Init", "check_init", "live_layers"]
+
+Init = Literal["fit", "random"]
+
+
+def check_init(init: str) -> None:
+    """Refuse an init that does not exist.
+
+    Raises:
+        ValueError: names what is allowed.
+    """
+    if init not in ("fit", "random"):
+        raise ValueError(f"init={init!r}: expected 'fit' (start from the replaced kernel) or 'random'")
+
+
+@register_notrace_module
+class ConvReplacement(nn.Module):
+    """A layer that can stand where a plain convolution stood.
+
+    It has the attributes of `nn.Conv2d` that other code reads (`in_channels` to `padding_mode`, `bias`); `weight` only
+    if its kernel is the whole operation.
+    """
+
+    #: name of the method, as in recipes
+    method: str
+
+    transposed = False
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: int
+    bias: Tensor | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # not __init__: copies and unpickled layers count too
+        layer = super().__new__(cls)
+        _LIVE[next(_CREATED)] = layer
+        return layer
+
+    # ---- where its parameters are
+
+    @property
+    @abstractmethod
+    def geometry_owner(self) -> GeometryOwner:
+        """The module that reads the geometry parameters: the kernel, or the layer itself."""
+
+    @property
+    def geometry(self) -> dict[str, nn.Parameter]:
+        """The parameters that say where a kernel reaches, by name. They are never decayed; layers may share them."""
+        return self.geometry_owner.geometry
+
+    # ---- in place of a convolution, and back
+
+    @classmethod
+    def from_conv(cls, conv: PlainConv, spec: Any, init: Init = "fit") -> Self:
+        """A layer that stands in for `conv`: same channels, stride, bias, output size, device and dtype.
+
+        Args:
+            conv: the convolution; it is not changed.
+            spec: the method's `LayerSpec`.
+            init: "fit" reproduces the kernel of `conv` as well as the layer can, "random" draws all parameters.
+
+        Raises:
+            ValueError: init is another; the settings do not go with this convolution, or it has no weights to fit
+                (meta device).
+        """
+        check_init(init)
+        layer = cls.in_place_of(conv, spec)
+        if init == "fit":
+            cls.fit_([layer], [conv])
+        return layer
+
+    @classmethod
+    @abstractmethod
+    def in_place_of(cls, conv: PlainConv, spec: Any) -> Self:
+        """A layer with the channels, stride, bias, output size, device and dtype of `conv`, drawn at random."""
+
+    @classmethod
+    @abstractmethod
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+        """Let layers reproduce the kernels and biases of plain convolutions, in place, as well as they can.
+
+        Deterministic, and exact where the method can be exact.
+
+        Args:
+            layers: layers of one geometry, shared where there are several, each made by `in_place_of`.
+            convs: the convolution that each stands in for.
+        """
+
+    @abstractmethod
+    def to_conv(self) -> nn.Module:
+        """Plain PyTorch modules with the same output."""
+
+    def to_dense_conv(self) -> nn.Module:
+        """One plain convolution, also where `to_conv` gives several; it may differ at the borders of images."""
+        return self.to_conv()
+
+    def to_conv_like(self, conv: PlainConv) -> PlainConv | None:
+        """A copy of `conv`, which this layer stands in for, with this layer's kernel cropped to its size.
+
+        `conv` may be on the meta device. None if more than 1e-5 of the kernel's mass lies outside.
+        """
+        merged = self.to_dense_conv()
+        assert isinstance(merged, PlainConv)
+        kernel = kernel_in_size(merged.weight.detach(), conv.weight.shape[2:])
+        if kernel is None:
+            return None
+        plain = copy.deepcopy(conv)
+        plain.weight = nn.Parameter(kernel, requires_grad=merged.weight.requires_grad)
+        plain.bias = merged.bias
+        return plain.train(self.training)
+
+    def fit_error(self, conv: PlainConv) -> float:
+        """||kernel - kernel of conv|| / ||kernel of conv||, both centred: how well this layer reproduces `conv`."""
+        dense = self.to_dense_conv()
+        assert isinstance(dense.weight, Tensor)
+        return relative_error(dense.weight, conv.weight)
+
+    # ---- training
+
+    def constrain_(self) -> None:
+        """Clamp parameters, in place, into the range that the method needs after an optimiser step."""
+
+    def penalty(self) -> Tensor | None:
+        """The method's regulariser, a scalar; None if it has none."""
+        return None
+
+    def compile_construction(self, mode: CompileMode) -> None:
+        """Whether kernels are constructed through torch.compile: "auto" (on CUDA only), True or False."""
+
+    # ---- reports
+
+    def summary(self) -> str:
+        """The layer in a few words."""
+        return f"{type(self).__name__} {'×'.join(map(str, self.kernel_size))}"
+
+    def receptive_field(self) -> tuple[int, ...]:
+        """Pixels of the input that an output depends on, per spatial dimension."""
+        return self.kernel_size
+
+    def highest_frequency(self) -> float | None:
+        """The highest frequency of the kernel in cycles per pixel, of which pixels can show 0.5.
+
+        None for a method whose kernels are not band-limited, or without values.
+        """
+        return None
+
+    @abstractmethod
+    def multiply_adds(self, output_size: Sequence[int]) -> int:
+        """Multiply-adds for one sample with an output of `output_size` pixels."""
+
+    def published_multiply_adds(self, output_size: Sequence[int]) -> int:
+        """`multiply_adds` as the method's paper counts, where this implementation needs fewer."""
+        return self.multiply_adds(output_size)
+
+    # ---- saving and copying
+
+    def unsaved_setting(self) -> str | None:
+        """What was set on the layer after it was built, which a saved model does not hold; None if nothing was."""
+        return None
+
+    def reset_setting(self) -> None:
+        """Undo what `unsaved_setting` names, where it keeps the layer from being merged."""
+
+    def _replicate_for_data_parallel(self) -> Self:
+        raise NotImplementedError(
+            f"{type(self).__name__}: nn.DataParallel does not copy parameters that layers construct kernels from; use"
+            " DistributedDataParallel, or tcc.merge(model) to evaluate"
+        )
+
+
+_CREATED = itertools.count()
+_LIVE: weakref.WeakValueDictionary[int, ConvReplacement] = weakref.WeakValueDictionary()
+
+
+def live_layers() -> list[ConvReplacement]:
+    """Every complete layer of this process, in order of creation: the same on every process of a distributed job."""
+    return [layer for layer in _LIVE.values() if getattr(layer, "geometry", None) is not None]

@@ -1,0 +1,161 @@
+"""LayerSpec: the settings of one method, as they stand in constructors, recipes and configuration files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from .arguments import as_int
+from .kernel import Kernel
+from .plain import PlainConv, plain_arguments
+from .replacement import ConvReplacement, Init
+
+__all__ = ["LARGEST_KERNEL", "METHODS", "KernelSize", "KernelSpec", "LayerSpec", "explain"]
+
+#: pixels of a kernel along a dimension that a specification may ask for: it may be a stranger's
+LARGEST_KERNEL = 255
+
+#: the spec of every method, by the method's name
+METHODS: dict[str, type[LayerSpec]] = {}
+
+
+def _check_kernel_size(value: object) -> object:
+    given = value if isinstance(value, list | tuple) else [value]
+    sizes = [size for size in map(as_int, given) if size is not None and 1 <= size <= LARGEST_KERNEL]
+    if not len(sizes) == len(given) or not 1 <= len(sizes) <= 3:
+        raise ValueError(f"expected an int from 1 to {LARGEST_KERNEL}, or one per spatial dimension")
+    return tuple(sizes) if isinstance(value, list | tuple) else sizes[0]
+
+
+#: size of a kernel in pixels, one int for all dimensions or one each
+KernelSize = Annotated[int | tuple[int, ...], BeforeValidator(_check_kernel_size)]
+
+
+class LayerSpec(BaseModel):
+    """What a method needs to know to stand in for a convolution. One subclass per method, beside its layers.
+
+    A subclass with a default for `method` is known by that name to recipes and saved models.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: the layers of the method, by number of spatial dimensions
+    layers: ClassVar[dict[int, type[ConvReplacement]]]
+
+    method: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        name = cls.model_fields["method"].default
+        if isinstance(name, str):
+            METHODS[name] = cls
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """The spec of these settings.
+
+        Raises:
+            ValueError: a setting is unknown or out of range; the message names it, its value and what is allowed.
+        """
+        try:
+            return cls.model_validate({"method": cls.model_fields["method"].default, **settings})
+        except ValidationError as error:
+            raise ValueError("\n".join(explain(item) for item in error.errors())) from None
+
+    def refusal(self, conv: PlainConv) -> str | None:
+        """Why this method can't stand in for `conv`; None if it can."""
+        if len(conv.kernel_size) not in self.layers:
+            return f"{self.method} has no {len(conv.kernel_size)}-D layer"
+        if max(conv.dilation) > 1:
+            return f"dilation {conv.dilation}: only 1 can be replaced"
+        return None
+
+    def resolve(self, groups: Sequence[Sequence[PlainConv]]) -> Self:
+        """Fill in what depends on the whole model.
+
+        Args:
+            groups: the convolutions to replace; those of one inner sequence will share their geometry.
+        """
+        return self
+
+    def build(self, conv: PlainConv, init: Init) -> ConvReplacement:
+        """The layer that stands in for `conv`."""
+        return self.layers[len(conv.kernel_size)].from_conv(conv, self, init=init)
+
+
+class KernelSpec(LayerSpec):
+    """Settings of a method that constructs a kernel.
+
+    Attributes:
+        kernel_size: size of the constructed kernel in pixels, one int for all dimensions or one each.
+    """
+
+    #: the method's kernel
+    kernel: ClassVar[type[Kernel]]
+
+    kernel_size: KernelSize
+
+    def sizes(self, ndim: int) -> tuple[int, ...]:
+        """kernel_size, one int per dimension.
+
+        Raises:
+            ValueError: it has another number of them.
+        """
+        sizes = (self.kernel_size,) * ndim if isinstance(self.kernel_size, int) else self.kernel_size
+        if len(sizes) != ndim:
+            raise ValueError(f"kernel_size={self.kernel_size}: expected an int, or {ndim} of them, one per dimension")
+        return sizes
+
+    def refusal(self, conv: PlainConv) -> str | None:
+        reason = super().refusal(conv)
+        if reason is None:
+            try:
+                self.check_kernel(conv, self.sizes(len(conv.kernel_size)))
+            except ValueError as error:
+                return str(error)
+        return reason
+
+    def check_kernel(self, conv: PlainConv, sizes: tuple[int, ...]) -> None:
+        """Refuse a convolution in which a kernel of these sizes has no place.
+
+        Raises:
+            ValueError: names the setting.
+        """
+        plain_arguments(conv, sizes)
+
+
+#: what is allowed, by pydantic's name of the mistake
+_ALLOWED = {
+    "greater_than_equal": "expected at least {ge}",
+    "greater_than": "expected more than {gt}",
+    "less_than_equal": "expected at most {le}",
+    "less_than": "expected less than {lt}",
+    "literal_error": "expected {expected}",
+    "bool_type": "expected True or False",
+    "bool_parsing": "expected True or False",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "finite_number": "expected a finite number",
+    "int_type": "expected an int",
+}
+
+
+def explain(item: Mapping[str, Any], place: str = "", whole: str = "layer") -> str:
+    """One line for one mistake that pydantic found: where, name, value, what is allowed.
+
+    Args:
+        item: one of `ValidationError.errors()`.
+        place: what the line starts with, as "recipe.toml:3: ".
+        whole: what the fields belong to, for a field that is unknown.
+    """
+    location = [str(part) for part in item["loc"] if part not in METHODS]
+    name = ".".join(location)
+    if item["type"] == "missing":
+        return f"{place}{name} is missing"
+    if item["type"] == "extra_forbidden":
+        return f"{place}{name} is not a field of this {'layer' if len(location) > 1 else whole}"
+    template = _ALLOWED.get(item["type"])
+    problem = item["msg"].removeprefix("Value error, ") if template is None else template.format(**item.get("ctx", {}))
+    return f"{place}{name}={item['input']!r}: {problem}"

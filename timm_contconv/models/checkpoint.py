@@ -1,0 +1,93 @@
+"""What the filters of the authors' checkpoints have in common: what a file holds, and whether it fits a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from timm.models import get_model_traits
+from torch import Tensor, nn
+
+from ..layers import ConvReplacement
+
+__all__ = ["check_keys", "own_format", "unwrap"]
+
+
+def own_format(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint with the model's own keys: a filter function for timm's pretrained loading.
+
+    Raises:
+        ValueError: keys are missing or left over; the message names them.
+    """
+    return check_keys(unwrap(state_dict), model)
+
+
+def unwrap(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by key: {"model": state_dict} is unwrapped, float8 becomes float32."""
+    nested = state_dict.get("model")
+    if isinstance(nested, Mapping):
+        state_dict = nested
+    return {k: v.float() if v.dtype == torch.float8_e4m3fn else v for k, v in state_dict.items()}
+
+
+def check_keys(native: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict with the model's keys, its first convolution turned to the model's number of channels.
+
+    Keys of a classifier for another number of classes may differ; timm leaves them out.
+
+    Raises:
+        ValueError: keys are missing or left over; the message names them.
+    """
+    wanted, adapted = set(model.state_dict()), _adapted_keys(model)
+    missing, unexpected = sorted(wanted - set(native) - adapted), sorted(set(native) - wanted - adapted)
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint does not fit {type(model).__name__}: {_listed('missing', missing)};"
+            f" {_listed('unexpected', unexpected)}"
+        )
+    return _with_input_channels(native, model)
+
+
+def _with_input_channels(native: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Turn a replaced first convolution to the model's number of channels; timm turns plain ones only.
+
+    Its weights are summed for one channel, else repeated and scaled, as timm does it; geometry is averaged or repeated.
+    """
+    names = get_model_traits(model).get("first_conv") or ()
+    for name in (names,) if isinstance(names, str) else names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, ConvReplacement):
+            continue
+        geometry = {id(parameter) for parameter in layer.geometry.values()}
+        for key, parameter in layer.named_parameters(name):
+            value = native[key]
+            if value.ndim == parameter.ndim and value.shape != parameter.shape:
+                axis = 0 if value.ndim == 1 else 1
+                native[key] = _in_channels(value, axis, parameter.shape[axis], id(parameter) in geometry)
+    return native
+
+
+def _in_channels(value: Tensor, axis: int, new: int, is_geometry: bool) -> Tensor:
+    old = value.shape[axis]
+    if new == 1:
+        summed = value.float().sum(axis, keepdim=True)
+        return summed / old if is_geometry else summed
+    value = value.float().index_select(axis, torch.arange(new) % old)
+    return value if is_geometry else value * (old / new)
+
+
+def _adapted_keys(model: nn.Module) -> set[str]:
+    """Keys of the classifier where timm will leave it out, because the model has another number of classes."""
+    config = getattr(model, "pretrained_cfg", {})
+    classifier = config.get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    if getattr(model, "num_classes", None) == config.get("num_classes"):
+        return set()
+    return {f"{name}.{key}" for name in names for key in ("weight", "bias")}
+
+
+def _listed(kind: str, keys: list[str], shown: int = 8) -> str:
+    if not keys:
+        return f"no {kind} keys"
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return f"{len(keys)} {kind} keys: {', '.join(keys[:shown])}{more}"

@@ -1,0 +1,18 @@
+"""The algorithms of the convolution engine, one file each.
+
+algorithm.py: what an algorithm is. pytorch.py: PyTorch's own, as it stands or on channels-last copies. direct.py:
+compiled loops over channels (direct.cpp, tiles.h, built by build.py). fft.py, dft.py: discrete Fourier transforms, by
+FFT or by matrix products; axis.py is their geometry. triton.py: tensor cores on CUDA (triton_kernels.py).
+"""
+
+from .algorithm import Algorithm
+from .dft import DFT
+from .direct import Direct
+from .fft import FFT
+from .pytorch import ChannelsLast, PyTorch
+from .triton import Triton
+
+__all__ = ["ALGORITHMS", "Algorithm"]
+
+#: Every algorithm by its name.
+ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in (PyTorch(), ChannelsLast(), Direct(), FFT(), DFT(), Triton())}

@@ -1,0 +1,96 @@
+"""Depthwise convolution on the CPU by a compiled loop nest over channels (direct.cpp)."""
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem, new_tensor
+from .algorithm import Algorithm
+from .build import library
+
+__all__ = ["Direct"]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_TASKS_PER_THREAD = 4
+
+
+class Direct(Algorithm):
+    """All products with pixels and none with the padding, from tensors of any layout.
+
+    Weights and sums are float32. Two spatial dimensions; one runs as an image of height 1.
+    """
+
+    name = "direct"
+
+    def refusal(self, pass_: str, problem: Problem) -> str | None:
+        if not problem.is_depthwise:
+            return "it is for depthwise convolutions only"
+        if problem.device.type != "cpu":
+            return "it runs on the CPU only"
+        if problem.dtype not in _DTYPES:
+            return "it computes float32 and bfloat16 only"
+        if problem.ndim > 2:
+            return "it needs 1 or 2 spatial dimensions"
+        if library() is None:
+            return "it could not be compiled (see the warning)"
+        return None
+
+    def output(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = new_tensor(x, problem.output_shape)
+        bias = None if bias is None else _floats(bias)
+        _call("contconv_forward", problem, x, out, _splits(problem), x, _floats(weight), bias, out)
+        return out
+
+    def input(self, problem: Problem, grad: Tensor, weight: Tensor) -> Tensor:
+        out = new_tensor(grad, problem.input_shape)
+        _call("contconv_input_gradient", problem, out, grad, _splits(problem), grad, _floats(weight), out)
+        return out
+
+    def weight(self, problem: Problem, grad: Tensor, x: Tensor) -> Tensor:
+        splits = _splits(problem)
+        parts = torch.zeros(splits, *problem.weight_shape)
+        _call("contconv_weight_gradient", problem, x, grad, splits, grad, x, parts)
+        return parts.sum(0).to(x.dtype) if splits > 1 else parts[0].to(x.dtype)
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.to(torch.float32).contiguous()
+
+
+def _splits(problem: Problem) -> int:
+    """Into how many parts the batch goes, so that every thread has blocks of channels to work on."""
+    blocks = -(-problem.in_channels // _library().contconv_lanes())
+    return max(1, min(problem.batch, -(-_TASKS_PER_THREAD * torch.get_num_threads() // blocks)))
+
+
+def _library() -> ctypes.CDLL:
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError("the direct algorithm could not be compiled; see the warning at its first use")
+    return loaded
+
+
+@lru_cache(maxsize=4096)
+def _fields(
+    problem: Problem, threads: int, image: tuple[int, ...], out: tuple[int, ...]
+) -> ctypes.Array[ctypes.c_int64]:
+    """The fields of `struct Problem` (tiles.h), in its order; `image` and `out` are strides."""
+    missing = 2 - problem.ndim
+    ones, zeros = [1] * missing, [0] * missing
+    values = [
+        *(problem.batch, problem.in_channels, threads, int(problem.dtype == torch.bfloat16)),
+        *(*ones, *problem.input_size, *ones, *problem.output_size, *ones, *problem.kernel_size),
+        *(*ones, *problem.stride, *zeros, *problem.padding),
+        *(*image[:2], *zeros, *image[2:]),
+        *(*out[:2], *zeros, *out[2:]),
+    ]
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _call(name: str, problem: Problem, image: Tensor, out: Tensor, splits: int, *tensors: Tensor | None) -> None:
+    """Calls a function of the library; `image` and `out` are x and the output, or their gradients."""
+    fields = _fields(problem, torch.get_num_threads(), image.stride(), out.stride())
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+    getattr(_library(), name)(fields, ctypes.c_int64(splits), *pointers)

@@ -1,0 +1,205 @@
+"""Measures algorithms on the machine that runs them, as `torch.backends.cudnn.benchmark` does, and checks them."""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .algorithms import Algorithm, PyTorch
+from .problem import Problem
+
+__all__ = ["is_measuring", "is_recording", "measure", "measuring"]
+
+# A candidate that takes this many times as long as the best so far is not repeated; one image has to show it, where
+# a batch has several.
+_HOPELESS = 10
+# Later rounds are for those within this factor of the best: at least so many rounds, more in these seconds.
+_CLOSE, _ROUNDS, _MOST_ROUNDS, _ROUND_SECONDS = 1.3, 3, 20, 0.01
+# Errors that a candidate may have, as a share of the sums that its results would be if no terms cancelled.
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+_enabled = os.environ.get("TIMM_CONTCONV_MEASURE") != "0"
+
+
+class measuring:
+    """Switches measuring on or off, for good or in a `with` statement.
+
+    Where it is on, the algorithms for a convolution are measured when it first runs, and the fastest is taken from then
+    on. Where it is off, a rule of thumb chooses, the same one on every machine. It is on unless the environment has
+    TIMM_CONTCONV_MEASURE=0. Under `torch.use_deterministic_algorithms(True)` it is off, whatever is set here.
+
+    Args:
+        mode: True for on.
+    """
+
+    def __init__(self, mode: bool) -> None:
+        global _enabled
+        self._before, _enabled = _enabled, mode
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _enabled
+        _enabled = self._before
+
+
+def is_measuring() -> bool:
+    """Whether measurements decide."""
+    return _enabled and not torch.are_deterministic_algorithms_enabled()
+
+
+def is_recording(device: torch.device) -> bool:
+    """Whether a graph is being recorded, so that nothing can be measured now."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def measure(
+    pass_: str, problem: Problem, tensors: Sequence[Tensor | None], algorithms: Sequence[Algorithm]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Runs algorithms for one pass.
+
+    Args:
+        pass_: "output", "input" or "weight".
+        problem: what is convolved.
+        tensors: what the algorithms' method for the pass takes.
+        algorithms: the candidates, the most promising one first.
+
+    Returns:
+        Seconds by name; and by name, why a candidate must not be used. Both are empty where the tensors hold NaN or
+        Inf, so that results can't be checked.
+    """
+    check = _Check(pass_, problem, tensors)
+    times: dict[str, float] = {}
+    faults: dict[str, str] = {}
+    for algorithm in algorithms if check.is_possible else ():
+        try:
+            seconds, result = _first(algorithm, pass_, problem, tensors, min(times.values(), default=math.inf))
+        except torch.OutOfMemoryError:
+            continue
+        except Exception as error:
+            faults[algorithm.name] = f"raised {type(error).__name__}: {str(error)[:200]}"
+            continue
+        # PyTorch's own are as exact as the user has set them.
+        fault = None if result is None or isinstance(algorithm, PyTorch) else check.fault(result)
+        if fault is None:
+            times[algorithm.name] = seconds
+        else:
+            faults[algorithm.name] = fault
+    _repeat([a for a in algorithms if a.name in times], pass_, problem, tensors, times)
+    return {name: float(f"{t:.3g}") for name, t in times.items()}, faults
+
+
+def _first(
+    algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None], best: float
+) -> tuple[float, Tensor | None]:
+    """Seconds and result of a first run; no result where one image shows that there is no hope."""
+    one = problem._replace(batch=1)
+    images = _last_image(pass_, tensors)
+    if problem.device.type != "cpu":
+        algorithm.run(pass_, one, *images)  # compiles kernels
+    if problem.batch > 1:
+        seconds = _timed(algorithm, pass_, one, images)[0]
+        if seconds < max(best, _ROUND_SECONDS):  # cheap enough to be told from a hiccup of the machine
+            seconds = min(seconds, _timed(algorithm, pass_, one, images)[0])
+        if seconds * problem.batch > _HOPELESS * best:
+            return seconds * problem.batch, None
+    return _timed(algorithm, pass_, problem, tensors)
+
+
+def _repeat(
+    algorithms: Sequence[Algorithm],
+    pass_: str,
+    problem: Problem,
+    tensors: Sequence[Tensor | None],
+    times: dict[str, float],
+) -> None:
+    """Brings `times` down to the least of several runs in turn, for those that may win."""
+    start, within = time.perf_counter(), float(_HOPELESS)
+    for round_ in range(_MOST_ROUNDS):
+        if round_ >= _ROUNDS and time.perf_counter() - start > _ROUND_SECONDS:
+            return
+        best = min(times.values(), default=0.0)
+        close = [a for a in algorithms if times[a.name] < within * best]
+        if len(close) < 2:
+            return
+        for algorithm in close:
+            times[algorithm.name] = min(times[algorithm.name], _timed(algorithm, pass_, problem, tensors)[0])
+        within = _CLOSE
+
+
+def _timed(
+    algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None]
+) -> tuple[float, Tensor]:
+    _synchronize(problem.device)
+    start = time.perf_counter()
+    result = algorithm.run(pass_, problem, *tensors)
+    _synchronize(problem.device)
+    return time.perf_counter() - start, result
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _last_image(pass_: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors of a pass, with the last image only."""
+    images = 2 if pass_ == "weight" else 1
+    return [t[-1:] if i < images and t is not None else t for i, t in enumerate(tensors)]
+
+
+class _Check:
+    """A corner of a pass's result by PyTorch in float64, and the sums that it would hold if no terms cancelled."""
+
+    def __init__(self, pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> None:
+        corner, tensors, self._index = _corner(pass_, problem, tensors)
+        doubles = [None if t is None else t.double() for t in tensors]
+        self._exact = PyTorch().run(pass_, corner, *doubles)
+        sums = PyTorch().run(pass_, corner, *(None if t is None else t.abs() for t in doubles))
+        self._scale = sums.max().item()
+        self._dtype = problem.dtype
+        self.is_possible = self._scale <= torch.finfo(problem.dtype).max
+
+    def fault(self, result: Tensor) -> str | None:
+        """What is wrong with a result; None where it is as exact as its dtype allows."""
+        error = (result[self._index].double() - self._exact).abs().max().item()
+        if error <= _TOLERANCE[self._dtype] * self._scale + torch.finfo(torch.float32).tiny:
+            return None
+        return f"was off by {error:.1e}, where the terms' sizes sum up to {self._scale:.1e}"
+
+
+def _corner(
+    pass_: str, problem: Problem, tensors: Sequence[Tensor | None]
+) -> tuple[Problem, list[Tensor | None], tuple[slice, ...]]:
+    """A small problem whose result is a corner of a pass's result, its tensors, and the corner.
+
+    Of the output, or of the gradient for the input, it is the last image. It is the last two groups of channels, or the
+    last two channels where there is one group.
+    """
+    groups = min(problem.groups, 2)
+    ins, outs = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    if groups == 1:
+        ins = ins if pass_ == "output" else min(ins, 2)
+        outs = outs if pass_ == "input" else min(outs, 2)
+    of_x, of_out, of_weight = slice(-groups * ins, None), slice(-groups * outs, None), slice(-ins, None)
+    first, second, *rest = tensors if pass_ == "weight" else _last_image(pass_, tensors)
+    assert first is not None
+    assert second is not None
+    if pass_ == "weight":
+        cut: list[Tensor | None] = [first[:, of_out], second[:, of_x]]
+        index = (of_out, of_weight)
+    else:
+        cut = [first[:, of_x if pass_ == "output" else of_out], second[of_out, of_weight]]
+        index = (slice(-1, None), of_out if pass_ == "output" else of_x)
+    small = problem._replace(in_channels=groups * ins, out_channels=groups * outs, groups=groups, dtype=torch.float64)
+    small = small if pass_ == "weight" else small._replace(batch=1)
+    return small, [*cut, *(None if b is None else b[of_out] for b in rest)], index

@@ -1,0 +1,93 @@
+"""Which algorithms may be the fastest for a problem, where nothing was measured: a rule of a few lines."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from .algorithms import ALGORITHMS, Algorithm
+from .algorithms.axis import axes_of
+from .algorithms.dft import multiply_adds
+from .problem import Problem, output_size
+
+__all__ = ["candidates", "is_large"]
+
+# Below this many taps, by spatial dimensions, no algorithm of ours gains.
+_FEWEST_TAPS = {1: 65, 2: 25, 3: 65}
+_FEWEST_DEPTHWISE_TAPS = {1: 7, 2: 9, 3: 65}
+# In exported graphs, which other programs read: there an operator of our own has to gain more.
+_FEWEST_TAPS_EXPORTED = 65
+# Where compiled loops make fewer products for a point of a line of an FFT and a halving of it, they are several times
+# faster; where they can't be compiled, PyTorch's own are that fast only at fewer still.
+_FEWEST_PRODUCTS, _FEWEST_PRODUCTS_OF_PYTORCH = 8, 2
+
+
+def is_large(kernel_size: Sequence[int], is_depthwise: bool) -> bool:
+    """Whether an algorithm of ours may gain anything for kernels of this size."""
+    taps, dims = math.prod(kernel_size), len(kernel_size)
+    if torch.compiler.is_exporting():
+        return taps >= _FEWEST_TAPS_EXPORTED
+    return taps >= (_FEWEST_DEPTHWISE_TAPS if is_depthwise else _FEWEST_TAPS).get(dims, math.inf)
+
+
+def candidates(pass_: str, problem: Problem) -> list[Algorithm]:
+    """Algorithms that apply to a pass and may be the fastest, the most promising one first.
+
+    Under anomaly detection none is among them that spreads a NaN over an image, so that PyTorch names the operation
+    that it came from.
+    """
+    if not is_large(problem.kernel_size, problem.is_depthwise):
+        names = ["pytorch"]
+    elif problem.device.type != "cpu":
+        names = _on_accelerator(problem)
+    else:
+        names = _depthwise(pass_, problem) if problem.is_depthwise else _dense(problem)
+    able = [a for a in map(ALGORITHMS.__getitem__, names) if not a.refusal(pass_, problem)]
+    if torch.is_anomaly_enabled():
+        able = [a for a in able if not a.spreads_nan]
+    return able or [ALGORITHMS["fft" if ALGORITHMS["pytorch"].refusal(pass_, problem) else "pytorch"]]
+
+
+def _on_accelerator(problem: Problem) -> list[str]:
+    """PyTorch's own first: only measuring can know better."""
+    names = ["pytorch", "channels_last", "triton"] if problem.is_depthwise else ["pytorch"]
+    return [*names, "fft"] if math.prod(problem.kernel_size) > 81 else names
+
+
+def _depthwise(pass_: str, problem: Problem) -> list[str]:
+    """From the fastest of each on an AMD EPYC and an Intel Xeon with AVX-512 (torch 2.15, one and two threads)."""
+    taps = math.prod(problem.kernel_size)
+    names = ["direct", "channels_last", "pytorch"]
+    if problem.channels_last and pass_ != "weight" and taps < 169:
+        names = ["pytorch", "direct", "channels_last"]
+    if pass_ == "weight" and taps >= 49:
+        names.remove("channels_last")
+    products = _products(problem.input_size, problem.kernel_size, problem.stride, problem.padding)
+    plane = math.prod(a.length for a in axes_of(problem))
+    is_compiled = ALGORITHMS["direct"].refusal(pass_, problem) is None
+    fewest = _FEWEST_PRODUCTS if is_compiled else _FEWEST_PRODUCTS_OF_PYTORCH
+    return [names[0], "fft", *names[1:]] if products > fewest * plane * math.log2(plane) else names
+
+
+@lru_cache(maxsize=1024)
+def _products(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> int:
+    """Products of a pixel and a tap, for one channel of one image; those with the padding do not count."""
+    total = 1
+    for n, out, k, s, p in zip(size, output_size(size, kernel, stride, padding), kernel, stride, padding, strict=True):
+        total *= sum(max(0, min(k, n + p - s * i) - max(0, p - s * i)) for i in range(out))
+    return total
+
+
+def _dense(problem: Problem) -> list[str]:
+    """By multiply-adds, in units of what one of PyTorch's takes (Intel Xeon with AVX-512, one thread, torch 2.15)."""
+    # Units with matrix instructions for half precision.
+    costs = {"pytorch": problem.macs * (1 / 6 if problem.dtype in (torch.bfloat16, torch.float16) else 1.0)}
+    plane = math.prod(a.length for a in axes_of(problem))
+    pairs = problem.out_channels * problem.in_channels // problem.groups
+    spectra = problem.batch * (problem.in_channels + problem.out_channels) + pairs
+    transforms, products = {1: (8.6, 0.0), 2: (19.0, 33.0), 3: (5.0, 0.0)}[problem.ndim]
+    costs["fft"] = transforms * spectra * plane * math.log2(plane) + products * problem.batch * pairs * plane
+    if problem.ndim == 2 and problem.groups == 1:
+        costs["dft"] = 2.7 * multiply_adds(problem)
+    return sorted(costs, key=costs.__getitem__)

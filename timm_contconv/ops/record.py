@@ -1,0 +1,166 @@
+"""What was measured: in memory, and in a small JSON file per machine."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .problem import Problem
+
+__all__ = ["Record", "cache_folder", "record_of", "records"]
+
+# Raised whenever an algorithm changes its speed.
+_ENGINE = 1
+# As many sizes of images are measured for one layer in one process; others use what was measured for the nearest.
+_MOST_SIZES = 8
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: $TIMM_CONTCONV_CACHE, or a folder in $XDG_CACHE_HOME."""
+    if own := os.environ.get("TIMM_CONTCONV_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timm_contconv"
+
+
+class Record:
+    """Seconds that algorithms took for passes of problems, on one device with one number of threads."""
+
+    def __init__(self, fingerprint: dict[str, Any]) -> None:
+        key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = cache_folder() / f"measured-{key}.json"
+        self.fingerprint = fingerprint
+        #: Seconds by algorithm, of every pass of a problem that this process has met.
+        self.met: dict[tuple[str, Problem], dict[str, float]] = {}
+        #: Algorithms that raised or were wrong here, and how.
+        self.dropped: dict[str, str] = {}
+        self._stored: dict[str, dict[str, float]] = {}
+        self._warned = False
+        try:
+            self._merge(self._read())
+        except (OSError, ValueError) as error:
+            self._warn(f"{self.path}: not a record of measurements on this machine, so it is ignored ({error})")
+
+    def find(self, pass_: str, problem: Problem) -> dict[str, float] | None:
+        """Seconds by algorithm; None where the pass still has to be measured.
+
+        Of images whose size changes all the time, only the first few sizes are measured. For other sizes these are the
+        seconds of the nearest measured one, in proportion.
+        """
+        times = self.met.get((pass_, problem))
+        if times is None and (times := self._stored.get(_key(pass_, problem))) is not None:
+            self.met[pass_, problem] = times
+        if times is None:
+            relatives = {p: t for (q, p), t in self.met.items() if q == pass_ and _layer(p) == _layer(problem)}
+            if len(relatives) >= _MOST_SIZES:
+                nearest = min(relatives, key=lambda p: abs(math.log(problem.macs / p.macs)))
+                times = {name: t * problem.macs / nearest.macs for name, t in relatives[nearest].items()}
+        return times
+
+    def add(self, pass_: str, problem: Problem, times: dict[str, float], dropped: dict[str, str]) -> None:
+        """Remembers what was measured, and writes it to the file."""
+        self.met[pass_, problem] = times
+        self._stored[_key(pass_, problem)] = times
+        for name in dropped.keys() - self.dropped.keys():
+            warnings.warn(
+                f"timm_contconv: the algorithm {name!r} is not used on this machine any more, because in the {pass_} "
+                f"pass of {problem} it {dropped[name]}. Delete {self.path} to have it tried again.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.dropped = {**dropped, **self.dropped}
+        try:
+            self._write()
+        except OSError as error:
+            self._warn(f"{self.path}: measurements are not kept for the next process ({error})")
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {"fingerprint": self.fingerprint, "dropped": {}, "seconds": {}}
+        raw = json.loads(self.path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict) or raw.get("fingerprint") != self.fingerprint:
+            raise ValueError("it holds those of another machine")
+        times = [t for row in _mapping(raw, "seconds").values() for t in _mapping({"row": row}, "row").values()]
+        if not all(isinstance(t, float) and 0 < t < math.inf for t in times):
+            raise ValueError("its times are not seconds")
+        if not all(isinstance(reason, str) for reason in _mapping(raw, "dropped").values()):
+            raise ValueError("its reasons are not text")
+        return raw
+
+    def _merge(self, raw: dict[str, Any]) -> None:
+        self._stored = {**raw["seconds"], **self._stored}
+        self.dropped = {**raw["dropped"], **self.dropped}
+
+    def _write(self) -> None:
+        """Adds to what other processes have written in the meantime; readers see the old file or the new one."""
+        with contextlib.suppress(ValueError):  # a damaged file: it was said when it was read first
+            self._merge(self._read())
+        content = {"fingerprint": self.fingerprint, "dropped": self.dropped, "seconds": self._stored}
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+            fresh = Path(folder) / self.path.name
+            fresh.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            fresh.replace(self.path)
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            warnings.warn(f"timm_contconv: {message}", RuntimeWarning, stacklevel=2)
+        self._warned = True
+
+
+def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key)
+    if not isinstance(value, dict):
+        raise ValueError(f"its {key!r} is no object")
+    return value
+
+
+def _key(pass_: str, problem: Problem) -> str:
+    return f"{pass_}: {problem}"
+
+
+def _layer(problem: Problem) -> Problem:
+    """What problems of one layer share, whatever the images."""
+    return problem._replace(batch=1, input_size=())
+
+
+_records: dict[tuple[str, int], Record] = {}
+
+
+def records() -> list[Record]:
+    """The records that this process has used."""
+    return list(_records.values())
+
+
+def record_of(device: torch.device) -> Record:
+    """The record of a device, for the number of threads in use."""
+    key = (str(device), torch.get_num_threads())
+    if key not in _records:
+        _records[key] = Record(_fingerprint(*key))
+    return _records[key]
+
+
+def _fingerprint(device: str, threads: int) -> dict[str, Any]:
+    shared = {"engine": _ENGINE, "torch": torch.__version__}
+    if device == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        cpu = {"device": _cpu_name(), "capability": capability, "cores": os.cpu_count(), "threads": threads}
+        return {**shared, **cpu}
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return {**shared, "device": name, "cudnn": torch.backends.cudnn.version()}
+
+
+@lru_cache(maxsize=1)
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,223 @@
+"""What a patch will do to a model, worked out without changing it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..layers import ConvReplacement
+from ..layers.core.plain import PlainConv
+from .record import get_record
+from .select import (
+    Selector,
+    combined_selectors,
+    find_convolutions,
+    refusal,
+    select_convolutions,
+    shared_refusals,
+    stages,
+)
+from .spec import PatchSpec, as_patch_spec
+from .stem_pool import Rewired, plan_stem_pool, with_changes
+
+__all__ = ["PatchPlan", "plan_patch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchPlan:
+    """What a patch will do. Prints as a table.
+
+    Attributes:
+        spec: the patch, with everything filled in that depends on the model.
+        convs: the convolutions that are replaced, by module name, with the strides that they will have.
+        stage_of: the stage of each, counted from 0.
+        groups: names of convolutions whose layers share their geometry, group by group; all of them are there.
+        homes: where the geometry of each group of several is registered: (module name, attribute).
+        refused: selected convolutions that are not replaced, and why.
+        rewired: other changes of the model.
+    """
+
+    spec: PatchSpec
+    convs: dict[str, PlainConv]
+    stage_of: dict[str, int]
+    groups: tuple[tuple[str, ...], ...]
+    homes: tuple[tuple[str, str], ...]
+    refused: dict[str, str]
+    rewired: tuple[Rewired, ...]
+
+    @property
+    def shared_groups(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of several."""
+        return tuple(group for group in self.groups if len(group) > 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "patch": self.spec.to_dict(),
+            "replaced": {name: self._settings(name) for name in self.convs},
+            "groups": [list(group) for group in self.shared_groups],
+            "refused": dict(self.refused),
+            "rewired": [f"{change.owner}.{change.attribute}".lstrip(".") for change in self.rewired],
+        }
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return self.spec.layer_at(self.stage_of[name]).model_dump(mode="json", exclude_none=True)
+
+    def __rich__(self) -> Table:
+        table = Table("name", "now", "becomes", "geometry", title=f"{self.spec.layer.method}: {len(self.convs)} layers")
+        home_of = {
+            name: ".".join(home) for group, home in zip(self.shared_groups, self.homes, strict=True) for name in group
+        }
+        for name, conv in self.convs.items():
+            settings = ", ".join(f"{key}={value}" for key, value in self._settings(name).items() if key != "method")
+            size = "×".join(map(str, conv.kernel_size))
+            table.add_row(name, f"{type(conv).__name__} {size}", settings, home_of.get(name, "its own"))
+        for change in self.rewired:
+            values = [type(v).__name__ if isinstance(v, nn.Module) else str(v) for v in (change.before, change.after)]
+            table.add_row(f"{change.owner}.{change.attribute}".lstrip("."), *values, "")
+        for name, reason in self.refused.items():
+            table.add_row(name, "refused", reason, "")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=140)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def plan_patch(
+    model: nn.Module,
+    patch: str | Path | Mapping[str, Any] | PatchSpec,
+    *,
+    select: Selector | Sequence[Selector] | None = None,
+    min_kernel_size: int | None = None,
+    **layer_overrides: Any,
+) -> PatchPlan:
+    """Work out what `tcc.patch` will do with these arguments; the model is not changed, and may be on the meta device.
+
+    Raises:
+        TypeError, ValueError: as `tcc.patch`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: expected a module, as timm.create_model returns one")
+    spec = as_patch_spec(patch)
+    if layer_overrides:
+        spec = spec.with_layer(**layer_overrides)
+    if min_kernel_size is not None:
+        spec = PatchSpec.from_dict({**spec.to_dict(), "min_kernel_size": min_kernel_size})
+    _require_patchable(model)
+    return _plan(model, spec, combined_selectors(spec.select, select))
+
+
+def _plan(model: nn.Module, spec: PatchSpec, selectors: Sequence[Selector]) -> PatchPlan:
+    rewired = plan_stem_pool(model) if spec.stem_pool == "to_stage" else ()
+    convolutions = with_changes(find_convolutions(model), rewired)
+    selected = select_convolutions(convolutions, selectors, spec.min_kernel_size)
+    stage_of = dict(zip(selected, stages(model, list(selected)), strict=True))
+    convs, refused = _split(model, spec, selected, stage_of)
+    groups = _groups(spec, convs, stage_of)
+    layer = spec.layer.resolve([[convs[name] for name in group] for group in groups])
+    homes = _homes(model, [group for group in groups if len(group) > 1], layer.method)
+    resolved = {"layer": layer, "select": _recordable(selectors, convs), "models": ()}
+    return PatchPlan(
+        spec.model_copy(update=resolved), convs, {name: stage_of[name] for name in convs}, groups, homes, refused,
+        rewired,
+    )  # fmt: skip
+
+
+def _split(
+    model: nn.Module, spec: PatchSpec, selected: Mapping[str, _ConvNd], stage_of: Mapping[str, int]
+) -> tuple[dict[str, PlainConv], dict[str, str]]:
+    """The convolutions that can be replaced, and why the others can't be."""
+    in_use = shared_refusals(model, selected)
+    convs: dict[str, PlainConv] = {}
+    refused: dict[str, str] = {}
+    for name, conv in selected.items():
+        plain = cast(PlainConv, conv)  # `refusal` names what is not
+        reason = refusal(conv) or in_use.get(name) or spec.layer_at(stage_of[name]).refusal(plain)
+        if reason is None:
+            convs[name] = plain
+        else:
+            refused[name] = reason
+    if not convs:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
+        raise ValueError(f"{spec.layer.method} can replace none of the selected convolutions:\n{reasons}")
+    return convs, refused
+
+
+def _require_patchable(model: nn.Module) -> None:
+    if "_orig_mod" in model._modules or model._compiled_call_impl is not None:
+        inner = model._modules.get("_orig_mod", model)
+        raise ValueError(f"model: a compiled {type(inner).__name__}: patch the model, then compile it")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model: a ScriptModule runs TorchScript, not the modules in it; patch the model that it was made from,"
+            " then script that"
+        )
+    record = get_record(model)
+    if record is not None:
+        raise ValueError(
+            f"model: already patched with {record.spec.layer.method!r}; tcc.unpatch(model) or tcc.merge(model) first"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, ConvReplacement):
+            raise ValueError(f"model: {name or 'it'} is already a {type(module).__name__}; tcc.merge(model) first")
+    if isinstance(model, _ConvNd):
+        raise ValueError(
+            "model: a lone convolution can't be replaced in place; put it into a module, or call"
+            " Layer.from_conv(convolution, spec)"
+        )
+
+
+def _recordable(selectors: Sequence[Selector], chosen: Iterable[str]) -> tuple[str, ...]:
+    """Selectors as they can be written to a file: predicates become the names that they chose."""
+    texts = [s for s in selectors if isinstance(s, str)]
+    return tuple(texts) if len(texts) == len(selectors) else tuple(chosen)
+
+
+def _groups(
+    spec: PatchSpec, convs: Mapping[str, PlainConv], stage_of: Mapping[str, int]
+) -> tuple[tuple[str, ...], ...]:
+    """Names of convolutions that will share their geometry, group by group."""
+    if spec.share is None:
+        return tuple((name,) for name in convs)
+    groups: dict[Any, tuple[str, ...]] = {}
+    for name, conv in convs.items():
+        key = (stage_of[name], conv.weight.shape[:2], len(conv.kernel_size), conv.weight.device, conv.weight.dtype)
+        groups[key] = (*groups.get(key, ()), name)
+    return tuple(groups.values())
+
+
+def _homes(model: nn.Module, groups: Sequence[Sequence[str]], method: str) -> tuple[tuple[str, str], ...]:
+    """Where each group's shared geometry is registered: (module name, attribute)."""
+    homes: list[tuple[str, str]] = []
+    for group in groups:
+        home = _home(model, group)
+        taken = sum(other == home for other, _ in homes)
+        homes.append((home, f"{method}_geometry_{taken + 1}" if taken else f"{method}_geometry"))
+    return tuple(homes)
+
+
+def _home(model: nn.Module, group: Sequence[str]) -> str:
+    """The innermost module that holds the whole group, so that FSDP has the geometry at hand for all of it.
+
+    Not a container, which would run it as a layer, nor the model itself, of which feature extractors take only
+    parts: there the group's first layer holds it.
+    """
+    common: list[str] = []
+    for step in zip(*(name.split(".") for name in group), strict=False):
+        if len(set(step)) > 1:
+            break
+        common.append(step[0])
+    while common and isinstance(model.get_submodule(".".join(common)), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        common.pop()
+    return ".".join(common) if common else group[0]

@@ -1,0 +1,132 @@
+"""Moving a network's downsampling from its stem's pooling into a stage, where convolutions do it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+__all__ = ["Rewired", "plan_stem_pool", "with_changes"]
+
+
+@dataclass(frozen=True)
+class Rewired:
+    """An attribute of a module that a patch changes besides replacing convolutions.
+
+    Attributes:
+        owner: name of the module that has it; "" is the model itself.
+        attribute: its name there.
+        before, after: its values: modules, strides, or None.
+    """
+
+    owner: str
+    attribute: str
+    before: Any
+    after: Any
+
+    @property
+    def is_module(self) -> bool:
+        """Whether a module is exchanged, put in or taken out."""
+        return self.before is None or isinstance(self.before, nn.Module)
+
+    def without_after(self) -> Rewired:
+        """For a record: what is there now stands in the model itself."""
+        return replace(self, after=None)
+
+
+def plan_stem_pool(model: nn.Module) -> tuple[Rewired, ...]:
+    """Take the max-pool out of a residual network's stem; its first stage strides instead (Kobayashi 2023, Fig. 5c).
+
+    The first block of the stage strides where that of the next stage does: in one convolution of its residual path,
+    and in the 1x1 convolution of its shortcut, which is added if there is none.
+
+    Args:
+        model: a network with `maxpool`, `layer1` and `layer2`, as timm's and torchvision's ResNets; it is not changed.
+
+    Returns:
+        The changes that are needed.
+
+    Raises:
+        ValueError: the model is built in another way.
+    """
+    pool, block, example = _stem_pool(model), *(_first_block(model, stage) for stage in ("layer1", "layer2"))
+    stride = pool.stride if isinstance(pool.stride, tuple) else (pool.stride, pool.stride)
+    name = f"layer1.0.{_strided_convolution(model, example)}"
+    changes = [
+        Rewired("", "maxpool", pool, nn.Identity()),
+        Rewired(name, "stride", model.get_submodule(name).stride, stride),
+    ]
+    if block.downsample is None:
+        changes.append(Rewired("layer1.0", "downsample", None, _shortcut(block, example, stride)))
+    else:
+        name = "layer1.0.downsample.0"
+        changes.append(Rewired(name, "stride", model.get_submodule(name).stride, stride))
+    return tuple(changes)
+
+
+def with_changes(convolutions: Mapping[str, _ConvNd], rewired: Sequence[Rewired]) -> dict[str, _ConvNd]:
+    """The convolutions of a model as they will be after the changes; the given ones are not changed.
+
+    Args:
+        convolutions: by module name, in the model's order.
+        rewired: the changes.
+    """
+    found = dict(convolutions)
+    for change in rewired:
+        if isinstance(change.after, nn.Module):
+            added = change.after.named_modules(prefix=f"{change.owner}.{change.attribute}")
+            new = {name: conv for name, conv in added if isinstance(conv, _ConvNd)}
+            ahead = [name for name in found if name.startswith(f"{change.owner}.")] if new else []
+            place = list(found).index(ahead[-1]) + 1 if ahead else len(found)
+            items = list(found.items())
+            found = dict([*items[:place], *new.items(), *items[place:]])
+        elif change.owner in found:
+            found[change.owner] = conv = copy.copy(found[change.owner])
+            setattr(conv, change.attribute, change.after)
+    return found
+
+
+def _stem_pool(model: nn.Module) -> nn.MaxPool2d:
+    pool = getattr(model, "maxpool", None)
+    if not isinstance(pool, nn.MaxPool2d):
+        raise _refusal(model, "its `maxpool` is not an nn.MaxPool2d")
+    return pool
+
+
+def _first_block(model: nn.Module, stage: str) -> nn.Module:
+    blocks = getattr(model, stage, None)
+    if not isinstance(blocks, nn.Sequential) or not hasattr(blocks[0], "downsample"):
+        raise _refusal(model, f"it has no {stage!r} whose first block has a `downsample`")
+    return blocks[0]
+
+
+def _strided_convolution(model: nn.Module, block: nn.Module) -> str:
+    """Name within a block of the convolution that strides in its residual path."""
+    strided = [n for n, m in block.named_modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
+    residual = [name for name in strided if not name.startswith("downsample.")]
+    if len(residual) != 1 or "downsample.0" not in strided:
+        raise _refusal(model, "its blocks don't stride in one convolution and in that of the shortcut")
+    return residual[0]
+
+
+def _shortcut(block: nn.Module, example: nn.Module, stride: tuple[int, int]) -> nn.Sequential:
+    """A 1x1 convolution and a norm, as in the example's shortcut, between the channels that go in and out."""
+    first = next(module for module in block.modules() if isinstance(module, nn.Conv2d))
+    settings: dict[str, Any] = {"device": first.weight.device, "dtype": first.weight.dtype}
+    out_channels = example.get_submodule("downsample.0").in_channels
+    norm = example.get_submodule("downsample.1")
+    assert isinstance(out_channels, int)
+    conv = nn.Conv2d(first.in_channels, out_channels, 1, stride, bias=False, **settings)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, type(norm)(out_channels, **settings)).train(block.training)
+
+
+def _refusal(model: nn.Module, reason: str) -> ValueError:
+    return ValueError(
+        f"stem_pool='to_stage': can't be done in this {type(model).__name__}: {reason}; expected a residual network"
+        " as timm's resnet50, or a patch without stem_pool"
+    )

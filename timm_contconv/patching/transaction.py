@@ -1,0 +1,103 @@
+"""Changes of a model's modules that are made together or not at all."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Transaction"]
+
+_ABSENT = object()
+
+
+class Transaction:
+    """Assignments in a list. What can fail is done before; `apply` makes them all, or leaves the model as it was.
+
+    Modules keep children and attributes in dicts, so every assignment is one of an item of a dict.
+    """
+
+    def __init__(self) -> None:
+        self._changes: list[tuple[dict[str, Any], str, Any]] = []
+
+    def set(self, owner: nn.Module, name: str, value: Any) -> None:
+        """Give a module another child or attribute."""
+        if isinstance(value, nn.Module):
+            self._remove_from(owner.__dict__, name)
+            self._changes.append((owner._modules, name, value))
+        else:
+            self._remove_from(owner._modules, name)
+            self._changes.append((owner.__dict__, name, value))
+
+    def remove(self, owner: nn.Module, name: str) -> None:
+        """Take a child or an attribute off a module, if it is there."""
+        self._remove_from(owner._modules, name)
+        self._remove_from(owner.__dict__, name)
+
+    def replace(self, model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+        """Put modules in the place of others, wherever the model refers to those.
+
+        Args:
+            model: holds the modules.
+            replacements: by the `id` of the module that is replaced.
+        """
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if id(child) in replacements:
+                    self._changes.append((parent._modules, name, replacements[id(child)]))
+
+    def _remove_from(self, table: dict[str, Any], name: str) -> None:
+        if name in table:
+            self._changes.append((table, name, _ABSENT))
+
+    def apply(self) -> None:
+        """Make all changes. An interrupt waits until they are made, and then undoes them.
+
+        Raises:
+            BaseException: whatever went wrong; nothing is changed then.
+        """
+        tables = {id(table): table for table, _, _ in self._changes}
+        before = {key: dict(table) for key, table in tables.items()}
+        try:
+            with _interrupts_held_back():
+                for table, name, value in self._changes:
+                    if value is _ABSENT:
+                        table.pop(name, None)
+                    else:
+                        table[name] = value
+        except BaseException:
+            for key, table in tables.items():
+                _restore(table, before[key])
+            raise
+
+
+def _restore(table: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Give a dict its old items, in their old order; at no time does it lack one of them for long."""
+    if table.keys() == before.keys():
+        table.update(before)
+        return
+    for name in table.keys() - before.keys():
+        del table[name]
+    for name, value in before.items():
+        table.pop(name, None)
+        table[name] = value
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let Ctrl-C take effect at the end of the block. Other threads than the main one are not interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[tuple[Any, ...]] = []
+    handler = signal.signal(signal.SIGINT, lambda *event: received.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received and callable(handler):
+        handler(*received[0])
