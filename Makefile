@@ -24,7 +24,7 @@ slow: $(VENV)/.installed
 
 # Every family of timm with every method: about an hour; writes docs/zoo.md.
 zoo: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.zoo
+	$(BIN)/python -m benchmarks.papers.zoo
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

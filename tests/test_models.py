@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 import timm_contconv as tcc
-from timm_contconv.models.patched import PATCHED
+from timm_contconv.hub.names import PATCHED
 
 NAMES = sorted(PATCHED)
 DCLS_BASES = (

@@ -23,9 +23,9 @@ def wheel(tmp_path_factory):
 
 def test_wheel_contains_recipes_and_weights_folders(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "timm_contconv/patches/dcls_gauss.toml" in names
-    assert "timm_contconv/hub/convnext_tiny_dcls.zenodo_in1k/weight.toml" in names
-    assert "timm_contconv/hub/test_convnext_dcls_gauss.digits/model.safetensors" in names
+    assert "timm_contconv/data/patches/dcls_gauss.toml" in names
+    assert "timm_contconv/data/hub/convnext_tiny_dcls.zenodo_in1k/weight.toml" in names
+    assert "timm_contconv/data/hub/test_convnext_dcls_gauss.digits/model.safetensors" in names
     assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/"))]
 
 

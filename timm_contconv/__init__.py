@@ -10,9 +10,8 @@ Importing this package registers its architectures with timm.
 """
 
 from . import models
-from .hub import from_pretrained, save_pretrained
+from .hub import from_pretrained, push_to_hub, save_pretrained
 from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
-from .push import push_to_hub
 from .layers.cc import cc_scales, scale_ensemble
 from .layers.flex import at_resolution
 from .train import constrain_, param_groups, penalty

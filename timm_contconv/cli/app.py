@@ -22,8 +22,8 @@ from torch import nn
 
 from .. import patching
 from ..hub import save_pretrained
+from ..hub.names import PATCHED
 from ..layers.core.replacement import Init
-from ..models.patched import PATCHED
 from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
 from . import demo as demo_command

@@ -16,10 +16,9 @@ from timm.models import set_pretrained_download_progress
 from timm.models._hub import get_cache_dir
 from torch import nn
 
-from ..download import explain_errors
-from ..push import push_to_hub
-from ..untrusted import WEIGHTS
-from ..weights import TRAINING, Publication, Weight, record_publication
+from ..hub.download import explain_errors
+from ..hub.push import push_to_hub
+from ..hub.weights import TRAINING, Publication, Weight, record_publication
 
 __all__ = ["run"]
 
@@ -79,11 +78,9 @@ def run(
 
 def _load(weight: Weight, folder: Path, file: Path | None) -> tuple[nn.Module, Path]:
     """The model with its weights, and the file that they are from."""
-    packaged = folder / WEIGHTS
-    config = {key: tuple(v) if isinstance(v, list) else v for key, v in weight.pretrained_cfg.items()}
-    config |= {"architecture": weight.architecture, "tag": weight.tag}
-    if file is None and packaged.is_file():
-        file = packaged
+    config = {"architecture": weight.architecture, "tag": weight.tag, **weight.timm_cfg(folder)}
+    if file is None and "file" in config:
+        file = Path(config["file"])
     if file is not None:
         if not file.is_file():
             raise FileNotFoundError(f"--file={str(file)!r}: no such file")

@@ -165,8 +165,9 @@ def _draw_widths(axis: Axes, index: int, sigma: torch.Tensor, colour: str) -> No
 
 
 def _draw_envelope(axis: Axes, layer: GaussianEnvelopeConv2d, sigma: torch.Tensor, colour: str, name: str) -> None:
-    half = layer.envelope_size // 2
-    mean, largest = envelope_filter(torch.stack([sigma.mean(), sigma.max()]).square(), layer.envelope_size)
+    size = layer.spec.envelope_size
+    half = size // 2
+    mean, largest = envelope_filter(torch.stack([sigma.mean(), sigma.max()]).square(), size)
     pixels = torch.arange(-half, half + 1)
     axis.plot(pixels, mean, color=colour, label=f"{name}, σ {sigma.mean():.2f}", linewidth=1.2)
     axis.plot(pixels, largest, color=colour, linestyle=":", linewidth=1.2)

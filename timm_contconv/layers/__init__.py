@@ -6,6 +6,8 @@ from .core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d, KernelConv
 from .core.replacement import ConvReplacement
 from .core.spec import METHODS, KernelSpec, LayerSpec
 from .dcls import DclsConv1d, DclsConv2d, DclsConv3d, DclsKernel
+from .envelope import GaussianEnvelopeConv2d
+from .flex import FlexConv1d, FlexConv2d, FlexKernel, MAGNet
 from .smp import SmpConv1d, SmpConv2d, SmpKernel
 from .smp_bn import SmpConvBn2d
 
@@ -17,6 +19,10 @@ __all__ = [
     "DclsConv2d",
     "DclsConv3d",
     "DclsKernel",
+    "FlexConv1d",
+    "FlexConv2d",
+    "FlexKernel",
+    "GaussianEnvelopeConv2d",
     "InternalNet",
     "Kernel",
     "KernelConv",
@@ -25,6 +31,7 @@ __all__ = [
     "KernelConv3d",
     "KernelSpec",
     "LayerSpec",
+    "MAGNet",
     "SmpConv1d",
     "SmpConv2d",
     "SmpConvBn2d",

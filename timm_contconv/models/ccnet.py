@@ -15,8 +15,8 @@ from timm.layers import SelectAdaptivePool2d, to_2tuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..hub.build import build_model_with_cfg
 from ..layers import ContinuousConv2d
-from .build import build_model_with_cfg
 from .classifier import Classifier
 
 __all__ = ["CcNet", "CcNetHead", "CcNetLayer", "ccnet", "ccnet_baseline"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers import FlexConv1d
-from ..layers.arguments import check_counts
+from ..layers.core.arguments import check_counts
+from ..layers.flex import FlexConv1d
 from .tcn import TCN
 
 __all__ = ["FlexTCN"]
@@ -27,7 +27,7 @@ class FlexTCN(TCN):
         channels: width of the blocks.
         blocks: their number.
         dropout: probability in the blocks.
-        flex_args: other arguments of `FlexConv1d`; {"mask": False} makes it CKTCN.
+        flex_args: settings of the FlexConvs, as in `FlexSpec`; {"mask": False} makes it CKTCN.
         device, dtype: of the parameters.
 
     Raises:

@@ -5,7 +5,7 @@ Named by their blocks: the paper's FlexNet-16, which counts layers, is the one t
 
 from __future__ import annotations
 
-import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,28 +14,51 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..convert import to_native
-from ..layers import FlexConv2d
-from ..layers.magnet import is_positive_int
-from .build import build_model_with_cfg
+from ..hub.build import build_model_with_cfg
+from ..layers.core.arguments import as_int
+from ..layers.flex import FlexConv2d, FlexSpec
+from .checkpoint import check_keys, unwrap
 from .classifier import Classifier
 
-__all__ = ["FlexBlock", "FlexNet", "flexnet3", "flexnet5", "flexnet7"]
+__all__ = ["FlexBlock", "FlexNet", "checkpoint_filter_fn", "flexnet3", "flexnet5", "flexnet7"]
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
-#: arguments of FlexConv2d that the network gives
-GIVEN = ("in_channels", "out_channels", "kernel_size", "device", "dtype")
+# key of the release -> key of this network; the filters of a kernel are stacked
+RELEASED_KEYS = (
+    (r"^module\.", ""),
+    (r"^cconv1\.", "stem.conv."),
+    (r"^norm1\.", "stem.norm."),
+    (r"^out_layer\.", "head.fc."),
+    (r"\.cconv(\d)\.", r".conv\1."),
+    (r"\.shortcut\.0\.", ".shortcut."),
+    (r"\.Kernel\.filters\.(\d+)\.linear\.", r".kernel.sine_\1."),
+    (r"\.Kernel\.filters\.(\d+)\.mu$", r".kernel.mean.\1"),
+    (r"\.Kernel\.filters\.(\d+)\.gamma$", r".kernel.gamma.\1"),
+    (r"\.Kernel\.linear\.(\d+)\.", r".kernel.hidden_\1."),
+    (r"\.(sine|hidden)_(\d+)\.(weight|bias)$", r".\1_\3.\2"),
+    (r"\.Kernel\.output_linear\.", ".kernel.output_"),
+)
+RELEASED_SETTINGS = (".temperature", ".mask_threshold")
 
 
 class FlexStem(nn.Module):
     """FlexConv, batch norm, ReLU: (N, C_in, H, W) to (N, C_out, H, W)."""
 
-    def __init__(self, in_chs: int, out_chs: int, kernel_size: int | Sequence[int], **flex: Any) -> None:
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int | Sequence[int],
+        device: Any = None,
+        dtype: Any = None,
+        **flex: Any,
+    ) -> None:
         super().__init__()
-        self.conv = FlexConv2d(in_chs, out_chs, kernel_size, **flex)
-        self.norm = nn.BatchNorm2d(out_chs, **_placement(self.conv))
+        dd = {"device": device, "dtype": dtype}
+        self.conv = FlexConv2d(in_chs, out_chs, kernel_size, **flex, **dd)
+        self.norm = nn.BatchNorm2d(out_chs, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":  # convolutions of so few channels take half the time there
@@ -51,7 +74,8 @@ class FlexBlock(nn.Module):
         kernel_size: of the FlexConvs, before their masks.
         dropout: probability, after the first ReLU.
         drop_path: stochastic depth.
-        **flex: other arguments of `FlexConv2d`.
+        device, dtype: of the parameters.
+        **flex: settings of the FlexConvs.
     """
 
     def __init__(
@@ -61,14 +85,16 @@ class FlexBlock(nn.Module):
         kernel_size: int | Sequence[int],
         dropout: float = 0.2,
         drop_path: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
         **flex: Any,
     ) -> None:
         super().__init__()
-        self.conv1 = FlexConv2d(in_chs, out_chs, kernel_size, **flex)
-        dd = _placement(self.conv1)
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = FlexConv2d(in_chs, out_chs, kernel_size, **flex, **dd)
         self.norm1 = nn.BatchNorm2d(out_chs, **dd)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = FlexConv2d(out_chs, out_chs, kernel_size, **flex)
+        self.conv2 = FlexConv2d(out_chs, out_chs, kernel_size, **flex, **dd)
         self.norm2 = nn.BatchNorm2d(out_chs, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.shortcut: nn.Module = nn.Identity() if in_chs == out_chs else nn.Conv2d(in_chs, out_chs, 1, **dd)
@@ -93,7 +119,7 @@ class FlexNet(Classifier):
         dropout: probability in the blocks.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
-        flex_args: other arguments of `FlexConv2d`, by name.
+        flex_args: settings of the FlexConvs by name, as in `FlexSpec` but for kernel_size; "compile" too.
         device, dtype: of the parameters.
 
     Raises:
@@ -168,23 +194,74 @@ class FlexNet(Classifier):
 
 def _kernel_size(img_size: int | Sequence[int]) -> tuple[int, ...]:
     """As large as the images, or one larger to be odd."""
-    sides = to_2tuple(img_size)
-    if len(sides) != 2 or not all(map(is_positive_int, sides)):
+    sides = [as_int(side) or 0 for side in to_2tuple(img_size)]
+    if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"img_size={img_size!r}: expected a positive int, in pixels, or two of them")
     return tuple(side + 1 - side % 2 for side in sides)
 
 
 def _checked(flex_args: Mapping[str, Any]) -> Mapping[str, Any]:
-    allowed = [name for name in inspect.signature(FlexConv2d).parameters if name not in GIVEN]
-    if not isinstance(flex_args, Mapping) or any(name not in allowed for name in flex_args):
+    allowed = {*FlexSpec.model_fields, "compile"} - {"method", "kernel_size"}
+    if not isinstance(flex_args, Mapping) or not allowed.issuperset(flex_args):
         raise ValueError(
-            f"flex_args={flex_args!r}: expected a dict of {', '.join(allowed)}; img_size gives the size of the kernels"
+            f"flex_args={flex_args!r}: expected a dict of {', '.join(sorted(allowed))}; img_size gives the size of the"
+            " kernels"
         )
     return flex_args
 
 
-def _placement(conv: FlexConv2d) -> dict[str, Any]:
-    return {"device": conv.output_bias.device, "dtype": conv.output_bias.dtype}
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The model's own keys, for a state dict of this network or a checkpoint that the authors released.
+
+    The release's linear layers are 1×1 convolutions; the mean and the width of a mask stand in one tensor, the rows
+    first, as ours.
+
+    Raises:
+        ValueError: keys are missing or left over; or the checkpoint's kernels are sampled at another resolution than
+            the model's.
+    """
+    native = unwrap(state_dict)
+    if any(key.endswith(".mask_params") for key in native):
+        native = _of_release(native, model)
+    return check_keys(native, model)
+
+
+def _of_release(released: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    native: dict[str, Tensor] = {}
+    stacks: dict[str, list[Tensor]] = {}  # in the order of the keys, which is that of the layers
+    for key, value in released.items():
+        renamed = key
+        for pattern, replacement in RELEASED_KEYS:
+            renamed = re.sub(pattern, replacement, renamed)
+        layer, _, name = renamed.rpartition(".")
+        if name == "train_length":
+            _check_kernel_size(key, int(value), model.get_submodule(layer))
+        elif name == "mask_params":
+            native[f"{layer}.kernel.mask_mean"], native[f"{layer}.kernel.mask_sigma"] = value[:, 0], value[:, 1]
+        elif name.isdecimal():  # of a filter, or of the linear layer before it
+            stacks.setdefault(layer, []).append(value.reshape(value.shape[:2]))
+        elif not renamed.endswith(RELEASED_SETTINGS):
+            native[renamed] = _in_our_shape(renamed, value, model)
+    return {**native, **{name: torch.stack(values) for name, values in stacks.items()}}
+
+
+def _in_our_shape(name: str, value: Tensor, model: nn.Module) -> Tensor:
+    if name == "head.fc.weight":
+        return value.flatten(1)  # (classes, C, 1, 1)
+    if name.endswith((".output_weight", ".output_bias")):  # (C_out C_in, H, 1, 1) and (C_out C_in,)
+        kernel: Any = model.get_submodule(name.rpartition(".")[0])
+        return value.reshape(kernel.out_channels, -1, *value.shape[1:2])
+    return value
+
+
+def _check_kernel_size(key: str, size: int, layer: Any) -> None:
+    """Refuse a checkpoint for another resolution: its parameters would fit, and give another function."""
+    own = layer.kernel_size[0]
+    if size not in (0, own):  # 0: never run
+        raise ValueError(
+            f"{key}={size}: the checkpoint's kernels have {size} pixels, the model's {own};"
+            f" create the model with img_size={size - 1}, and turn it with tcc.at_resolution then"
+        )
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -209,7 +286,7 @@ def _create_flexnet(variant: str, pretrained: bool, **kwargs: Any) -> FlexNet:
         FlexNet,
         variant,
         pretrained,
-        pretrained_filter_fn=to_native,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": out_indices, "flatten_sequential": True},
         **kwargs,
     )

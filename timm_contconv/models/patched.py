@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import sys
-import tomllib
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,17 +23,16 @@ from timm.models._features import FeatureGetterNet
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import Tensor, nn
 
-from ..data import data_folder
-from ..patching import PatchSpec, list_patches, load_patch, patch
+from ..hub.build import build_model_with_cfg
+from ..hub.checks import check_arguments
+from ..hub.names import HAND_PATCHED, PATCHED, PatchedArchitecture
+from ..hub.skeleton import LARGEST_ENTRIES, counted
+from ..hub.weights import packaged_weights
+from ..patching import PatchSpec, load_patch, patch
 from ..patching.record import set_architecture
-from ..untrusted import LARGEST_MODEL, WEIGHTS, MemoryBound, check_arguments
-from .build import build_model_with_cfg
 from .checkpoint import check_keys, unwrap
 
-__all__ = ["HAND_PATCHED", "PATCHED", "PatchedArchitecture", "contconv"]
-
-#: registered name of a model that was patched by hand
-HAND_PATCHED = "contconv"
+__all__ = ["contconv"]
 
 # key of the original ConvNeXt release -> key of timm's ConvNeXt
 _CONVNEXT_KEYS = (
@@ -47,19 +45,6 @@ _CONVNEXT_KEYS = (
     (r"^norm\.", "head.norm."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class PatchedArchitecture:
-    """A timm architecture with a recipe applied to it."""
-
-    base: str
-    recipe: str
-
-    @property
-    def name(self) -> str:
-        """Its name in timm's registry."""
-        return f"{self.base}_{self.recipe}"
 
 
 def _build_base(base: str, spec: PatchSpec, name: str, base_args: Mapping[str, Any], **kwargs: Any) -> nn.Module:
@@ -86,7 +71,7 @@ def _build(
 
 def _feature_cfg(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
     """How the base extracts features: from modules at its top or one Sequential deep, else from its forward."""
-    with torch.device("meta"), MemoryBound(LARGEST_MODEL):
+    with torch.device("meta"), counted(LARGEST_ENTRIES, math.inf, f"{base}: has too many modules"):
         model = model_entrypoint(base)(pretrained=False, **base_args)
     modules = [item["module"] for item in model.feature_info]
     config: dict[str, Any] = {"out_indices": tuple(range(len(modules)))}
@@ -181,21 +166,6 @@ def _convnext_dcls_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> d
     return native
 
 
-def _architectures() -> dict[str, PatchedArchitecture]:
-    """Everything that the recipes ask to be registered and that timm does not ship itself."""
-    architectures = {}
-    for recipe in list_patches():
-        for base in load_patch(recipe).models:
-            architecture = PatchedArchitecture(base, recipe)
-            if is_model(architecture.name):
-                warnings.warn(f"timm has a model {architecture.name} of its own: not registered", stacklevel=2)
-            elif not is_model(base):
-                warnings.warn(f"timm has no model {base}: {architecture.name} is not registered", stacklevel=2)
-            else:
-                architectures[architecture.name] = architecture
-    return architectures
-
-
 def _untrained_cfg(base: str) -> PretrainedCfg:
     """The base's configuration without its weights."""
     config = get_pretrained_cfg(base)
@@ -211,14 +181,9 @@ def _untrained_cfg(base: str) -> PretrainedCfg:
 def _default_cfgs(architectures: Mapping[str, PatchedArchitecture]) -> dict[str, PretrainedCfg]:
     """Configurations by "name" and "name.tag"; tags are the folders of hub/ that say where weights are."""
     configs = {name: _untrained_cfg(architecture.base) for name, architecture in architectures.items()}
-    for path in sorted(data_folder("hub").glob("*/weight.toml")):
-        weight = tomllib.loads(path.read_text(encoding="utf-8"))
-        if weight["architecture"] in architectures:
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in weight["pretrained_cfg"].items()}
-            if (path.parent / WEIGHTS).is_file():  # small enough to come with the package
-                values["file"] = str(path.parent / WEIGHTS)
-            untrained = configs[weight["architecture"]]
-            configs[f"{weight['architecture']}.{weight['tag']}"] = dataclasses.replace(untrained, **values)
+    for folder, weight in packaged_weights():
+        if weight.architecture in architectures:
+            configs[weight.name] = dataclasses.replace(configs[weight.architecture], **weight.timm_cfg(folder))
     return configs
 
 
@@ -228,7 +193,6 @@ def _only_by_tag(default: DefaultCfg) -> DefaultCfg:
     return dataclasses.replace(default, tags=deque(tags))
 
 
-PATCHED = _architectures()
 default_cfgs = {k: _only_by_tag(v) for k, v in generate_default_cfgs(_default_cfgs(PATCHED)).items()}
 for _architecture in PATCHED.values():
     _create = register_model(_entrypoint(_architecture, load_patch(_architecture.recipe)))

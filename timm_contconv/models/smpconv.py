@@ -20,8 +20,8 @@ from timm.layers import (
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..hub.build import build_model_with_cfg
 from ..layers import SmpConv2d, SmpConvBn2d
-from .build import build_model_with_cfg
 from .checkpoint import check_keys, unwrap
 from .classifier import Classifier
 

@@ -21,10 +21,10 @@ from pydantic import (
     field_validator,
 )
 
-from ..data import data_folder
 from ..layers import METHODS, LayerSpec
 from ..layers.core.arguments import Int
 from ..layers.core.spec import LARGEST_KERNEL, explain
+from ..paths import data_folder
 
 __all__ = ["PatchSpec", "as_patch_spec", "list_patches", "load_patch"]
 

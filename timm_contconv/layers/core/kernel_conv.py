@@ -127,7 +127,8 @@ class KernelConv(ConvReplacement):
     def _spec_of(self, settings: dict[str, Any]) -> KernelSpec:
         if self.spec_class is None:
             raise TypeError(f"spec=None: expected the settings of a kernel; {type(self).__name__} has none of its own")
-        return self.spec_class.of(kernel_size=self.kernel_size, **settings)
+        spec = self.spec_class.of(kernel_size=1, **settings)  # its limit is for strangers' specifications
+        return spec.model_copy(update={"kernel_size": self.kernel_size})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -155,7 +156,8 @@ class KernelConv(ConvReplacement):
         return self._kept.get(tuple(self.kernel.sources().values()), self._look_and_construct)
 
     def _look_and_construct(self) -> tuple[Tensor, Margins | None]:
-        self.kernel.look()
+        if next(self.kernel.parameters()).device.type == "cpu":  # an accelerator would have to be waited for
+            self.kernel.look()
         return self.kernel(), self.kernel.margins
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from .arguments import as_int
+from .kernel import Kernel
 from .plain import PlainConv, plain_arguments
-
-if TYPE_CHECKING:
-    from .kernel import Kernel
-    from .replacement import ConvReplacement, Init
+from .replacement import ConvReplacement, Init
 
 __all__ = ["LARGEST_KERNEL", "METHODS", "KernelSize", "KernelSpec", "LayerSpec", "explain"]
 

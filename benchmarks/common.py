@@ -1,0 +1,174 @@
+"""What the scripts share: arguments, the machine, timing in turns, recorded results.
+
+Timing in turns survives a machine that does other work: contenders run one after another in each round, so that
+whatever else happens meets them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import timm_contconv as tcc
+
+__all__ = [
+    "IMAGES",
+    "RESULTS",
+    "arguments",
+    "in_turns",
+    "infer",
+    "machine",
+    "medians",
+    "new_parser",
+    "ratio",
+    "read_results",
+    "require",
+    "summary",
+    "training_step",
+    "write_results",
+]
+
+ROOT = Path(__file__).parent.parent
+RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+
+
+# ---- arguments and results
+
+
+def new_parser(description: str | None, results: str | None = None, threads: int = 1) -> argparse.ArgumentParser:
+    """A parser with --threads and, for a script that records results, --output.
+
+    Args:
+        description: the script's docstring.
+        results: the default of --output, a file in benchmarks/results.
+        threads: the default of --threads. Small models run best on one: more would wait for one another.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=threads, help="of PyTorch")
+    if results is not None:
+        parser.add_argument("--output", type=Path, default=RESULTS / results)
+    return parser
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of this run. Sets PyTorch's threads and its random seed, 0."""
+    parsed = parser.parse_args()
+    torch.set_num_threads(parsed.threads)
+    torch.manual_seed(0)
+    return parsed
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What earlier runs recorded, or nothing."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return results
+
+
+def write_results(path: Path, record: Mapping[str, Any]) -> None:
+    """Record results, and the machine that they are of."""
+    text = json.dumps({**record, "machine": machine()}, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are of: processor and its vendor, PyTorch's threads, GPU, version of PyTorch."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {
+        "processor": fields.get("model name") or platform.processor() or platform.machine(),
+        "vendor": fields.get("vendor_id", "unknown"),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+    }
+
+
+def summary(values: Sequence[float], decimals: int = 2) -> str:
+    """Mean ± standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{decimals}f}{spread}"
+
+
+def require(condition: bool, claim: str) -> None:
+    """End the script with an error where its results do not show what they should.
+
+    Raises:
+        SystemExit: with the claim.
+    """
+    if not condition:
+        raise SystemExit(f"not shown: {claim}")
+
+
+# ---- timing
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    description: str = "measuring",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round, in which every call runs once. A round before these warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in track(range(rounds + 1), description=description, transient=True):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratio(slow: Sequence[float], quick: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of slow / quick in the same round; at least two rounds."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(slow, quick, strict=True)], n=4)
+    return {"ratio": middle, "quartile_1": low, "quartile_3": high}
+
+
+# ---- what is timed
+
+
+@torch.no_grad()
+def infer(model: nn.Module, images: Tensor) -> None:
+    """A forward pass in eval mode."""
+    model.eval()
+    model(images)
+
+
+def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """A call that does forward, backward, a step of AdamW and constraints, with random labels.
+
+    Args:
+        model: gives at least ten logits; it is put into training mode.
+        images: what it takes.
+    """
+    labels = torch.randint(10, (len(images),))
+    optimizer = torch.optim.AdamW(tcc.param_groups(model.train(), lr=1e-5, weight_decay=0.05))
+
+    def step() -> None:
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        tcc.constrain_(model)
+
+    return step

@@ -1,0 +1,150 @@
+"""The folders of hub/: one per publishable weight, with where it comes from and what was published where."""
+
+from __future__ import annotations
+
+import datetime
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+from huggingface_hub import EvalResult
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..paths import data_folder
+from .checks import WEIGHTS, check_pretrained_cfg
+
+__all__ = ["TRAINING", "Publication", "Result", "Weight", "packaged_weights", "record_publication"]
+
+WEIGHT, TRAINING, PUBLISHED = "weight.toml", "train.yaml", "published.toml"
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Result(_Table):
+    """A measurement.
+
+    Attributes:
+        dataset: identifier on the Hub.
+        metric: "top1".
+        value: in per cent.
+        by: who measured it.
+        split: part of the data.
+        seeds: values from several trainings; the first is `value`.
+    """
+
+    dataset: str
+    metric: str
+    value: float
+    by: str
+    split: str | None = None
+    seeds: tuple[float, ...] = ()
+
+
+class Publication(_Table):
+    """Where a weight was published.
+
+    Attributes:
+        repo_id: repository on the Hub.
+        commit: its revision.
+        url: the commit's page.
+        day: of the publication.
+        source_sha256: of the file that was converted.
+    """
+
+    repo_id: str
+    commit: str
+    url: str
+    day: datetime.date
+    source_sha256: str
+
+
+class Weight(_Table):
+    """What a weight.toml says.
+
+    Attributes:
+        architecture: registered name.
+        tag: of the weights, as timm writes it after a dot.
+        pretrained_cfg: fields of timm's PretrainedCfg; `url` is where the file is today.
+        source: in words, where the file is to be had that no URL leads to.
+        datasets: identifiers of the data that it was trained on.
+        training: settings of a training that has no train.yaml.
+        results: measurements, and by whom.
+    """
+
+    architecture: str
+    tag: str
+    pretrained_cfg: dict[str, Any]
+    source: str = ""
+    datasets: tuple[str, ...] = ()
+    training: dict[str, Any] = Field(default_factory=dict)
+    results: tuple[Result, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As timm names it: architecture.tag."""
+        return f"{self.architecture}.{self.tag}"
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a folder's weight.toml.
+
+        Raises:
+            FileNotFoundError: the folder has none.
+            ValueError: it is not valid; the message names the file and the field.
+        """
+        path = folder / WEIGHT
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: has no {WEIGHT}; the folders of hub/ are examples")
+        try:
+            weight = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (tomllib.TOMLDecodeError, ValidationError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        url_free = {key: value for key, value in weight.pretrained_cfg.items() if key != "url"}
+        check_pretrained_cfg(url_free, f"{path}: pretrained_cfg.")
+        return weight
+
+    def timm_cfg(self, folder: Path) -> dict[str, Any]:
+        """pretrained_cfg as timm takes it; `file` is the weights file in `folder`, where it comes with the package."""
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in self.pretrained_cfg.items()}
+        if (folder / WEIGHTS).is_file():
+            values["file"] = str(folder / WEIGHTS)
+        return values
+
+    def eval_results(self) -> list[EvalResult]:
+        """The measurements for a model card."""
+        origin = self.pretrained_cfg.get("origin_url")
+        return [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=result.dataset,
+                dataset_name=result.dataset,
+                dataset_split=result.split,
+                metric_type="accuracy",
+                metric_name=f"{result.metric} accuracy, %",
+                metric_value=result.value,
+                source_name=result.by if origin else None,
+                source_url=origin,
+            )
+            for result in self.results
+        ]
+
+
+def packaged_weights() -> list[tuple[Path, Weight]]:
+    """The folders of hub/ that hold a weight.toml, with what it says."""
+    folders = sorted(path.parent for path in data_folder("hub").glob(f"*/{WEIGHT}"))
+    return [(folder, Weight.load(folder)) for folder in folders]
+
+
+def record_publication(folder: Path, publication: Publication) -> Path:
+    """Add a publication to the folder's published.toml, which is made if need be.
+
+    Returns:
+        The file.
+    """
+    path = folder / PUBLISHED
+    known = tomllib.loads(path.read_text(encoding="utf-8"))["published"] if path.is_file() else []
+    path.write_text(tomli_w.dumps({"published": [*known, publication.model_dump()]}), encoding="utf-8")
+    return path

@@ -1,0 +1,25 @@
+"""Convolution with a learned Gaussian envelope (Kobayashi 2023): downsampling with a learned receptive field.
+
+gaussian.py: the filter as a function of its width.
+smoothing.py: images smoothed with it, and the gradients of that.
+spec.py: the settings.
+layer.py: the layer.
+merge.py: the smoothing as plain convolutions, or folded into a larger kernel.
+cost.py: multiply-adds.
+model_wide.py: all envelopes of a model: how wide they are, and smaller filters.
+"""
+
+from .gaussian import envelope_filter
+from .layer import GaussianEnvelopeConv2d
+from .model_wide import shrink_envelopes, sigma_per_layer
+from .smoothing import smooth
+from .spec import EnvelopeSpec
+
+__all__ = [
+    "EnvelopeSpec",
+    "GaussianEnvelopeConv2d",
+    "envelope_filter",
+    "shrink_envelopes",
+    "sigma_per_layer",
+    "smooth",
+]

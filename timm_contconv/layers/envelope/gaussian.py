@@ -1,0 +1,79 @@
+"""The Gaussian envelope of Kobayashi 2023: a filter as a function of its width."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...ops import compute_dtype
+
+__all__ = [
+    "NEARLY_DELTA_VARIANCE",
+    "envelope_filter",
+    "envelope_filter_derivative",
+    "is_delta",
+    "raw_from_variance",
+    "variance_from_raw",
+]
+
+#: sigma squared is taken as at least this: a delta in every dtype, and nothing overflows
+SMALLEST_VARIANCE = 1 / 2000
+#: sigma^2 at which a neighbour weighs 1e-6: almost nothing is smoothed, yet sigma has a gradient and can grow
+NEARLY_DELTA_VARIANCE = 1 / (2 * math.log(1e6))
+#: below this sigma squared, exp(-1 / (2 sigma^2)) underflows to 0: the filter is a delta, and sigma's gradient is 0
+DELTA_VARIANCE = {torch.float32: 1 / 208, torch.float64: 1 / 1500}
+
+
+def variance_from_raw(raw: Tensor) -> Tensor:
+    """sigma^2 = softplus(s), at least 1/2000, in float32 (float64 for float64)."""
+    return F.softplus(raw.to(compute_dtype(raw.dtype))).clamp_min(SMALLEST_VARIANCE)
+
+
+def raw_from_variance(variance: float) -> float:
+    """The s of a sigma^2, at least 1/2000: the inverse of softplus."""
+    variance = max(variance, SMALLEST_VARIANCE)
+    return variance + math.log(-math.expm1(-variance))
+
+
+def is_delta(variance: Tensor) -> bool:
+    """Whether the filters of all these sigma^2 are deltas, bit for bit."""
+    return bool((variance < DELTA_VARIANCE[variance.dtype]).all())
+
+
+def envelope_filter(variance: Tensor, size: int) -> Tensor:
+    """One-dimensional Gaussian envelopes (Kobayashi 2023, Eq. 9).
+
+    Args:
+        variance: (C,) values of sigma squared, in squared pixels, above 0.
+        size: k_g, odd: the number of taps.
+
+    Returns:
+        (C, size): softmax over x = -r..r of -x^2 / (2 sigma^2), r = size // 2.
+    """
+    return torch.softmax(-_squared_offsets(variance, size) / (2 * variance.unsqueeze(-1)), dim=-1)
+
+
+def envelope_filter_derivative(variance: Tensor, size: int) -> Tensor:
+    """Derivative of `envelope_filter` by the variance, the factor dg/dsigma of Kobayashi 2023, Eq. 8.
+
+    By sigma it is 2 sigma times this.
+
+    Args:
+        variance: (C,), as for `envelope_filter`.
+        size: k_g.
+
+    Returns:
+        (C, size): g[x] (x^2 - sum_xi g[xi] xi^2) / (2 sigma^4).
+    """
+    taps = envelope_filter(variance, size)
+    squares = _squared_offsets(variance, size)
+    mean = (taps * squares).sum(-1, keepdim=True)
+    return taps * (squares - mean) / (2 * variance.square().unsqueeze(-1))
+
+
+def _squared_offsets(like: Tensor, size: int) -> Tensor:
+    """x^2 for x = -r..r."""
+    return (torch.arange(size, device=like.device, dtype=like.dtype) - size // 2).square()

@@ -1,0 +1,325 @@
+"""GaussianEnvelopeConv2d: a convolution ahead of which, or behind which, every channel is smoothed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import is_transformed
+from ..core.arguments import check_channels, check_padding, per_dimension
+from ..core.finite import require_finite
+from ..core.geometry import GeometryOwner
+from ..core.kept import may_look
+from ..core.plain import NEGLIGIBLE, PlainConv, copy_bias_, plain_arguments, plain_conv, relative_error, require_weights
+from ..core.replacement import ConvReplacement
+from ..core.tracing import as_node, is_traced
+from .cost import largest_input, smoothing_multiply_adds
+from .gaussian import NEARLY_DELTA_VARIANCE, envelope_filter, is_delta, raw_from_variance, variance_from_raw
+from .merge import dense_kernel, dense_padding, is_plain, smoothing_convs, spread_taps
+from .smoothing import smooth, smooth_and_convolve
+from .spec import EnvelopeSpec
+
+__all__ = ["GaussianEnvelopeConv2d"]
+
+CONV_ATTRIBUTES = (
+    *("in_channels", "out_channels", "kernel_size", "stride"),
+    *("padding", "dilation", "groups", "padding_mode"),
+)
+
+
+class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
+    """A convolution with a separable Gaussian smoothing of learned width (Kobayashi 2023, Eq. 2 to 6).
+
+    With order "before" the layer computes `conv(smooth(x))`. The convolution is a module of its own and the last
+    operation, so adapters can replace it, hooks see it, and a norm that follows can be folded into it. With order
+    "after" the layer smooths the output of `conv` and adds its own bias: there `conv` is not the last operation, and
+    a norm can't be folded into it. The layer has no `weight`, because no kernel of its size is the whole operation.
+
+    At the borders the smoothed image goes on as `padding_mode` says; the paper leaves that open.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as for `nn.Conv2d`. padding="same" also goes with a stride, as in timm's `Conv2dSame`.
+        spec: settings of the envelope, instead of `**settings`.
+        **settings: settings of the envelope, as the fields of `EnvelopeSpec`.
+
+    Attributes:
+        conv: an `nn.Conv2d`, or timm's `Conv2dSame` for padding="same" with a stride. Its stride is 1 along an axis
+            where `smoothing_stride` has the stride of the layer.
+        smoothing_stride: along each axis, the steps in which the smoothed image is computed.
+        smoothing_distance: along each axis, pixels of the input between neighbours in the smoothed image.
+        smoothed_channels: C_in with order "before", C_out with "after".
+        spec: the settings.
+
+    Parameters:
+        conv.weight: (C_out, C_in/groups, K_y, K_x).
+        conv.bias: (C_out,); with order "after" it is the layer's own `bias` instead.
+        raw_sigma: (C,) or, with sigma_per="layer", (1,): the s of sigma^2 = softplus(s), C = smoothed_channels.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it, its value and what is allowed. From a forward
+            pass: raw_sigma is not finite, on the CPU and outside of compiled graphs.
+    """
+
+    method = "genv"
+    geometry_names = ("raw_sigma",)
+    conv: nn.Conv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        spec: EnvelopeSpec | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if spec is not None and settings:
+            raise TypeError(f"{', '.join(settings)}: expected no settings beside spec, which holds them")
+        self.spec = EnvelopeSpec.of(**settings) if spec is None else spec
+        check_channels(in_channels, out_channels, groups)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = per_dimension("kernel_size", kernel_size, 2, minimum=1)
+        self.stride = per_dimension("stride", stride, 2, minimum=1)
+        self.padding = check_padding(padding, 2)
+        self.dilation = per_dimension("dilation", dilation, 2, minimum=1)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.output_padding = (0, 0)
+        before = self.spec.order == "before"
+        self.smoothing_stride = _smoothing_stride(self.kernel_size, self.stride, self.padding) if before else (1, 1)
+        self._reach = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        self.smoothing_distance = (1, 1) if before else self.stride
+        self.smoothed_channels = in_channels if before else out_channels
+        empty = functools.partial(torch.empty, device=device, dtype=dtype)
+        if not before:
+            self.register_parameter("bias", nn.Parameter(empty(out_channels)) if bias else None)
+        sigmas = 1 if self.spec.sigma_per == "layer" else self.smoothed_channels
+        self.raw_sigma = nn.Parameter(empty(sigmas), requires_grad=self.spec.learn_sigma)
+        conv = plain_conv(
+            empty(out_channels, in_channels // groups, *self.kernel_size),
+            empty(out_channels) if before and bias else None,
+            stride=[s // taken for s, taken in zip(self.stride, self.smoothing_stride, strict=True)],
+            padding=self.padding, dilation=self.dilation, groups=groups, padding_mode=padding_mode,
+        )  # fmt: skip
+        assert isinstance(conv, nn.Conv2d)
+        self.conv = conv.requires_grad_()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weights and biases as in `nn.Conv2d`, sigma as in section 3 of the paper or as given."""
+        self.conv.reset_parameters()
+        if self.spec.order == "after" and self.bias is not None:
+            bound = (self.in_channels // self.groups * math.prod(self.kernel_size)) ** -0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+        sigma = self.spec.initial_sigma
+        start = 0.0 if sigma is None else raw_from_variance(sigma**2)
+        nn.init.constant_(self.geometry["raw_sigma"], start)
+
+    @property
+    def geometry_owner(self) -> GeometryOwner:
+        return self
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """(C_out,): the bias of `conv`, or with order "after" the layer's own."""
+        if "bias" in self._parameters:
+            return self._parameters["bias"]
+        return self.conv.bias
+
+    @property
+    def variance(self) -> Tensor:
+        """sigma^2 = softplus(s), (C,) or (1,), in squared pixels, in float32 at least; differentiable."""
+        raw = self.geometry["raw_sigma"]
+        require_finite("raw_sigma", raw)
+        return variance_from_raw(raw)
+
+    @property
+    def sigma(self) -> Tensor:
+        """Widths of the envelopes in pixels, (C,) or (1,); differentiable."""
+        return self.variance.sqrt()
+
+    def shrink(self, size: int) -> Self:
+        """Use another k_g outside training, with the same sigma (Table 1e); `envelope_size` undoes it.
+
+        Raises:
+            ValueError: size is even, below 3 or above envelope_size.
+        """
+        self.spec = EnvelopeSpec.of(**{**self.spec.model_dump(), "inference_size": size})
+        return self
+
+    # ---- the convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Smooth and convolve x, (N, C_in, H, W) or (C_in, H, W)."""
+        if is_traced(x):
+            return as_node(self, x)
+        if self.spec.order == "after":
+            y = self._smooth(self.conv(x))
+            return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
+        if self._only_sigma_learns_from(x):
+            taps = self.spec.taps(self.training)
+            return smooth_and_convolve(x, self.variance, taps, self.smoothing_stride, self.conv)
+        return self.conv(self._smooth(x))
+
+    def _smooth(self, x: Tensor) -> Tensor:
+        """The smoothed image. Deltas are skipped on the CPU unless sigma learns; their gradient is 0."""
+        raw, variance = self.geometry["raw_sigma"], self.variance
+        learns = torch.is_grad_enabled() and raw.requires_grad
+        if not learns and raw.device.type == "cpu" and may_look((raw,)) and is_delta(variance):
+            return x[..., :: self.smoothing_stride[0], :: self.smoothing_stride[1]]
+        return smooth(x, variance, self.spec.taps(self.training), self.smoothing_stride, self.padding_mode)
+
+    def _only_sigma_learns_from(self, x: Tensor) -> bool:
+        """Whether the image needs no gradient while sigma does, and calling `conv` is no more than a convolution."""
+        if x.requires_grad or not torch.is_grad_enabled() or not self.geometry["raw_sigma"].requires_grad:
+            return False
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or is_transformed():
+            return False
+        return _is_bare(self.conv)
+
+    # ---- in place of a convolution, and back
+
+    @classmethod
+    def in_place_of(cls, conv: PlainConv, spec: EnvelopeSpec) -> Self:
+        """A layer in place of `conv`, with the envelope of `spec`."""
+        return cls(**plain_arguments(conv, conv.kernel_size), spec=spec)
+
+    @classmethod
+    @torch.no_grad()
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+        """Take over kernels and biases; envelopes start as deltas to 1e-6, unless `initial_sigma` says otherwise."""
+        require_weights(convs)
+        for layer, conv in zip(layers, convs, strict=True):
+            layer.conv.weight.copy_(conv.weight)
+            copy_bias_(layer.bias, conv)
+            if layer.spec.initial_sigma is None:
+                layer.geometry["raw_sigma"].fill_(raw_from_variance(NEARLY_DELTA_VARIANCE))
+
+    def to_conv(self) -> nn.Module:
+        """Two depthwise convolutions and a copy of `conv`, in their order, with `inference_size`.
+
+        Where every envelope is a delta, the convolution alone. Same output, also at the borders.
+        """
+        if is_plain(self.conv) and self._has_deltas():
+            return self.to_dense_conv()
+        passes = smoothing_convs(
+            self._taps(), self.smoothing_stride, self.padding_mode, self.bias if self.spec.order == "after" else None
+        )
+        for smoothing in passes:
+            smoothing.weight.requires_grad_(self.geometry["raw_sigma"].requires_grad)
+        conv = copy.deepcopy(self.conv)
+        steps = nn.Sequential(*passes, conv) if self.spec.order == "before" else nn.Sequential(conv, *passes)
+        for name in CONV_ATTRIBUTES:  # models read these off what they hold as a convolution
+            setattr(steps, name, getattr(self, name))
+        return steps.train(self.training)
+
+    def to_dense_conv(self) -> nn.Module:
+        """One convolution with the larger kernel g * f (Eq. 1), with `inference_size`.
+
+        Same output where that kernel lies inside the image. At the borders too where the convolution has no
+        padding and smooths its input, and with padding_mode "circular" or "reflect"; otherwise there, up to half
+        the kernel from the edge, this layer cuts the smoothed image off and the dense one does not.
+
+        Raises:
+            ValueError: padding="same" with a stride above a kernel of more than one pixel, or `conv` is an adapter.
+        """
+        kernel, dilation = self._dense_kernel(), self.dilation
+        padding: Sequence[int] | str = self.padding
+        if self._has_deltas():
+            kernel = self.conv.weight
+        else:
+            margins = [self.spec.taps(training=False) // 2 * d for d in self.smoothing_distance]
+            padding, dilation = dense_padding(padding, margins, self._reach, self.stride), (1, 1)
+        dense = plain_conv(
+            kernel, self.bias, stride=self.stride, padding=padding, dilation=dilation, groups=self.groups,
+            padding_mode=self.padding_mode,
+        )  # fmt: skip
+        dense.weight.requires_grad_(self.conv.weight.requires_grad)
+        return dense.train(self.training)
+
+    def to_conv_like(self, conv: PlainConv) -> PlainConv | None:
+        """A copy of `conv` with this layer's weights; None where the envelopes smooth by more than 1e-5."""
+        if self.fit_error(self.conv) > NEGLIGIBLE:
+            return None
+        plain = copy.deepcopy(conv)
+        plain.weight = nn.Parameter(self.conv.weight.detach().clone(), requires_grad=self.conv.weight.requires_grad)
+        plain.bias = copy.deepcopy(self.bias)
+        return plain.train(self.training)
+
+    def fit_error(self, conv: PlainConv) -> float:
+        """Relative difference of the kernel with the envelope folded in and that of `conv`, dilation spread out."""
+        return relative_error(self._dense_kernel(), spread_taps(conv.weight, conv.dilation))
+
+    def _has_deltas(self) -> bool:
+        return not self.geometry["raw_sigma"].is_meta and is_delta(self.variance)
+
+    def _taps(self) -> Tensor:
+        """(C, k_g): the filter of every smoothed channel, outside training."""
+        taps = envelope_filter(self.variance.detach(), self.spec.taps(training=False))
+        return taps.to(self.geometry["raw_sigma"].dtype).expand(self.smoothed_channels, -1)
+
+    def _dense_kernel(self) -> Tensor:
+        return dense_kernel(self.conv, self._taps(), self.smoothing_distance, by_input=self.spec.order == "before")
+
+    # ---- reports
+
+    def receptive_field(self) -> tuple[int, ...]:
+        """Pixels of the input that an output depends on outside training, per spatial dimension."""
+        added = self.spec.taps(training=False) - 1
+        return tuple(size + added * d for size, d in zip(self._reach, self.smoothing_distance, strict=True))
+
+    def multiply_adds(self, output_size: Sequence[int]) -> int:
+        """Multiply-adds of one sample outside training, for the largest input with an output of this size."""
+        return self._multiply_adds(output_size, self.smoothing_stride)
+
+    def published_multiply_adds(self, output_size: Sequence[int]) -> int:
+        """As the paper counts (section 3.1): 2 k_g C H W for the envelope, over all positions."""
+        return self._multiply_adds(output_size, (1, 1))
+
+    def _multiply_adds(self, output_size: Sequence[int], smoothing_stride: Sequence[int]) -> int:
+        convolution = math.prod((*output_size, *self.kernel_size, self.out_channels, self.in_channels // self.groups))
+        before, taps = self.spec.order == "before", self.spec.taps(training=False)
+        size = largest_input(output_size, self._reach, self.stride, self.padding) if before else output_size
+        return convolution + smoothing_multiply_adds(size, self.smoothed_channels, taps, smoothing_stride)
+
+    def extra_repr(self) -> str:
+        settings = self.spec.model_dump(exclude={"method"}, exclude_defaults=True)
+        return ", ".join([f"stride={self.stride}", *(f"{name}={value}" for name, value in settings.items())])
+
+
+EnvelopeSpec.layers = {2: GaussianEnvelopeConv2d}
+
+
+def _smoothing_stride(
+    kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int] | str
+) -> tuple[int, ...]:
+    """The stride that the smoothing takes over: all of it along an axis where the convolution has one pixel, unpadded.
+
+    There the convolution does not use the positions between its steps.
+    """
+    pads = (0, 0) if isinstance(padding, str) else padding  # "same" adds no padding to a single pixel
+    return tuple(s if k == 1 and p == 0 else 1 for k, s, p in zip(kernel_size, stride, pads, strict=True))
+
+
+def _is_bare(conv: nn.Module) -> bool:
+    """Whether calling a module is `nn.Conv2d.forward` and nothing else: no adapter, no hook."""
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    return type(conv) is nn.Conv2d and not any(hooks) and "forward" not in conv.__dict__

@@ -1,0 +1,81 @@
+"""FlexConv1d and 2d: convolutions with a `FlexKernel`, which run at any resolution."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Self
+
+from ..core.arguments import check_counts
+from ..core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d
+from .grid import resampled_padding
+from .kernel import FlexKernel, FlexSpec
+
+__all__ = ["FlexConv", "FlexConv1d", "FlexConv2d"]
+
+
+class FlexConv(KernelConv):
+    """What `FlexConv1d` and `FlexConv2d` have in common."""
+
+    spec_class = FlexSpec
+    kernel: FlexKernel
+
+    _made_padding: tuple[int, ...] | str
+
+    def at_resolution(self, source: int, target: int) -> Self:
+        """Turn a layer for one resolution, in place, into the same function at another (Eq. 9).
+
+        The kernel is sampled at steps source / target as large, from its centre or from the newest sample of a causal
+        one, and multiplied by (source / target)^D, so that the layer sums over the same region of its input. Its size,
+        and padding that is given in pixels, are rounded: the region may end up to a pixel earlier or later. Turns of a
+        layer multiply exactly: one there and one back leave it as it was made.
+
+        Args:
+            source, target: sizes of the layer's input, in pixels, now and from now on.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: a resolution is not positive; then nothing is changed.
+        """
+        check_counts(source=source, target=target)
+        kernel = self.kernel
+        if kernel.resolution_ratio == 1:
+            self._made_padding = self.padding
+        kernel.sample_at(kernel.resolution_ratio * Fraction(int(target), int(source)))
+        self.kernel_size = kernel.kernel_size
+        if not isinstance(self._made_padding, str):
+            made = zip(self._made_padding, kernel.made_size, kernel.axes, strict=True)
+            self.padding = tuple(resampled_padding(*dimension, kernel.resolution_ratio) for dimension in made)
+        self._kept.drop()
+        return self
+
+    def unsaved_setting(self) -> str | None:
+        if self.kernel.resolution_ratio == 1:
+            return None
+        return f"at {self.kernel.resolution_ratio} times the resolution that it was made for"
+
+
+class FlexConv1d(FlexConv, KernelConv1d):
+    """`nn.Conv1d` with a `FlexKernel`: takes the arguments of `KernelConv1d`, and the settings of `FlexSpec`.
+
+    kernel_size is the size of the whole kernel, before the mask: as long as the sequence. The padding is "causal" by
+    default. Where the mask is under its threshold the kernel is zero, and what is zero at its borders is left out of
+    the convolution; `weight` gives the whole kernel all the same.
+    """
+
+    default_padding = "causal"
+
+
+class FlexConv2d(FlexConv, KernelConv2d):
+    """`nn.Conv2d` with a `FlexKernel`: takes the arguments of `KernelConv2d`, and the settings of `FlexSpec`.
+
+    kernel_size is the size of the whole kernel, before the mask: as large as the images, or one larger to be odd. The
+    padding is "same" by default. Where the mask is under its threshold the kernel is zero, and what is zero at its
+    borders is left out of the convolution; `weight` gives the whole kernel all the same.
+    """
+
+    default_padding = "same"
+
+
+FlexSpec.layers = {1: FlexConv1d, 2: FlexConv2d}

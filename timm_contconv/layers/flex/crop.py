@@ -1,0 +1,94 @@
+"""Which part of a masked kernel is not zero, and for which mask that was found.
+
+The other part is not convolved with. It is given as margins: pixels before and after, per spatial dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.kernel import Margins
+from .grid import Axis
+
+__all__ = ["Crop", "MaskValues", "margins_of_mask", "read_mask"]
+
+#: mean and sigma of a mask, one number per dimension each
+MaskValues = tuple[list[float], list[float]]
+
+COARSENESS = 16  # crops grow and shrink by this part of the kernel, so that there are few sizes
+ROUNDING = 1e-3  # pixels; the mask itself is evaluated in float32
+
+
+def read_mask(mask: Sequence[Tensor]) -> MaskValues:
+    """Mean and sigma of a mask as numbers; an accelerator is waited for."""
+    mean, sigma = torch.stack([value.detach() for value in mask]).tolist()
+    return mean, sigma
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Crop:
+    """Margins, and the mask that they were found for.
+
+    Attributes:
+        margins: what the mask leaves out.
+        values: of the mask.
+        tensors: the mask's mean and sigma on an accelerator, where their values are not compared; () on the CPU.
+        versions: of the tensors; every edit in place counts one on, but not one through `.data`.
+    """
+
+    margins: Margins
+    values: MaskValues
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, margins: Margins, values: MaskValues, mask: Sequence[Tensor]) -> Crop:
+        known = tuple(value for value in mask if value.device.type != "cpu" and not value.is_inference())
+        return cls(margins, values, known, tuple(value._version for value in known))
+
+    def is_of(self, mask: Sequence[Tensor]) -> bool:
+        """Whether the margins are still those of this mask. Does not wait for an accelerator."""
+        if mask[0].device.type == "cpu":
+            return read_mask(mask) == self.values
+        if len(self.tensors) != len(mask):
+            return False
+        known = zip(mask, self.tensors, self.versions, strict=True)
+        return all(now is then and now._version == version for now, then, version in known)
+
+
+def margins_of_mask(values: MaskValues, axes: Sequence[Axis], threshold: float, causal: bool) -> Margins:
+    """What may be left out of a kernel: pixels where a Gaussian mask is under the threshold along an axis.
+
+    At least one pixel is left. The rest is rounded outwards to one of few sizes, about 16 steps over the kernel. Steps
+    count from the centre, or from the last pixel of a causal kernel.
+
+    Args:
+        values: of the mask; the kernel spans -1 to 1.
+        axes: of the kernel.
+        threshold: between 0 and 1.
+        causal: as for `Kernel`.
+    """
+    deviations = math.sqrt(-2 * math.log(threshold))
+    margins = []
+    for middle, width, axis in zip(*values, axes, strict=True):
+        first, last = _visible(middle, abs(width) * deviations, axis)
+        step = max(1, (axis.size - 1) // COARSENESS)
+        origin = axis.size - 1 if causal else (axis.size - 1) // 2
+        low = origin + step * math.floor((first - origin) / step)
+        high = origin + step * math.ceil((last - origin) / step)
+        margins.append((max(low, 0), max(axis.size - 1 - high, 0)))
+    return tuple(margins)
+
+
+def _visible(middle: float, reach: float, axis: Axis) -> tuple[int, int]:
+    """The first and the last pixel that are no farther than `reach` from `middle`; at least one."""
+    low, high = (axis.centre + (middle + side * reach) * axis.half for side in (-1, 1))
+    first = math.ceil(min(max(low - ROUNDING, -1), axis.size))
+    last = math.floor(min(max(high + ROUNDING, -1), axis.size))
+    first, last = min(first, last), max(first, last)  # turned round where the mask lies between two pixels
+    return min(max(first, 0), axis.size - 1), min(max(last, 0), axis.size - 1)

@@ -1,0 +1,143 @@
+"""MAGNets that start as given kernels: linear algebra in place of training.
+
+A MAGNet with H hidden channels spans kernels of at most H + 1 dimensions over its outputs. The best H + 1 are the
+leading singular vectors of the kernels. Every hidden channel is a Gabor filter times any function out of the span of
+the layer before; where that space meets the wanted one, a vector is chosen, and the last layer is solved for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .magnet import MAGNET_PARAMETERS, magnet_features, reset_magnet_
+
+__all__ = ["fit_magnet_"]
+
+SEED = 0
+SMALLEST_SINGULAR_VALUE = 1e-3  # relative; what is smaller is not inverted: exactness would cost huge weights
+SMALLEST_DIRECTION = 1e-7  # relative; kernels have nothing in directions with less
+MET = 1e-6  # 1 - cosine of two directions that count as one
+FASTEST_SINE = 0.5  # of the initial filters, relative to the Nyquist frequency of the grid
+
+
+@torch.no_grad()
+def fit_magnet_(
+    parameters: Mapping[str, Tensor],
+    target: Tensor,
+    mask: Tensor,
+    coordinates: Sequence[Tensor],
+    reach: Sequence[float],
+    nyquist: float,
+) -> None:
+    """Let MAGNet times mask reproduce kernels, in place, as well as it can; deterministic.
+
+    Args:
+        parameters: by the names of `magnet_shapes`.
+        target: (C_out, C_in/groups, *K) kernels.
+        mask: (prod(K),), fixed.
+        coordinates: D axes (K_d,) of the grid.
+        reach: how far from 0 the kernels reach, per dimension.
+        nyquist: of the grid, in cycles per unit of the coordinates.
+    """
+    values = _initial(parameters, reach, nyquist)
+    wanted = target.detach().double().cpu().flatten(2).flatten(0, 1)
+    mask = mask.double().cpu()
+    axes = [axis.double().cpu() for axis in coordinates]
+    _normalise_(values, axes)
+    directions = _leading_directions(wanted, mask, values["hidden_bias"].shape[-1])
+    _choose_hidden_channels_(values, directions, mask, axes)
+    for name, value in values.items():
+        parameters[name].copy_(value)
+    rounded = {name: parameters[name].detach().double().cpu() for name in values}
+    features = _with_constant(_features(rounded, axes)) * mask
+    inverse = torch.linalg.pinv(features, rtol=SMALLEST_SINGULAR_VALUE)
+    solution = wanted @ inverse
+    parameters["output_weight"].copy_(solution[:, :-1].reshape(parameters["output_weight"].shape))
+    parameters["output_bias"].copy_(solution[:, -1].reshape(parameters["output_bias"].shape))
+
+
+def _initial(parameters: Mapping[str, Tensor], reach: Sequence[float], nyquist: float) -> dict[str, Tensor]:
+    """Filters drawn with a seed of their own, spread over the kernels, no faster than the grid can show."""
+    shapes = {name: (1,) if "output" in name else parameters[name].shape for name in MAGNET_PARAMETERS}
+    values = {name: torch.empty(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        reset_magnet_(values, 1.0)
+        values["sine_weight"].uniform_(-1, 1).mul_(2 * math.pi * nyquist * FASTEST_SINE)
+    values["mean"].mul_(torch.tensor(reach, dtype=torch.float64))
+    return {name: value for name, value in values.items() if "output" not in name}
+
+
+def _normalise_(values: Mapping[str, Tensor], axes: Sequence[Tensor]) -> None:
+    """Let the linear functions before the last layer have a mean square of 1 on the grid; products shrink otherwise."""
+    for layer in range(len(values["hidden_weight"]) - 1):
+        weights = torch.cat((values["hidden_weight"][layer], values["hidden_bias"][layer, :, None]), 1)
+        linear = weights @ _with_constant(_features(values, axes, layers=layer + 1))
+        size = linear.square().mean(1).sqrt().clamp_min(SMALLEST_SINGULAR_VALUE)
+        values["hidden_weight"][layer] /= size[:, None]
+        values["hidden_bias"][layer] /= size
+
+
+def _features(values: Mapping[str, Tensor], axes: Sequence[Tensor], layers: int | None = None) -> Tensor:
+    filters = {name: values[name][:layers] for name in ("sine_weight", "sine_bias", "mean", "gamma")}
+    return magnet_features(
+        **filters, hidden_weight=values["hidden_weight"], hidden_bias=values["hidden_bias"], coordinates=axes
+    )
+
+
+def _with_constant(features: Tensor) -> Tensor:
+    return torch.cat((features, torch.ones_like(features[:1])))
+
+
+def _leading_directions(wanted: Tensor, mask: Tensor, count: int) -> Tensor:
+    """(prod(K), r <= count) orthonormal: what kernels (N, prod(K)) consist of besides the mask itself."""
+    pixels = wanted.any(0).nonzero().flatten()
+    own, shape = wanted[:, pixels], mask[pixels] / torch.linalg.vector_norm(mask[pixels]).clamp_min(1e-300)
+    rest = own - (own @ shape).outer(shape)
+    energy, vectors = torch.linalg.eigh(rest.mT @ rest)
+    energy, vectors = energy.flip(0)[:count], vectors.flip(1)[:, :count]
+    kept = energy > SMALLEST_DIRECTION**2 * energy.max() if energy.numel() else energy > 0
+    directions = wanted.new_zeros(wanted.shape[1], int(kept.sum()))
+    directions[pixels] = vectors[:, kept]
+    return directions
+
+
+def _choose_hidden_channels_(
+    values: Mapping[str, Tensor], directions: Tensor, mask: Tensor, axes: Sequence[Tensor]
+) -> None:
+    """Set the last hidden layer so that its channels, times the mask, span the directions."""
+    before = _with_constant(_features(values, axes, layers=-1))
+    last = {name: values[name][-1:] for name in ("sine_weight", "sine_bias", "mean", "gamma")}
+    filters = magnet_features(
+        **last, hidden_weight=values["hidden_weight"][:0], hidden_bias=values["hidden_bias"][:0], coordinates=axes
+    )
+    missing = torch.eye(directions.shape[1], dtype=directions.dtype)
+    for channel in range(min(directions.shape[1], len(filters))):
+        space = (mask * filters[channel] * before).mT
+        chosen = _meeting(torch.linalg.qr(space).Q, directions, missing)
+        weight = torch.linalg.pinv(space, rtol=SMALLEST_SINGULAR_VALUE) @ (directions @ chosen) * math.sqrt(len(mask))
+        values["hidden_weight"][-1, channel], values["hidden_bias"][-1, channel] = weight[:-1], weight[-1]
+        missing = _without(missing, chosen)
+
+
+def _meeting(space: Tensor, directions: Tensor, missing: Tensor) -> Tensor:
+    """The vector of span(directions) that lies in `space` and is farthest from what is covered; its coordinates.
+
+    Where the two spaces do not meet, the vector nearest to `space`.
+    """
+    _, cosines, right = torch.linalg.svd(space.mT @ directions, full_matrices=False)
+    meets = int((cosines > 1 - MET).sum())
+    basis = right[: max(meets, 1)].mT
+    left, _, _ = torch.linalg.svd(basis.mT @ missing, full_matrices=False)
+    return basis @ left[:, 0]
+
+
+def _without(basis: Tensor, vector: Tensor) -> Tensor:
+    """An orthonormal basis of span(basis) without the direction that a vector has in it."""
+    inside = basis.mT @ vector
+    left, _, _ = torch.linalg.svd(inside[:, None], full_matrices=True)
+    return basis @ left[:, 1:]

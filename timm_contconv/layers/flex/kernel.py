@@ -1,0 +1,350 @@
+"""The kernel of a FlexConv (Romero et al. 2022), its crop, its frequencies, and its settings."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, StrictBool
+from torch import Tensor, nn
+
+from ..core.arguments import Int
+from ..core.finite import require_finite
+from ..core.kept import may_look
+from ..core.kernel import Kernel, Margins
+from ..core.padding import pad_image
+from ..core.plain import centred
+from ..core.spec import KernelSpec
+from .crop import Crop, MaskValues, margins_of_mask, read_mask
+from .fit import fit_magnet_
+from .formula import SMALLEST_SIGMA, flex_kernel, gaussian_mask
+from .grid import sampled_axis
+from .magnet import (
+    ENVELOPE_CUT,
+    INPUT_SCALE,
+    MAGNET_PARAMETERS,
+    filter_frequencies,
+    magnet_shapes,
+    reset_magnet_,
+)
+
+__all__ = ["FlexKernel", "FlexSpec"]
+
+THRESHOLD = 0.1  # Fig. 7
+NARROWEST = 1.01  # pixels that a constrained mask shows, more than one by what rounding may take away, in bfloat16 too
+
+
+class FlexKernel(Kernel):
+    """A MAGNet times a Gaussian mask (Romero et al. 2022, Eq. 1-9): a function over [-1, 1] per dimension.
+
+    The kernel is zero where the mask is under the threshold along an axis. `margins` are the zeros at its borders, as
+    the mask was when `look` last read it. That is done by `constrain_`, by `eval()`, and when parameters are drawn,
+    fitted, loaded or moved; outside training on the CPU also ahead of a forward pass. Margins hold for as long as the
+    mask has the values that were read (on an accelerator: as long as its tensors are the same and were not edited,
+    which edits through `.data` hide). Otherwise the whole kernel is constructed, as in graphs that are traced or
+    exported, and in compiled ones: these outlive the mask's values. Compiled training is the exception: from the first
+    `constrain_` on it takes the margins that the last one found, so `constrain_` has to follow every step.
+
+    Args:
+        spec: settings.
+        out_channels, in_channels, kernel_size, causal: as for `Kernel`; 1 or 2 dimensions.
+        device, dtype: of the parameters.
+
+    Parameters:
+        sine_weight, mean, gamma: (L, H, D) of L = hidden_layers + 1 Gabor filters with H channels.
+        sine_bias: (L, H).
+        hidden_weight, hidden_bias: (L - 1, H, H) and (L - 1, H).
+        output_weight, output_bias: (C_out, C_in/groups, H) and (C_out, C_in/groups).
+        mask_mean, mask_sigma: (D,), the kernel spans -1 to 1; not with mask=False.
+
+    Attributes:
+        made_size: kernel_size at the resolution that the kernel was made for.
+        resolution_ratio: the present resolution relative to that one.
+        axes: the grid of the kernel, per dimension.
+        scale: factor of the kernel at its present resolution (Eq. 9).
+
+    Raises:
+        ValueError: from `look`, hence from `constrain_`, and from a forward pass on the CPU, if the mask is not finite.
+    """
+
+    geometry_lr_scale = 0.1  # appendix D.2
+
+    sine_weight: Tensor
+    gamma: Tensor
+    output_bias: Tensor
+
+    def __init__(
+        self,
+        spec: FlexSpec,
+        out_channels: int,
+        in_channels: int,
+        kernel_size: Sequence[int],
+        causal: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_channels, in_channels, kernel_size, causal)
+        self.hidden_channels = spec.hidden_channels
+        self.input_scale = spec.input_scale
+        self.initial_sigma = spec.initial_sigma
+        self.threshold = spec.threshold
+        self.penalize_mask = spec.penalize_mask
+        ndim, outputs = len(self.kernel_size), (out_channels, in_channels)
+        shapes = magnet_shapes(ndim, spec.hidden_channels, spec.hidden_layers, outputs)
+        if spec.mask:
+            self.geometry_names = ("mask_mean", "mask_sigma")
+            shapes |= dict.fromkeys(self.geometry_names, (ndim,))
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.made_size = self.kernel_size
+        self._crop: Crop | None = None
+        self._is_constrained = False
+        self._set_ratio(Fraction(1))
+
+    def _magnet(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in MAGNET_PARAMETERS}
+
+    def _mask(self) -> tuple[Tensor, ...]:
+        """Mean and sigma of the mask, or nothing."""
+        return tuple(self.geometry.values())
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial values of section 3.2 and appendix D.1; causal masks start at the newest sample, all with a pixel."""
+        reset_magnet_(self._magnet(), self.input_scale)
+        if mask := self._mask():
+            mean, sigma = mask
+            nn.init.constant_(mean, 1.0 if self.causal else 0.0)
+            for d, smallest in enumerate(self._smallest_sigma()):
+                sigma[d] = max(self.initial_sigma, smallest)
+        self._look_again()
+
+    # ---- construction
+
+    def function(self) -> Callable[..., Tensor]:
+        return functools.partial(flex_kernel, threshold=self.threshold, scale=self.scale)
+
+    def inputs(self) -> dict[str, Tensor]:
+        for name, value in self.geometry.items():
+            require_finite(name, value)
+        axes = self._coordinates(self.output_bias)
+        return {**self.sources(), **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
+
+    def _coordinates(self, like: Tensor) -> list[Tensor]:
+        """The axes of the grid within the margins."""
+        cut = self.margins or ((0, 0),) * len(self.axes)
+        return [
+            axis.positions(before, axis.size - after, like)
+            for axis, (before, after) in zip(self.axes, cut, strict=True)
+        ]
+
+    # ---- the crop
+
+    @property
+    def margins(self) -> Margins | None:
+        """What the mask leaves out, rounded to few sizes; None while the mask may be another than `look` read."""
+        crop, mask = self._crop, self._mask()
+        if crop is None:
+            return None
+        if torch.compiler.is_compiling():
+            holds = self.training and self._is_constrained and not torch.compiler.is_exporting()
+        else:
+            holds = mask[0].is_meta or (may_look(mask) and crop.is_of(mask))
+        return crop.margins if holds else None
+
+    def look(self) -> None:
+        """Read the mask, so that the convolution leaves out what it leaves out; an accelerator is waited for.
+
+        Does nothing where there are no values: on the meta device, and in graphs that are traced.
+
+        Raises:
+            ValueError: the mask is not finite.
+        """
+        mask = self._mask()
+        if self._is_cropped and may_look(mask):
+            values = read_mask(mask)
+            if not _is_finite(values):
+                raise ValueError(
+                    f"mask: mean {values[0]} and sigma {values[1]}, expected finite numbers; go back to an earlier"
+                    " checkpoint, and train with gradient clipping or a lower learning rate"
+                )
+            self._crop_to(values)
+
+    def _look_again(self) -> None:
+        """`look` where nothing is computed: a mask that is not finite is left to the forward pass."""
+        mask = self._mask()
+        if self._is_cropped and may_look(mask) and _is_finite(values := read_mask(mask)):
+            self._crop_to(values)
+
+    def _crop_to(self, values: MaskValues) -> None:
+        margins = margins_of_mask(values, self.axes, self.threshold, self.causal)
+        self._crop = Crop.of(margins, values, self._mask())
+
+    @property
+    def _is_cropped(self) -> bool:
+        return bool(self.geometry_names) and self.threshold > 0
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if not mode:
+            self._look_again()
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        super()._apply(*args, **kwargs)
+        self._look_again()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._look_again()
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Keep the mask's centre in the kernel, and the mask wide enough to leave a pixel of it; look at the mask."""
+        if not (mask := self._mask()):
+            return
+        mean, sigma = mask
+        mean.clamp_(-1, 1)
+        if self._is_cropped:
+            smallest = torch.tensor(self._smallest_sigma(), dtype=sigma.dtype, device=sigma.device)
+            sigma.copy_(sigma.abs().clamp_(min=smallest))
+            self.look()
+            self._is_constrained = may_look(mask)
+
+    def _smallest_sigma(self) -> list[float]:
+        """Of a mask that leaves a pixel wherever its centre is in the kernel; 0 without a threshold."""
+        if self.threshold == 0:
+            return [0.0] * len(self.axes)
+        return [NARROWEST * sigma for sigma in self._sigma_of_a_pixel(self.threshold)]
+
+    def _sigma_of_a_pixel(self, threshold: float) -> list[float]:
+        """Of a mask that is over the threshold along a pixel's width, per dimension."""
+        return [0.5 / axis.half / math.sqrt(-2 * math.log(threshold)) for axis in self.axes]
+
+    # ---- frequencies
+
+    @property
+    def nyquist_frequency(self) -> float:
+        """The highest frequency that the grid can show (Eq. 24), in cycles per unit; the kernel spans two units."""
+        return min(axis.extent for axis in self.axes) / 4
+
+    def highest_frequency(self) -> float | None:
+        """`max_frequency()` in cycles per pixel; None on the meta device."""
+        return None if self.sine_weight.is_meta else self.max_frequency() / min(axis.half for axis in self.axes)
+
+    @torch.no_grad()
+    def max_frequency(self, mask: bool = True) -> float:
+        """f+ (Eq. 21 and 22): the paper's estimate of the kernel's highest frequency, see `filter_frequencies`.
+
+        In cycles per unit; the kernel spans two units.
+
+        Args:
+            mask: count what the mask adds.
+        """
+        frequency = filter_frequencies(self.sine_weight.float(), self.gamma.float()).sum()
+        return (frequency + self._mask_frequency()).item() if mask else frequency.item()
+
+    def _mask_frequency(self) -> Tensor:
+        if not (mask := self._mask()):
+            return self.sine_weight.new_zeros(())
+        return ENVELOPE_CUT / (2 * math.pi * mask[1].abs().max())
+
+    def penalty(self) -> Tensor:
+        """By how much the kernel's filters exceed what the grid can show (Eq. 26, the paper's "together" form).
+
+        The sum over the MAGNet's filters of the squared excess of each over an equal part of the Nyquist frequency.
+        """
+        frequencies = filter_frequencies(self.sine_weight, self.gamma)
+        if self.penalize_mask:
+            frequencies = frequencies + self._mask_frequency() / len(frequencies)
+        return (frequencies - self.nyquist_frequency / len(frequencies)).relu().square().sum()
+
+    # ---- resolution
+
+    def sample_at(self, ratio: Fraction) -> None:
+        """Sample the kernel at `ratio` times the resolution that it was made for; see `FlexConv2d.at_resolution`."""
+        self._set_ratio(ratio)
+        self._crop = None
+        self._look_again()
+
+    def _set_ratio(self, ratio: Fraction) -> None:
+        self.resolution_ratio = ratio
+        self.axes = tuple(sampled_axis(size, ratio, self.causal) for size in self.made_size)
+        self.kernel_size = tuple(axis.size for axis in self.axes)
+        self.scale = float(ratio) ** -len(self.axes)
+
+    # ---- warm start
+
+    @classmethod
+    @torch.no_grad()
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+        """A mask that leaves exactly the old kernels, and the best kernels in it.
+
+        Exact where the old kernels have no more than hidden_channels + 1 pixels; otherwise the best that so many
+        dimensions can do, as far as the filters reach them.
+        """
+        with torch.device("cpu"):  # whatever the default is
+            for kernel, target in zip(kernels, targets, strict=True):
+                kernel._mask_out_(target.shape[2:])
+            for kernel, target in zip(kernels, targets, strict=True):
+                kernel.look()
+                kernel._fit_magnet_(target)
+
+    def _mask_out_(self, sizes: Sequence[int]) -> None:
+        """A centred mask that leaves so many pixels."""
+        if mask := self._mask():
+            mean, sigma = mask
+            a_pixel = self._sigma_of_a_pixel(self.threshold or THRESHOLD)
+            mean.zero_()
+            sigma.copy_(torch.tensor([size * pixel for size, pixel in zip(sizes, a_pixel, strict=True)]))
+
+    def _fit_magnet_(self, target: Tensor) -> None:
+        cut = self.margins or ((0, 0),) * len(self.axes)
+        inside = pad_image(centred(target, self.kernel_size), [(-before, -after) for before, after in cut], "zeros")
+        axes = self._coordinates(torch.empty(0, dtype=torch.float64))
+        envelope = torch.ones(math.prod(inside.shape[2:]), dtype=torch.float64)
+        if mask := self._mask():
+            mean, sigma = (value.double().cpu() for value in mask)
+            envelope = gaussian_mask(mean, sigma, axes, self.threshold)
+        reach = [size / 2 / axis.half for size, axis in zip(target.shape[2:], self.axes, strict=True)]
+        fit_magnet_(self._magnet(), inside, envelope, axes, reach, self.nyquist_frequency)
+
+    def extra_repr(self) -> str:
+        text = f"hidden_channels={self.hidden_channels}, mask={bool(self.geometry_names)}"
+        return text if self.scale == 1 else f"{text}, scale={self.scale:g}"
+
+
+class FlexSpec(KernelSpec):
+    """Settings of a FlexConv.
+
+    Attributes:
+        kernel_size: size of the whole kernel, before the mask, one int for all dimensions or one each.
+        hidden_channels: H, of the MAGNet.
+        hidden_layers: of the MAGNet, which has one Gabor filter more.
+        input_scale: speed of the MAGNet's initial sines (appendix D.1).
+        mask: False leaves the mask out: CKConv. The settings that follow are then without effect.
+        initial_sigma: the mask's width at the start; half a kernel is 1 (appendix D.1). Where that is too narrow to
+            leave a pixel of the kernel, the mask starts as wide as `constrain_` keeps it.
+        threshold: where the mask is under it the kernel is zero (Fig. 7); 0 for no cropping.
+        penalize_mask: count the mask's frequency in the penalty (Eq. 26); off in the paper's experiments but one.
+    """
+
+    kernel: ClassVar[type[Kernel]] = FlexKernel
+
+    method: Literal["flex"] = "flex"
+    hidden_channels: Annotated[Int, Field(ge=1, le=1024)] = 32
+    hidden_layers: Annotated[Int, Field(ge=1, le=16)] = 3
+    input_scale: Annotated[float, Field(gt=0, le=1e4)] = INPUT_SCALE
+    mask: StrictBool = True
+    initial_sigma: Annotated[float, Field(ge=SMALLEST_SIGMA, le=100)] = 0.125
+    threshold: Annotated[float, Field(ge=0, lt=1)] = THRESHOLD
+    penalize_mask: StrictBool = False
+
+
+def _is_finite(values: MaskValues) -> bool:
+    return all(math.isfinite(number) for numbers in values for number in numbers)

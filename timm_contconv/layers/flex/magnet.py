@@ -1,0 +1,237 @@
+"""Multiplicative anisotropic Gabor networks (Romero et al. 2022, "FlexConv"): functions of controlled frequency.
+
+A MAGNet maps coordinates to channels. It multiplies linear functions of its hidden channels by Gabor filters of the
+coordinates, layer after layer, so it is a sum of products of Gabor filters, whose frequency its parameters tell.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.arguments import check_counts
+
+__all__ = [
+    "ENVELOPE_CUT",
+    "INPUT_SCALE",
+    "MAGNET_PARAMETERS",
+    "MAGNet",
+    "filter_frequencies",
+    "gabor_filters",
+    "magnet_features",
+    "magnet_shapes",
+    "reset_magnet_",
+]
+
+MAGNET_PARAMETERS = (
+    "sine_weight",
+    "sine_bias",
+    "mean",
+    "gamma",
+    "hidden_weight",
+    "hidden_bias",
+    "output_weight",
+    "output_bias",
+)
+INPUT_SCALE = 25.6  # appendix D.1
+
+GAMMA_CONCENTRATION = 6.0  # alpha of the released code; divided by the layer's number (section 3.2)
+ENVELOPE_CUT = 2.0  # sigma_cut of Eq. 21: standard deviations of an envelope's spectrum that count
+
+
+def gabor_filters(
+    sine_weight: Tensor, sine_bias: Tensor, mean: Tensor, gamma: Tensor, coordinates: Sequence[Tensor]
+) -> Tensor:
+    """Anisotropic Gabor filters on a grid (Romero et al. 2022, Eq. 7).
+
+    The sine of a sum of two phases is a sum of two products, so that nothing but a matrix product of one-dimensional
+    factors is computed for every point of a two-dimensional grid.
+
+    Args:
+        sine_weight: (F, D) radians per unit of the coordinates.
+        sine_bias: (F,) radians.
+        mean: (F, D) centres of the envelopes.
+        gamma: (F, D) inverse widths of the envelopes.
+        coordinates: D (1 or 2) tensors (K_d,), the axes of the grid.
+
+    Returns:
+        (F, *K) filters.
+    """
+    axes = range(len(coordinates))
+    envelope = [torch.exp(-0.5 * (gamma[:, d, None] * (coordinates[d] - mean[:, d, None])).square()) for d in axes]
+    phase = [sine_weight[:, d, None] * coordinates[d] for d in axes]
+    phase[0] = phase[0] + sine_bias[:, None]
+    if len(coordinates) == 1:
+        return envelope[0] * phase[0].sin()
+    rows = torch.stack((envelope[0] * phase[0].sin(), envelope[0] * phase[0].cos()), -1)
+    columns = torch.stack((envelope[1] * phase[1].cos(), envelope[1] * phase[1].sin()), 1)
+    return torch.bmm(rows, columns)
+
+
+def magnet_features(
+    sine_weight: Tensor,
+    sine_bias: Tensor,
+    mean: Tensor,
+    gamma: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    coordinates: Sequence[Tensor],
+) -> Tensor:
+    """The hidden channels of a MAGNet's last filter (Romero et al. 2022, Eq. 2, 3 and 7).
+
+    Args:
+        sine_weight, mean, gamma: (L, H, D) of L Gabor filters with H channels; see `gabor_filters`.
+        sine_bias: (L, H).
+        hidden_weight: (L - 1, H, H), the W of Eq. 3.
+        hidden_bias: (L - 1, H).
+        coordinates: D tensors (K_d,).
+
+    Returns:
+        (H, prod(K)).
+    """
+    layers, hidden, ndim = sine_weight.shape
+    filters = gabor_filters(
+        sine_weight.reshape(-1, ndim), sine_bias.reshape(-1), mean.reshape(-1, ndim), gamma.reshape(-1, ndim),
+        coordinates,
+    ).reshape(layers, hidden, -1)  # fmt: skip
+    features = filters[0]
+    for layer in range(1, layers):
+        linear = torch.addmm(hidden_bias[layer - 1, :, None], hidden_weight[layer - 1], features)
+        features = linear * filters[layer]
+    return features
+
+
+def filter_frequencies(sine_weight: Tensor, gamma: Tensor) -> Tensor:
+    """An estimate of the highest frequency of each layer's Gabor filters (Romero et al. 2022, the summands of Eq. 21).
+
+    Signs of `sine_weight` and `gamma` do not matter: they do not change the spectrum. The narrower side of an envelope,
+    its larger gamma, is left out, as in Eq. 14: a filter that is much narrower along one axis exceeds the estimate.
+
+    Args:
+        sine_weight, gamma: (L, H, D).
+
+    Returns:
+        (L,), in cycles per unit of the coordinates. Where envelopes are about as wide along both axes, their sum bounds
+        the MAGNet's frequency but for the tails of Gaussian spectra beyond two standard deviations.
+    """
+    radians = sine_weight.abs().amax(-1) + ENVELOPE_CUT * gamma.abs().amin(-1)
+    return radians.amax(-1) / (2 * math.pi)
+
+
+def magnet_shapes(
+    ndim: int, hidden_channels: int, hidden_layers: int, outputs: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a MAGNet's parameters by name; the output parameters start with the sizes in `outputs`.
+
+    Raises:
+        ValueError: ndim is not 1 or 2.
+    """
+    if ndim not in (1, 2):
+        raise ValueError(f"ndim={ndim!r}: expected 1 or 2 coordinates")
+    filters = (hidden_layers + 1, hidden_channels)
+    return {
+        "sine_weight": (*filters, ndim),
+        "sine_bias": filters,
+        "mean": (*filters, ndim),
+        "gamma": (*filters, ndim),
+        "hidden_weight": (hidden_layers, hidden_channels, hidden_channels),
+        "hidden_bias": (hidden_layers, hidden_channels),
+        "output_weight": (*outputs, hidden_channels),
+        "output_bias": tuple(outputs),
+    }
+
+
+@torch.no_grad()
+def reset_magnet_(parameters: Mapping[str, Tensor], input_scale: float) -> None:
+    """Draw a MAGNet's parameters in place, as section 3.2, appendix D.1 and the released code do.
+
+    Args:
+        parameters: by the names and with the shapes of `magnet_shapes`.
+        input_scale: how fast the sines of the first filter are, times sqrt(filters).
+    """
+    sine_weight, gamma = parameters["sine_weight"], parameters["gamma"]
+    layers, hidden, ndim = sine_weight.shape
+    number = torch.arange(1, layers + 1, device=gamma.device, dtype=torch.float32)[:, None, None]
+    concentration = (GAMMA_CONCENTRATION / number).expand(gamma.shape)
+    gamma.copy_(torch.distributions.Gamma(concentration, torch.ones_like(concentration), validate_args=False).sample())
+    sine_weight.uniform_(-1 / math.sqrt(ndim), 1 / math.sqrt(ndim)).mul_(gamma).mul_(input_scale / math.sqrt(layers))
+    parameters["sine_bias"].uniform_(-math.pi, math.pi)
+    parameters["mean"].uniform_(-1, 1)
+    bound = 1 / math.sqrt(hidden)
+    for name in ("hidden_weight", "hidden_bias", "output_weight", "output_bias"):
+        parameters[name].uniform_(-bound, bound)
+
+
+class MAGNet(nn.Module):
+    """Multiplicative anisotropic Gabor network (Romero et al. 2022, Eq. 2-4, 7 and 8).
+
+    Args:
+        ndim: D, 1 or 2 coordinates.
+        out_channels: N.
+        hidden_channels: H, 32 in the paper.
+        hidden_layers: linear layers between filters, 3 in the paper; there is one Gabor filter more.
+        input_scale: speed of the initial sines, 25.6 in the paper (appendix D.1).
+        device, dtype: of the parameters.
+
+    Parameters:
+        sine_weight, mean, gamma: (L, H, D), L = hidden_layers + 1.
+        sine_bias: (L, H).
+        hidden_weight, hidden_bias: (L - 1, H, H) and (L - 1, H).
+        output_weight, output_bias: (N, H) and (N,).
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    sine_weight: Tensor
+    sine_bias: Tensor
+    mean: Tensor
+    gamma: Tensor
+    hidden_weight: Tensor
+    hidden_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+
+    def __init__(
+        self,
+        ndim: int,
+        out_channels: int,
+        hidden_channels: int = 32,
+        hidden_layers: int = 3,
+        input_scale: float = INPUT_SCALE,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_counts(out_channels=out_channels, hidden_channels=hidden_channels, hidden_layers=hidden_layers)
+        if not isinstance(input_scale, numbers.Real) or not 0 < input_scale < math.inf:
+            raise ValueError(f"input_scale={input_scale!r}: expected a positive number; {INPUT_SCALE} in the paper")
+        self.ndim: int = ndim
+        self.input_scale: float = input_scale
+        for name, shape in magnet_shapes(ndim, hidden_channels, hidden_layers, (out_channels,)).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as the paper does."""
+        reset_magnet_(dict(self.named_parameters()), self.input_scale)
+
+    def forward(self, *coordinates: Tensor) -> Tensor:
+        """D axes of a grid, (K_d,) each, to (N, *K)."""
+        if len(coordinates) != self.ndim:
+            raise ValueError(f"{len(coordinates)} coordinates: expected {self.ndim} tensors, one per dimension")
+        features = magnet_features(
+            self.sine_weight, self.sine_bias, self.mean, self.gamma, self.hidden_weight, self.hidden_bias, coordinates
+        )
+        out = torch.addmm(self.output_bias[:, None], self.output_weight, features)
+        return out.reshape(-1, *(len(axis) for axis in coordinates))
+
+    @torch.no_grad()
+    def max_frequency(self) -> float:
+        """f+ of Eq. 21, in cycles per unit of the coordinates: an estimate, see `filter_frequencies`."""
+        return filter_frequencies(self.sine_weight, self.gamma).sum().item()

@@ -1,0 +1,18 @@
+"""Where the package's data folders (patches, hub) are."""
+
+from pathlib import Path
+
+__all__ = ["data_folder"]
+
+
+def data_folder(name: str) -> Path:
+    """The folder `name` in the installed package's `data` or, in a checkout, beside the package.
+
+    Raises:
+        FileNotFoundError: the installation is incomplete.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "data" / name, package.parent / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"the data folder {name!r} is missing: install timm_contconv again")
