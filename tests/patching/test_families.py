@@ -31,7 +31,11 @@ TIMM = {
     "res2net50_14w_8s": ["genv"],
     "dla34": ["cc"],
 }
-SETTINGS = {"dcls_gauss": {"kernel_size": 11, "kernel_count": 4}, "smp": {"kernel_count": 20}, "flex": {"kernel_size": 11}}
+SETTINGS = {
+    "dcls_gauss": {"kernel_size": 11, "kernel_count": 4},
+    "smp": {"kernel_count": 20},
+    "flex": {"kernel_size": 11},
+}
 
 
 def check(model: nn.Module, recipe: str, size: tuple[int, ...] = (64, 64), init: str = "random") -> int:
