@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 import timm_contconv as tcc
-from timm_contconv import viz
 from timm_contconv.cli.digits import load_digits
-from timm_contconv.layers import ConstructedConv, ConvReplacement, GaussianEnvelopeConv2d
+from timm_contconv.inspect import figures
+from timm_contconv.layers import ConvReplacement, GaussianEnvelopeConv2d, KernelConv
 
 AMP_DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -171,10 +171,10 @@ def log_geometry(writer: SummaryWriter, model: nn.Module, epoch: int) -> None:
         if id(parameter) in geometry:
             writer.add_histogram(f"geometry/{name}", parameter, epoch)
             writer.add_scalar(f"spread/{name}", parameter.std(correction=0), epoch)
-    if any(isinstance(layer, ConstructedConv) and layer.ndim == 2 for layer in layers):
-        writer.add_figure("kernels", viz.kernel_figure(model), epoch, close=False)
+    if any(isinstance(layer, KernelConv) and layer.ndim == 2 for layer in layers):
+        writer.add_figure("kernels", figures.kernel_figure(model), epoch, close=False)
     elif any(isinstance(layer, GaussianEnvelopeConv2d) for layer in layers):
-        writer.add_figure("envelopes", viz.envelope_figure(model), epoch, close=False)
+        writer.add_figure("envelopes", figures.envelope_figure(model), epoch, close=False)
 
 
 def main(arguments: argparse.Namespace) -> Training:

@@ -11,9 +11,9 @@ Importing this package registers its architectures with timm.
 
 from . import models
 from .hub import from_pretrained, push_to_hub, save_pretrained
-from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
 from .layers.cc import cc_scales, scale_ensemble
 from .layers.flex import at_resolution
+from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
 from .train import constrain_, param_groups, penalty
 
 __version__ = "0.1.0"

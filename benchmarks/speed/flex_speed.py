@@ -5,7 +5,7 @@
 The uncropped ("whole") layer is compared as this package runs it (its engine takes Fourier transforms for so large a
 kernel), and the forward pass also with PyTorch's `conv2d`.
 
-The released formulation (tests/flexnet_peer.py): the same layers, not compiled. Every forward pass reads the masks and
+The released formulation (tests/peers/flexnet.py): the same layers, not compiled. Every forward pass reads the masks and
 crops exactly; kernels are computed by 1x1 convolutions over the grid; `conv2d` runs on contiguous tensors. Masks are as
 they start (sigma 0.125, 9 x 9 pixels of 33 x 33), and as in the paper's Fig. 6, where they grow with depth.
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import timm_contconv as tcc
 from benchmarks.common import arguments, in_turns, medians, new_parser, ratio, training_step, write_results
-from tests.flexnet_peer import ReleasedFlexConv, ReleasedFlexNet
+from tests.peers.flexnet import ReleasedFlexConv, ReleasedFlexNet
 from timm_contconv.layers import FlexConv2d
 
 SIGMA, SIZE = 0.125, 33

@@ -3,7 +3,7 @@
     python -m benchmarks.speed.smp [--batch N] [--image N] [--repeats N] [--threads N] [--output FILE]
 
 The released formulation evaluates all points at all pixels with their two-dimensional differences, and convolves
-with `conv2d` (tests/smpconv_peer.py). A figure is the median over turns of the ratio in the same turn. Ours runs
+with `conv2d` (tests/peers/smpconv.py). A figure is the median over turns of the ratio in the same turn. Ours runs
 channels last, as a user of convolutions on a CPU would. The released formulation runs as it is, contiguous (it asks for
 that itself), which is the faster of its two layouts.
 """
@@ -19,7 +19,7 @@ import torch
 
 import timm_contconv as tcc
 from benchmarks.common import arguments, in_turns, infer, medians, new_parser, ratio, training_step, write_results
-from tests.smpconv_peer import ReleasedNet, ReleasedSmp
+from tests.peers.smpconv import ReleasedNet, ReleasedSmp
 from timm_contconv.layers import SmpConv2d
 
 LAYERS = ((96, 31), (192, 29), (384, 27), (768, 13))

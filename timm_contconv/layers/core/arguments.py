@@ -47,16 +47,18 @@ def check_counts(**counts: int) -> None:
             raise ValueError(f"{name}={value!r}: expected a positive int")
 
 
-def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    """Refuse numbers of channels that `groups` does not divide.
+def check_channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:
+    """Python's ints for numbers of channels and of groups.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed.
+        ValueError: `groups` does not divide them, or one is not a positive int; names argument, value and what is
+            allowed.
     """
     check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
         if value % groups:
             raise ValueError(f"{name}={value}: expected a multiple of groups={groups}")
+    return operator.index(in_channels), operator.index(out_channels), operator.index(groups)
 
 
 def per_dimension(name: str, value: int | Sequence[int], ndim: int, minimum: int) -> tuple[int, ...]:

@@ -86,12 +86,10 @@ class KernelConv(ConvReplacement):
         **settings: Any,
     ) -> None:
         super().__init__()
-        check_channels(in_channels, out_channels, groups)
+        self.in_channels, self.out_channels, self.groups = check_channels(in_channels, out_channels, groups)
         check_compile_mode(compile)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode={padding_mode!r}: expected one of {', '.join(PADDING_MODES)}")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
         self.kernel_size = per_dimension("kernel_size", kernel_size, self.ndim, minimum=1)
         self.stride = per_dimension("stride", stride, self.ndim, minimum=1)
         self.padding = self._check_padding(self.default_padding if padding is None else padding, padding_mode)
@@ -100,19 +98,23 @@ class KernelConv(ConvReplacement):
             raise ValueError(
                 f"dilation={dilation!r}: expected 1; a constructed kernel reaches further with a larger kernel_size"
             )
-        self.groups = groups
         self.padding_mode = padding_mode
         self.output_padding = (0,) * self.ndim
-        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
         if spec is None:
             spec = self._spec_of(settings)
         elif settings:
             raise TypeError(f"{', '.join(settings)}: expected no settings beside spec, which holds them")
         self.method = spec.method
         self.kernel: Kernel = spec.kernel(
-            spec, out_channels, in_channels // groups, self.kernel_size, causal=self.padding == "causal", device=device,
+            spec,
+            self.out_channels,
+            self.in_channels // self.groups,
+            self.kernel_size,
+            causal=self.padding == "causal",
+            device=device,
             dtype=dtype,
-        )  # fmt: skip
+        )
         self.compile_construction(compile)
         self._kept: Kept[tuple[Tensor, Margins | None]] = Kept()
         self.reset_parameters()
@@ -143,11 +145,13 @@ class KernelConv(ConvReplacement):
     def weight(self) -> Tensor:
         """The dense kernel, (C_out, C_in/groups, *kernel_size): what `nn.Conv2d.weight` would hold.
 
-        Differentiable. On the CPU, outside training and without gradients, it is constructed once and kept for as long
-        as the parameters have the values that it was constructed from; otherwise every access constructs it.
+        Differentiable, and the caller's own: an edit of it does not change the layer. On the CPU, outside training and
+        without gradients, the kernel is constructed once and kept for as long as the parameters have the values that
+        it was constructed from; otherwise every access constructs it.
         """
         kernel, margins = self._cropped_kernel()
-        return kernel if margins is None else pad_image(kernel, margins, "zeros")
+        whole = kernel if margins is None else pad_image(kernel, margins, "zeros")
+        return whole if whole.requires_grad else whole.clone()
 
     def _cropped_kernel(self) -> tuple[Tensor, Margins | None]:
         """The dense kernel less its margins, and these."""
@@ -240,8 +244,9 @@ class KernelConv(ConvReplacement):
         if self.padding == "same":
             even = [0 if max(self.stride) > 1 else min(side) for side in cut]  # a stride pads by the image's size
             return "same", even
-        even = [min(*side, int(p)) for side, p in zip(cut, self.padding, strict=True)]
-        return tuple(int(p) - e for p, e in zip(self.padding, even, strict=True)), even
+        assert not isinstance(self.padding, str)
+        even = [min(*side, p) for side, p in zip(cut, self.padding, strict=True)]
+        return tuple(p - e for p, e in zip(self.padding, even, strict=True)), even
 
     # ---- training, reports
 

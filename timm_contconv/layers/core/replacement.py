@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -32,7 +32,7 @@ def check_init(init: str) -> None:
 
 
 @register_notrace_module
-class ConvReplacement(nn.Module):
+class ConvReplacement(nn.Module, ABC):
     """A layer that can stand where a plain convolution stood.
 
     It has the attributes of `nn.Conv2d` that other code reads (`in_channels` to `padding_mode`, `bias`); `weight` only
