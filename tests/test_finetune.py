@@ -70,8 +70,8 @@ def test_an_image_folder_trains_a_patched_model_and_logs_its_envelopes(finetune,
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
     tags = events.Tags()
     assert "envelopes" in tags["images"]
-    assert "geometry/conv1.0.geometry.sigma" in tags["histograms"]
-    assert {"loss", "lr", "accuracy/model", "accuracy/ema", "spread/conv1.0.geometry.sigma"} <= set(tags["scalars"])
+    assert "geometry/conv1.0.raw_sigma" in tags["histograms"]
+    assert {"loss", "lr", "accuracy/model", "accuracy/ema", "spread/conv1.0.raw_sigma"} <= set(tags["scalars"])
 
 
 def test_resuming_where_nothing_is_says_so(finetune, tmp_path):
