@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 import timm_contconv as tcc
 from timm_contconv.layers import ConvReplacement
 
-__all__ = ["Outcome", "check", "output", "sample"]
+from .helpers import relative
+from .models_for_tests import awake, first_tensor, layers_of, output
+
+__all__ = ["Outcome", "check", "sample"]
 
 SIZES = (128, 224)  # pixels of an image, the first that the model takes, before its own size
 
@@ -25,7 +29,7 @@ class Outcome:
     Attributes:
         replaced: number of convolutions.
         refused: selected convolutions that were not replaced, by reason.
-        fit_error: median of the relative kernel errors of the warm start; None where nothing was replaced.
+        fit_error: median of the relative kernel errors of the warm start; None without one.
         merge_error: ||merged output - patched output|| / ||patched output||; None where nothing was replaced.
     """
 
@@ -35,7 +39,7 @@ class Outcome:
     merge_error: float | None = None
 
 
-def check(model: nn.Module, recipe: str, images: Tensor) -> Outcome:
+def check(model: nn.Module, recipe: str, images: Tensor, **arguments: Any) -> Outcome:
     """Patch a model and verify what a patch promises.
 
     The output keeps its shape and is finite, a gradient reaches every new parameter, and the merged model has the same
@@ -45,14 +49,14 @@ def check(model: nn.Module, recipe: str, images: Tensor) -> Outcome:
         model: any image model; it is changed.
         recipe: a recipe's name.
         images: (N, C, H, W).
+        **arguments: as for `tcc.patch`.
 
     Raises:
         AssertionError: a promise is not kept.
     """
-    wake(model)
-    shape = output(model, images).shape
+    shape = output(awake(model), images).shape
     try:
-        tcc.patch(model, recipe, progress=False)
+        tcc.patch(model, recipe, progress=False, **arguments)
     except ValueError as error:
         if "can replace none" not in str(error):
             raise
@@ -62,12 +66,13 @@ def check(model: nn.Module, recipe: str, images: Tensor) -> Outcome:
     assert error < 1e-4, f"merged output differs by {error:.1e}"
     report = tcc.report(model, input_size=images.shape[1:])
     fits = [row.fit_error for row in report.rows if row.fit_error is not None]
-    return Outcome(len(fits), dict(Counter(report.refused.values())), statistics.median(fits), error)
+    fit = statistics.median(fits) if fits else None
+    return Outcome(len(layers_of(model)), dict(Counter(report.refused.values())), fit, error)
 
 
 def check_training(model: nn.Module, images: Tensor, shape: torch.Size) -> None:
     """A forward and a backward pass: shape, finite values, gradients."""
-    out = output(model, images)
+    out = first_tensor(model(images))
     assert out.shape == shape, f"output {tuple(out.shape)}, before {tuple(shape)}"
     assert out.isfinite().all(), "output is not finite"
     out.float().square().mean().backward()
@@ -78,31 +83,9 @@ def check_training(model: nn.Module, images: Tensor, shape: torch.Size) -> None:
         assert parameter.grad.any() or pixels == 1, f"the gradient of {name} is 0"
 
 
-@torch.no_grad()
 def merge_error(model: nn.Module, images: Tensor) -> float:
     """Relative difference of the outputs of a patched model and of the merged one."""
-    expected, merged = output(model, images), output(tcc.merge(model), images)
-    return (torch.linalg.vector_norm(merged - expected) / torch.linalg.vector_norm(expected)).item()
-
-
-def wake(model: nn.Module) -> None:
-    """Move parameters that start at 0 and keep gradients from what is before them (scales of residual paths)."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def output(model: nn.Module, images: Tensor) -> Tensor:
-    """The tensor that a model returns: the last feature map of a feature extractor, the first field of another."""
-    out = model(images)
-    while not isinstance(out, Tensor):
-        if isinstance(out, list):
-            out = out[-1]
-        else:
-            out = out[0] if isinstance(out, tuple) else next(v for v in out.values() if v is not None)
-    return out
+    return relative(output(tcc.merge(model), images), output(model, images))
 
 
 def new_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter, int]]:
@@ -127,8 +110,7 @@ def sample(model: nn.Module) -> Tensor:
     for height, width in candidates:
         images = torch.randn(2, channels, height, width, generator=generator)
         try:
-            with torch.no_grad():
-                output(model.eval(), images)
+            output(model.eval(), images)
         except (AssertionError, RuntimeError):
             if [height, width] == candidates[-1]:
                 raise

@@ -12,7 +12,8 @@ from torch import nn
 import timm_contconv as tcc
 from timm_contconv.hub.names import PATCHED
 
-from ..models_for_tests import awake, create, output, relative, scatter
+from ..helpers import relative
+from ..models_for_tests import awake, create, output, scatter
 
 NAMES = sorted(PATCHED)
 DCLS_BASES = (

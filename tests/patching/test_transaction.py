@@ -18,7 +18,12 @@ from timm_contconv.patching.transaction import Transaction
 from ..models_for_tests import Snapshot, layers_of
 
 APPLYING = {inspect.getsourcefile(part) for part in (transaction, inspect.unwrap(patch_function), tcc.merge)}
-RECIPES = {"dcls": {"kernel_size": 5, "kernel_count": 9}, "smp": {"kernel_size": 5, "kernel_count": 9}, "genv5": {}, "cc": {}}
+RECIPES = {
+    "dcls": {"kernel_size": 5, "kernel_count": 9},
+    "smp": {"kernel_size": 5, "kernel_count": 9},
+    "genv5": {},
+    "cc": {},
+}
 
 
 def no_weight_decay() -> set[str]:
