@@ -6,7 +6,6 @@ import time
 import pytest
 import timm
 import torch
-from timm_contconv.layers.least_squares import solve
 from torch import nn
 
 import timm_contconv as tcc

@@ -251,3 +251,11 @@ def test_a_kernel_larger_than_the_new_one_loses_its_rim():
     torch.testing.assert_close(layer.weight, kept)
     lost = (1 - (kept.norm() / conv.weight.norm()) ** 2).sqrt()
     assert layer.fit_error(conv) == pytest.approx(lost.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.23, 5.0])
+def test_gauss_kernels_hold_no_subnormal_numbers(sigma):
+    layer = DclsConv2d(64, 64, 23, groups=64, kernel_count=26)
+    nn.init.constant_(layer.geometry["sigma"], sigma)
+    size = layer.weight.abs()
+    assert not ((size > 0) & (size < torch.finfo(torch.float32).tiny)).any()

@@ -115,6 +115,7 @@ def test_parts_that_the_configuration_names_are_there(name):
     model, config = on_meta(name), get_pretrained_cfg(name)
     assert f"{config.classifier}.weight" in model.state_dict()
     assert model.get_submodule(config.first_conv).in_channels == config.input_size[0]
+    assert f"{model.pretrained_cfg['first_conv']}.weight" in model.state_dict()
 
 
 @pytest.mark.parametrize("name", SMALL)

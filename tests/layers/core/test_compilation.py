@@ -93,7 +93,9 @@ print([w.category.__name__ for w in caught if "stays eager" in str(w.message)])
 """
     alone = {"CXX": "/no/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env={**os.environ, **alone}, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(
+        command, env={**os.environ, **alone}, capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.stdout == "['RuntimeWarning']\n", done.stderr
 
 

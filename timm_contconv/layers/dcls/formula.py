@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...ops import is_transformed
 
@@ -31,6 +32,7 @@ Factors = tuple[list[Tensor], Tensor | None]
 TRIANGLE_MIN_WIDTH = 1.0  # sigma_0 of Eq. 9
 GAUSS_MIN_WIDTH = 0.27  # sigma_0 of Eq. 10
 NORMALIZATION_EPS = 1e-7  # epsilon of Eq. 11
+NEGLIGIBLE = 1e-12  # a factor of at most this is 0, so that kernels hold no subnormal numbers, which are slow on CPUs
 
 
 def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -131,8 +133,8 @@ def _hat(distance: Tensor) -> Tensor:
 
 
 def _bell(position: Tensor, width: Tensor, size: int) -> Tensor:
-    """exp(-(distance / width)^2 / 2): (..., m) twice to (..., m, size)."""
-    return torch.exp(-0.5 * (_distance(position, size) / width.unsqueeze(-1)).square())
+    """exp(-(distance / width)^2 / 2), 0 where that is negligible: (..., m) twice to (..., m, size)."""
+    return F.threshold(torch.exp(-0.5 * (_distance(position, size) / width.unsqueeze(-1)).square()), NEGLIGIBLE, 0)
 
 
 class _Bell(torch.autograd.Function):
@@ -144,7 +146,8 @@ class _Bell(torch.autograd.Function):
 
     @staticmethod
     def forward(position: Tensor, width: Tensor, size: int) -> Tensor:
-        return _distance(position, size).div_(width.unsqueeze(-1)).square_().mul_(-0.5).exp_()
+        bell = _distance(position, size).div_(width.unsqueeze(-1)).square_().mul_(-0.5).exp_()
+        return F.threshold_(bell, NEGLIGIBLE, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
