@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from timm_contconv.layers import ConvReplacement
 
-__all__ = ["Snapshot", "awake", "create", "geometry_of", "layers_of", "output", "relative", "scatter"]
+from .helpers import spread_
+
+__all__ = ["Snapshot", "awake", "create", "first_tensor", "geometry_of", "layers_of", "output", "scatter"]
 
 
 def create(name: str, **options: Any) -> nn.Module:
@@ -40,13 +42,11 @@ def awake(model: nn.Module) -> nn.Module:
 def scatter(model: nn.Module) -> nn.Module:
     """Spread the geometry of layers over their whole kernels: a fresh one gathers at the centre."""
     for layer in layers_of(model):
-        for name, parameter in layer.geometry.items():
-            if name == "position":
-                parameter.uniform_(-(min(layer.kernel_size) // 2), min(layer.kernel_size) // 2)
-            elif name == "coordinate":
-                parameter.uniform_(-1, 1)
-            elif layer.method == "genv":
-                parameter.uniform_(0.5, 1.5)
+        if layer.method in ("dcls", "smp"):
+            spread_(layer)
+        elif layer.method == "genv":
+            for width in layer.geometry.values():
+                width.uniform_(0.5, 1.5)
     return model
 
 
@@ -60,24 +60,20 @@ def geometry_of(model: nn.Module, name: str) -> list[Tensor]:
     return [layer.geometry[name] for layer in layers_of(model)]
 
 
+@torch.no_grad()
 def output(model: nn.Module, images: Tensor) -> Tensor:
-    """The tensor that a model returns: the last of a list, the first field of another structure, without gradients."""
-    with torch.no_grad():
-        return _tensor(model(images))
+    """The first tensor that a model returns, without gradients."""
+    return first_tensor(model(images))
 
 
-def _tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, list):
-        return _tensor(value[-1])
-    return _tensor(value[0] if isinstance(value, tuple) else next(v for v in value.values() if v is not None))
-
-
-def relative(value: Tensor, expected: Tensor) -> float:
-    """||value - expected|| / ||expected||."""
-    assert value.shape == expected.shape
-    return (torch.linalg.vector_norm(value - expected) / torch.linalg.vector_norm(expected)).item()
+def first_tensor(value: Any) -> Tensor:
+    """Of what a model returns: the last feature map of a feature extractor, the first field of another."""
+    while not isinstance(value, Tensor):
+        if isinstance(value, list):
+            value = value[-1]
+        else:
+            value = value[0] if isinstance(value, tuple) else next(v for v in value.values() if v is not None)
+    return value
 
 
 class Snapshot:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 from collections import Counter
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 import timm_contconv as tcc
 from timm_contconv.layers import ConvReplacement
 
-__all__ = ["Outcome", "check", "output", "sample"]
+from .helpers import relative
+from .models_for_tests import awake, first_tensor, layers_of, output
+
+__all__ = ["Outcome", "check", "sample"]
 
 SIZES = (128, 224)  # pixels of an image, the first that the model takes, before its own size
 
@@ -36,7 +39,7 @@ class Outcome:
     merge_error: float | None = None
 
 
-def check(model: nn.Module, recipe: str, images: Tensor, init: Literal["fit", "random"] = "fit") -> Outcome:
+def check(model: nn.Module, recipe: str, images: Tensor, **arguments: Any) -> Outcome:
     """Patch a model and verify what a patch promises.
 
     The output keeps its shape and is finite, a gradient reaches every new parameter, and the merged model has the same
@@ -46,15 +49,14 @@ def check(model: nn.Module, recipe: str, images: Tensor, init: Literal["fit", "r
         model: any image model; it is changed.
         recipe: a recipe's name.
         images: (N, C, H, W).
-        init: as for `tcc.patch`.
+        **arguments: as for `tcc.patch`.
 
     Raises:
         AssertionError: a promise is not kept.
     """
-    wake(model)
-    shape = output(model, images).shape
+    shape = output(awake(model), images).shape
     try:
-        tcc.patch(model, recipe, init=init, progress=False)
+        tcc.patch(model, recipe, progress=False, **arguments)
     except ValueError as error:
         if "can replace none" not in str(error):
             raise
@@ -65,13 +67,13 @@ def check(model: nn.Module, recipe: str, images: Tensor, init: Literal["fit", "r
     report = tcc.report(model, input_size=images.shape[1:])
     replaced = sum(isinstance(module, ConvReplacement) for module in model.modules())
     fits = [row.fit_error for row in report.rows if row.fit_error is not None]
-    fit_error = statistics.median(fits) if fits else None
-    return Outcome(replaced, dict(Counter(report.refused.values())), fit_error, error)
+    fit = statistics.median(fits) if fits else None
+    return Outcome(len(layers_of(model)), dict(Counter(report.refused.values())), fit, error)
 
 
 def check_training(model: nn.Module, images: Tensor, shape: torch.Size) -> None:
     """A forward and a backward pass: shape, finite values, gradients."""
-    out = output(model, images)
+    out = first_tensor(model(images))
     assert out.shape == shape, f"output {tuple(out.shape)}, before {tuple(shape)}"
     assert out.isfinite().all(), "output is not finite"
     out.float().square().mean().backward()
@@ -82,31 +84,9 @@ def check_training(model: nn.Module, images: Tensor, shape: torch.Size) -> None:
         assert parameter.grad.any() or pixels == 1, f"the gradient of {name} is 0"
 
 
-@torch.no_grad()
 def merge_error(model: nn.Module, images: Tensor) -> float:
     """Relative difference of the outputs of a patched model and of the merged one."""
-    expected, merged = output(model, images), output(tcc.merge(model), images)
-    return (torch.linalg.vector_norm(merged - expected) / torch.linalg.vector_norm(expected)).item()
-
-
-def wake(model: nn.Module) -> None:
-    """Move parameters that start at 0 and keep gradients from what is before them (scales of residual paths)."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def output(model: nn.Module, images: Tensor) -> Tensor:
-    """The tensor that a model returns: the last feature map of a feature extractor, the first field of another."""
-    out = model(images)
-    while not isinstance(out, Tensor):
-        if isinstance(out, list):
-            out = out[-1]
-        else:
-            out = out[0] if isinstance(out, tuple) else next(v for v in out.values() if v is not None)
-    return out
+    return relative(output(tcc.merge(model), images), output(model, images))
 
 
 def new_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter, int]]:
@@ -131,8 +111,7 @@ def sample(model: nn.Module) -> Tensor:
     for height, width in candidates:
         images = torch.randn(2, channels, height, width, generator=generator)
         try:
-            with torch.no_grad():
-                output(model.eval(), images)
+            output(model.eval(), images)
         except (AssertionError, RuntimeError):
             if [height, width] == candidates[-1]:
                 raise

@@ -1,8 +1,5 @@
 """What a patch promises, on models of many families and of other libraries."""
 
-import copy
-import math
-
 import pytest
 import timm
 import torch
@@ -10,9 +7,7 @@ import torchvision
 import transformers
 from torch import nn
 
-import timm_contconv as tcc
-
-from ..models_for_tests import awake, layers_of, output, relative, scatter
+from ..promises import check
 
 DEPTHWISE = ["dcls_gauss", "smp", "flex"]
 STRIDED = ["genv", "cc"]
@@ -38,40 +33,16 @@ SETTINGS = {
 }
 
 
-def check(model: nn.Module, recipe: str, size: tuple[int, ...] = (64, 64), init: str = "random") -> int:
-    """A patch keeps the output's shape, its values are finite, gradients reach all of it, and it merges exactly.
-
-    Returns:
-        The number of convolutions that were replaced.
-    """
-    images = torch.randn(2, 3, *size)
-    shape = output(awake(model).eval(), images).shape
-    tcc.patch(model, recipe, init=init, **SETTINGS.get(recipe, {}))
-    check_gradients(copy.deepcopy(model).train(), images)
-    scatter(model)
-    expected = output(model, images)
-    assert expected.shape == shape
-    assert expected.isfinite().all()
-    assert relative(output(tcc.merge(model), images), expected) < 1e-4
-    return len(tcc.report(model, input_size=images.shape[1:]).rows)
-
-
-def check_gradients(model: nn.Module, images: torch.Tensor) -> None:
-    out = model(images)
-    out = out if isinstance(out, torch.Tensor) else out[-1] if isinstance(out, list) else out.logits
-    out.square().mean().backward()
-    for layer in layers_of(model):
-        for parameter in (*layer.parameters(), *layer.geometry.values()):
-            assert parameter.grad.isfinite().all()
-            # a continuous kernel of one pixel is read at distance 0 alone, where its net's slope does not matter
-            assert parameter.grad.any() or math.prod(layer.kernel_size) == 1
+def replaced(model: nn.Module, recipe: str, size: tuple[int, ...] = (64, 64), init: str = "random") -> int:
+    """How many convolutions were, once the promises are verified."""
+    return check(model, recipe, torch.randn(2, 3, *size), init=init, **SETTINGS.get(recipe, {})).replaced
 
 
 @pytest.mark.parametrize(("name", "recipe"), [(name, recipe) for name, recipes in TIMM.items() for recipe in recipes])
 def test_models_of_timm(name, recipe):
     model = timm.create_model(name, num_classes=10)
     config = model.pretrained_cfg
-    assert check(model, recipe, config["input_size"][1:] if config.get("fixed_input_size") else (64, 64))
+    assert replaced(model, recipe, config["input_size"][1:] if config.get("fixed_input_size") else (64, 64))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +50,7 @@ def test_models_of_timm(name, recipe):
     [("mobilenet_v3_small", "dcls_gauss"), ("efficientnet_b0", "genv"), ("resnet18", "genv"), ("resnet18", "genv5")],
 )
 def test_models_of_torchvision(name, recipe):
-    assert check(torchvision.models.get_model(name, num_classes=10), recipe)
+    assert replaced(torchvision.models.get_model(name, num_classes=10), recipe)
 
 
 def convnext_of_transformers() -> nn.Module:
@@ -98,16 +69,20 @@ def timm_in_transformers() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("build", "recipe"),
-    [(convnext_of_transformers, "dcls_gauss"), (resnet_of_transformers, "genv"), (timm_in_transformers, "smp")],
+    ("build", "recipe", "expected"),
+    [
+        (convnext_of_transformers, "dcls_gauss", 5),
+        (resnet_of_transformers, "genv", 7),
+        (timm_in_transformers, "smp", 9),
+    ],
 )
-def test_models_of_transformers(build, recipe):
-    assert check(build(), recipe)
+def test_models_of_transformers(build, recipe, expected):
+    assert replaced(build(), recipe) == expected
 
 
 def test_a_feature_extractor_is_patched_like_a_model():
     model = timm.create_model("test_convnext", features_only=True)
     images = torch.randn(2, 3, 64, 64)
     shapes = [feature.shape for feature in model(images)]
-    assert check(model, "dcls_gauss", init="fit")
+    assert replaced(model, "dcls_gauss", init="fit") == 9
     assert [feature.shape for feature in model(images)] == shapes

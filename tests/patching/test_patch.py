@@ -13,7 +13,8 @@ from torch import nn
 import timm_contconv as tcc
 from timm_contconv.layers import DclsConv2d
 
-from ..models_for_tests import Snapshot, awake, create, geometry_of, layers_of, output, relative
+from ..helpers import relative
+from ..models_for_tests import Snapshot, awake, create, geometry_of, layers_of, output
 
 IMAGES = (2, 3, 64, 64)
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import timm_contconv as tcc
 
-from ..models_for_tests import Snapshot, layers_of, relative
+from ..helpers import relative
+from ..models_for_tests import Snapshot, layers_of
 
 
 def convnext(**options) -> nn.Module:

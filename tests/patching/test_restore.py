@@ -8,7 +8,8 @@ from torch import nn
 import timm_contconv as tcc
 from timm_contconv.layers import ConvReplacement
 
-from ..models_for_tests import Snapshot, awake, create, geometry_of, layers_of, output, relative, scatter
+from ..helpers import relative
+from ..models_for_tests import Snapshot, awake, create, geometry_of, layers_of, output, scatter
 
 IMAGES = (2, 3, 64, 64)
 BASES = {recipe: tcc.load_patch(recipe).models[-1] for recipe in tcc.list_patches()}  # the smallest comes last

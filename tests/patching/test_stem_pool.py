@@ -8,7 +8,8 @@ from torch import nn
 
 import timm_contconv as tcc
 
-from ..models_for_tests import Snapshot, awake, output, relative
+from ..helpers import relative
+from ..models_for_tests import Snapshot, awake, output
 
 #: a method that can start exactly as the convolutions that it replaces
 RECIPE = {

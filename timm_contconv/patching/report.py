@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,8 +133,9 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
         ValueError: the model is not patched, or its layers were exchanged since.
     """
     record = require_record(model)
-    if input_size is None and hasattr(model, "pretrained_cfg"):
-        channels, *size = model.__dict__["pretrained_cfg"]["input_size"]
+    config = getattr(model, "pretrained_cfg", None)
+    if input_size is None and isinstance(config, Mapping):
+        channels, *size = config["input_size"]
         input_size = (getattr(model, "in_chans", channels), *size)
     original = original_architecture(model)
     before, old_outputs = _count_multiply_adds(original, input_size, record.replaced)
