@@ -22,7 +22,7 @@ from rich.progress import track
 from torch.nn.modules.conv import _ConvNd
 
 from benchmarks.common import RESULTS, ROOT, arguments, new_parser
-from tests.promises import check, sample
+from benchmarks.papers.promises import check, sample
 from timm_contconv.patching.select import PRESETS
 
 RECIPES = {

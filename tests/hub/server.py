@@ -16,24 +16,22 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
 
-__all__ = ["READ_TOKEN", "WRITE_TOKEN", "Entry", "Fault", "HubServer", "Request", "running_hub", "use_hub"]
+__all__ = ["READ_TOKEN", "WRITE_TOKEN", "Fault", "HubServer", "Request", "running_hub", "use_hub"]
 
 WRITE_TOKEN = "hf_writeTokenThatNobodyMaySee"
 READ_TOKEN = "hf_readTokenThatNobodyMaySee"
-#: suffixes that the Hub keeps in large file storage
-LARGE = (".safetensors", ".bin", ".png", ".pth")
+Files = dict[str, bytes]
 #: status, headers, body
 Answer = tuple[int, dict[str, str], bytes]
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One request: its number from 0, method, and path without query."""
 
     number: int
@@ -41,8 +39,7 @@ class Request:
     path: str
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """What goes wrong with a request.
 
     Attributes:
@@ -58,19 +55,16 @@ class Fault:
     change: Callable[[bytes], bytes] = bytes
 
 
-@dataclass
-class Entry:
-    """A file of a commit."""
+def is_large(path: str) -> bool:
+    """Whether the Hub keeps a file in large file storage."""
+    return path.endswith((".safetensors", ".bin", ".png"))
 
-    content: bytes
-    large: bool
 
-    @property
-    def oid(self) -> str:
-        """The Hub's hash: SHA-256 of a large file, Git's blob hash of another."""
-        if self.large:
-            return hashlib.sha256(self.content).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
+def oid(path: str, content: bytes) -> str:
+    """The Hub's hash: SHA-256 of a large file, Git's blob hash of another."""
+    if is_large(path):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass
@@ -78,29 +72,24 @@ class Repository:
     """Commits by hash, and what branches and pull requests point at."""
 
     private: bool
-    commits: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    commits: dict[str, Files] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, ref: str, files: dict[str, Entry]) -> str:
-        text = json.dumps([len(self.commits), sorted((k, v.oid) for k, v in files.items())])
-        self.refs[ref] = sha = hashlib.sha1(text.encode()).hexdigest()
+    def commit(self, ref: str, files: Files) -> str:
+        self.refs[ref] = sha = hashlib.sha1(f"{len(self.commits)}".encode()).hexdigest()
         self.commits[sha] = files
         return sha
 
-    def entries(self, revision: str = "main") -> dict[str, Entry]:
+    def files(self, revision: str = "main") -> Files:
         return self.commits[self.refs.get(revision, revision)]
-
-    def files(self, revision: str = "main") -> dict[str, bytes]:
-        return {path: entry.content for path, entry in self.entries(revision).items()}
 
 
 class HubError(Exception):
     """An answer that is an error."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.body = status, {"error": message}
-        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
+    def __init__(self, status: int, message: str, code: str = "", **body: str) -> None:
+        self.status, self.body = status, {"error": message, **body}
+        self.headers = {"X-Error-Message": message, "X-Error-Code": code}
 
 
 class HubServer(ThreadingHTTPServer):
@@ -198,16 +187,13 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, name in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split("|"):
-                return getattr(self, name)(*map(unquote, match.groups()), query=query, body=body)
+                return getattr(self, name)(query, body, *map(unquote, match.groups()))
         raise HubError(404, f"no such route: {self.command} {path}")
 
     # who asks
 
     def _token(self) -> str | None:
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-        if token not in (WRITE_TOKEN, READ_TOKEN, None):
-            raise HubError(401, "Invalid credentials in Authorization header")
-        return token
+        return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
 
     def _require_write(self) -> None:
         if self._token() is None:
@@ -227,111 +213,95 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return sha
 
-    def whoami(self, *, query: dict[str, str], body: bytes) -> Answer:
+    def whoami(self, query: dict[str, str], body: bytes) -> Answer:
         if self._token() is None:
             raise HubError(401, "Invalid username or password.")
         return _ok({"name": "me", "type": "user", "orgs": []})
 
     # repositories
 
-    def create(self, *, query: dict[str, str], body: bytes) -> Answer:
+    def create(self, query: dict[str, str], body: bytes) -> Answer:
         self._require_write()
         wanted = json.loads(body)
         name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+        url = f"{self.server.url}/{name}"
         if name in self.server.repositories:
-            error = HubError(409, "You already created this model repo")
-            error.body["url"] = f"{self.server.url}/{name}"
-            raise error
+            raise HubError(409, "You already created this model repo", url=url)
         repository = self.server.repositories[name] = Repository(wanted.get("visibility") == "private")
-        repository.commit("main", {".gitattributes": Entry(b"*.safetensors filter=lfs\n", False)})
-        return _ok({"url": f"{self.server.url}/{name}"})
+        repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
+        return _ok({"url": url})
 
-    def branch(self, name: str, branch: str, *, query: dict[str, str], body: bytes) -> Answer:
+    def branch(self, query: dict[str, str], body: bytes, name: str, branch: str) -> Answer:
         self._require_write()
-        repository = self._repository(name)
-        if branch in repository.refs:
-            raise HubError(409, f"Reference already exists: {branch}")
-        repository.refs[branch] = repository.refs["main"]
+        refs = self._repository(name).refs
+        refs.setdefault(branch, refs["main"])
         return _ok({})
 
-    def info(self, name: str, revision: str = "main", *, query: dict[str, str], body: bytes) -> Answer:
+    def info(self, query: dict[str, str], body: bytes, name: str, revision: str = "main") -> Answer:
         repository = self._repository(name)
         sha = self._commit_of(repository, revision)
-        return _ok({"_id": "0", "id": name, "modelId": name, "sha": sha, "private": repository.private, "siblings": []})
+        return _ok({"_id": "0", "id": name, "sha": sha, "private": repository.private, "siblings": []})
 
     # uploading
 
-    def validate_yaml(self, *, query: dict[str, str], body: bytes) -> Answer:
+    def validate_yaml(self, query: dict[str, str], body: bytes) -> Answer:
         return _ok({"errors": [], "warnings": []})
 
-    def preupload(self, name: str, revision: str, *, query: dict[str, str], body: bytes) -> Answer:
+    def preupload(self, query: dict[str, str], body: bytes, name: str, revision: str) -> Answer:
         self._require_write()
-        repository = self._repository(name)
-        entries = repository.commits[self._commit_of(repository, revision)]
-        files = [
-            {
-                "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
-                "shouldIgnore": False,
-                "oid": entries[file["path"]].oid if file["path"] in entries else None,
-            }
-            for file in json.loads(body)["files"]
-        ]
-        return _ok({"files": files})
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        modes = {path: "lfs" if is_large(path) else "regular" for path in paths}
+        return _ok({"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]})
 
-    def lfs_batch(self, name: str, *, query: dict[str, str], body: bytes) -> Answer:
+    def lfs_batch(self, query: dict[str, str], body: bytes, name: str) -> Answer:
         self._require_write()
-        objects = [
-            wanted
-            if wanted["oid"] in self.server.blobs
-            else {**wanted, "actions": {"upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}", "header": {}}}}
-            for wanted in json.loads(body)["objects"]
-        ]
-        return _ok({"transfer": "basic", "objects": objects})
+        wanted = json.loads(body)["objects"]
+        for item in wanted:
+            if item["oid"] not in self.server.blobs:
+                item["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}", "header": {}}}
+        return _ok({"transfer": "basic", "objects": wanted})
 
-    def lfs_put(self, oid: str, *, query: dict[str, str], body: bytes) -> Answer:
-        if hashlib.sha256(body).hexdigest() != oid:
-            raise HubError(400, "the content does not have the announced SHA-256")
-        self.server.blobs[oid] = body
+    def lfs_put(self, query: dict[str, str], body: bytes, sha: str) -> Answer:
+        assert hashlib.sha256(body).hexdigest() == sha
+        self.server.blobs[sha] = body
         return _ok({})
 
-    def commit(self, name: str, revision: str, *, query: dict[str, str], body: bytes) -> Answer:
+    def commit(self, query: dict[str, str], body: bytes, name: str, revision: str) -> Answer:
         self._require_write()
         repository = self._repository(name)
         parent = self._commit_of(repository, revision)
-        header, *lines = (json.loads(line) for line in body.splitlines())
-        if header["value"].get("parentCommit") not in (None, parent):
+        header, *values = (json.loads(line)["value"] for line in body.splitlines())
+        if header["parentCommit"] != parent:
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(repository.commits[parent])
-        for value in (line["value"] for line in lines):
-            large = "oid" in value
-            content = self.server.blobs[value["oid"]] if large else base64.b64decode(value["content"])
-            files[value["path"]] = Entry(content, large)
-        ref, answer = revision, {}
-        if query.get("create_pr") == "1":
-            ref, answer = "refs/pr/1", {"pullRequestUrl": f"{self.server.url}/{name}/discussions/1"}
-        sha = repository.commit(ref, files)
-        return _ok({"commitUrl": f"{self.server.url}/{name}/commit/{sha}", "commitOid": sha, **answer})
+        for value in values:
+            files[value["path"]] = (
+                self.server.blobs[value["oid"]] if "oid" in value else base64.b64decode(value["content"])
+            )
+        wanted = query.get("create_pr") == "1"
+        sha = repository.commit("refs/pr/1" if wanted else revision, files)
+        request = {"pullRequestUrl": f"{self.server.url}/{name}/discussions/1"} if wanted else {}
+        return _ok({"commitUrl": f"{self.server.url}/{name}/commit/{sha}", "commitOid": sha, **request})
 
     # downloading
 
-    def resolve(self, name: str, revision: str, path: str, *, query: dict[str, str], body: bytes) -> Answer:
+    def resolve(self, query: dict[str, str], body: bytes, name: str, revision: str, path: str) -> Answer:
         repository = self._repository(name)
         sha = self._commit_of(repository, revision)
-        entry = repository.commits[sha].get(path)
-        if entry is None:
-            raise HubError(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": sha})
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{entry.oid}"'}
-        if not entry.large:
-            return 200, headers, self.fault.change(entry.content)
-        self.server.blobs[entry.oid] = entry.content
-        linked = {"X-Linked-Etag": f'"{entry.oid}"', "X-Linked-Size": str(len(entry.content))}
-        return 302, {**headers, **linked, "Location": f"{self.server.storage_url}/{entry.oid}"}, b""
+        if path not in repository.commits[sha]:
+            raise HubError(404, "Entry not found", "EntryNotFound")
+        content = repository.commits[sha][path]
+        digest = oid(path, content)
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{digest}"'}
+        if not is_large(path):
+            return 200, headers, self.fault.change(content)
+        self.server.blobs[digest] = content
+        linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+        return 302, {**headers, **linked, "Location": f"{self.server.storage_url}/{digest}"}, b""
 
-    def cdn(self, oid: str, *, query: dict[str, str], body: bytes) -> Answer:
-        if "Authorization" in self.headers:
-            raise HubError(400, "a token was sent to another host")
-        return 200, {"ETag": '"of the storage, not of the file"'}, self.fault.change(self.server.blobs[oid])
+    def cdn(self, query: dict[str, str], body: bytes, sha: str) -> Answer:
+        assert "Authorization" not in self.headers  # it is another host
+        return 200, {"ETag": '"of the storage, not of the file"'}, self.fault.change(self.server.blobs[sha])
 
 
 REPO = r"([\w.-]+/[\w.-]+)"

@@ -182,13 +182,14 @@ HOSTILE = {
     "a million channels": ("hand", MILLION_CHANNELS, "do not fit"),
     "a million features": ("hand", set_value("model_args.base_args.dims", [10**6] * 4), "numbers added up"),
     "many features": ("hand", set_value("model_args.base_args.dims", [10**5] * 4), "far larger than its weights"),
-    "many blocks": ("hand", set_value("model_args.base_args.depths", [10**5] * 4), "far larger than its weights"),
+    "many blocks": ("hand", set_value("model_args.base_args.depths", [10**4] * 4), "far larger than its weights"),
     "a base kernel that the patch hides": (
         "hand", set_value("model_args.base_args.kernel_sizes", [9999] * 4), "far larger than its weights",
     ),
     "a paper's own network, wide": ("own", set_value("model_args.dims", [10**5] * 4), "far larger than its weights"),
-    "a paper's own network, deep": ("own", set_value("model_args.depths", [10**5] * 4), "far larger than its weights"),
+    "a paper's own network, deep": ("own", set_value("model_args.depths", [10**4] * 4), "far larger than its weights"),
     "a plain timm model, wide": ("timm", set_value("model_args", {"embed_dim": 10**6}), "far larger than its weights"),
+    "a plain timm model, deep": ("timm", set_value("model_args", {"depth": 10**4}), "far larger than its weights"),
     "a plain timm model for huge images": (
         "timm", set_value("model_args", {"img_size": 10**5}), "far larger than its weights",
     ),
@@ -248,6 +249,14 @@ def test_timms_own_way_refuses(name, folder):
     change_config(path, change)
     error = load_watched(lambda path: timm.create_model(f"local-dir:{path}", pretrained=True), path)
     assert (error is None) == (name in PUT_RIGHT)
+
+
+@pytest.mark.parametrize("name", ["many blocks", "a paper's own network, deep", "a plain timm model, deep"])
+def test_the_callers_arguments_do_not_loosen_the_bound(name, folder):
+    kind, change, message = HOSTILE[name]
+    path = folder(kind)
+    change_config(path, change)
+    assert message in str(load_watched(lambda path: tcc.from_pretrained(path, num_classes=2, drop_rate=0.1), path))
 
 
 @pytest.mark.parametrize("name", ["many features", "a larger base", "many blocks"])
@@ -339,10 +348,9 @@ def test_from_a_repository_nothing_but_its_two_files_is_asked_for(load, folder, 
         use_hub(monkeypatch, hub.url, tmp_path / "home")
         tcc.push_to_hub(timm.create_model("test_resnet_genv", num_classes=3), "me/model")
         repository = hub.repositories["me/model"]
-        entry = repository.commits[repository.refs["main"]]["config.json"]
-        config = json.loads(entry.content)
+        config = json.loads(repository.files()["config.json"])
         config["pretrained_cfg"] |= {"file": "/etc/passwd", "url": f"{hub.url}/x.pth", "hf_hub_filename": "x.pth"}
-        entry.content = json.dumps(config).encode()
+        repository.files()["config.json"] = json.dumps(config).encode()
         start = len(hub.requests)
         name = "me/model" if load == "from_pretrained" else "hf-hub:me/model"
         with WATCH, pytest.raises(ValueError, match=r"weights are the model.safetensors beside it"):

@@ -1,11 +1,7 @@
 """`contconv publish`, against a Hub on the loopback interface."""
 
 import hashlib
-import os
-import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -22,7 +18,7 @@ from timm_contconv.cli import app
 from timm_contconv.paths import data_folder
 
 from .helpers import assert_same_logits
-from .server import READ_TOKEN, WRITE_TOKEN, running_hub
+from .server import READ_TOKEN, WRITE_TOKEN
 
 HUB = data_folder("hub")
 NAME = "test_resnet_genv.digits"
@@ -110,20 +106,3 @@ def test_mistakes_are_explained_without_a_traceback(hub, monkeypatch, arguments,
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
     assert hub.repositories == {}
-
-
-def test_a_process_of_its_own_publishes_and_pulls(packaged, tmp_path):
-    """With the environment variables that users set, and nothing changed in the client."""
-    code = (
-        "from timm_contconv.cli import app\n"
-        f"app(['publish', {str(packaged)!r}, '--repo-id', 'me/model'], standalone_mode=False)\n"
-        "import torch, timm, timm_contconv as tcc\n"
-        "for model in (timm.create_model('hf-hub:me/model', pretrained=True), tcc.from_pretrained('me/model')):\n"
-        "    print('class', model.eval()(torch.ones(1, 3, 32, 32)).argmax().item())\n"
-    )
-    variables = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITE_TOKEN}
-    with running_hub() as server:
-        environment = {**os.environ, **variables, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.url}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    expected = timm.create_model(NAME, pretrained=True).eval()(torch.ones(1, 3, 32, 32)).argmax().item()
-    assert re.findall(r"^class (\d)$", done.stdout, re.MULTILINE) == [str(expected)] * 2

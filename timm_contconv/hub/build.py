@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 from .checks import CONFIG, WEIGHTS, check_foreign
 from .download import download
-from .skeleton import build_checked
+from .skeleton import build_checked, check_skeleton, read_header
 
-__all__ = ["build_model_with_cfg", "rebuild"]
+__all__ = ["build_model_with_cfg", "check_folder"]
 
 #: arguments in which the model that is wanted may differ from the one that was saved
 CALLERS = frozenset(
@@ -52,14 +51,14 @@ def build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pret
     )
 
 
-def rebuild(folder: Path) -> None:
-    """Build a saved model on the meta device; for the architectures of this package it is compared with the weights.
+def check_folder(folder: Path) -> None:
+    """Build a saved model as it was saved, without memory, and compare it with its weights.
 
     Raises:
-        ValueError: as `build_model_with_cfg`; timm's architectures raise `BUILD_ERRORS` too.
+        ValueError: as `build_checked`.
     """
-    with torch.device("meta"):
-        timm.create_model(f"local-dir:{folder}")
+    header = read_header(folder / WEIGHTS)
+    check_skeleton(lambda: timm.create_model(f"local-dir:{folder}"), header, str(folder / CONFIG))
 
 
 def _weights(

@@ -11,7 +11,7 @@ import timm
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 
-from .build import rebuild
+from .build import check_folder
 from .checks import BUILD_ERRORS, CONFIG, WEIGHTS, check_config
 from .download import download
 from .exchange import restore
@@ -55,7 +55,7 @@ def from_pretrained(
     try:
         return _build(folder, architecture, kwargs)
     except (ValueError, *BUILD_ERRORS) as error:
-        if kwargs and _rebuilds(folder):
+        if kwargs and _is_buildable(folder):
             given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
             raise ValueError(
                 f"{given}: timm can't build this {architecture} so, while it can with the arguments that were saved;"
@@ -68,11 +68,11 @@ def from_pretrained(
         ) from error
 
 
-def _rebuilds(folder: Path) -> bool:
+def _is_buildable(folder: Path) -> bool:
     """Whether the model can be built with the arguments that were saved."""
     try:
-        rebuild(folder)
-    except (ValueError, *BUILD_ERRORS):
+        check_folder(folder)
+    except ValueError:
         return False
     return True
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..layers import ConvReplacement
 from ..patching.record import PatchRecord, get_record, require_record
-from .build import rebuild
+from .build import check_folder
 from .card import CARD, PICTURE, CardFacts, write_card
-from .checks import BUILD_ERRORS, CONFIG, RESERVED, WEIGHTS
+from .checks import CONFIG, RESERVED, WEIGHTS
 from .exchange import replaced, restore
 from .names import HAND_PATCHED, PATCHED
 
@@ -89,8 +89,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _require_rebuild(folder: Path) -> None:
     """Refuse a model whose tensors do not fit into what its configuration builds."""
     try:
-        rebuild(folder)
-    except (ValueError, *BUILD_ERRORS) as error:
+        check_folder(folder)
+    except ValueError as error:
         reason = str(error).replace(f"{folder / CONFIG}: ", "")
         raise ValueError(
             f"model: timm does not rebuild it from its arguments, so that it was edited by hand: {reason}; use"

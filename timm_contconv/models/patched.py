@@ -29,7 +29,7 @@ from ..hub.names import HAND_PATCHED, PATCHED, PatchedArchitecture
 from ..hub.skeleton import LARGEST_ENTRIES, counted
 from ..hub.weights import packaged_weights
 from ..patching import PatchSpec, load_patch, patch
-from ..patching.record import set_architecture
+from ..patching.record import get_record, set_architecture
 from .checkpoint import check_keys, unwrap
 
 __all__ = ["contconv"]
@@ -60,13 +60,30 @@ def _build(
 ) -> nn.Module:
     """Build through timm's machinery, which resolves the configuration, loads weights and wraps features."""
     kwargs.setdefault("feature_cfg", _feature_cfg(base, base_args) if kwargs.get("features_only") else {})
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         functools.partial(_build_base, base, spec, name, base_args),
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         **kwargs,
     )
+    if get_record(model) is not None:  # not a feature extractor
+        _name_first_conv(model)
+    return model
+
+
+def _name_first_conv(model: nn.Module) -> None:
+    """Let the model's configuration name a module whose weight is in the state dict, as timm's first_conv does.
+
+    The trait of that name keeps naming the layer, whose parameters `checkpoint.py` turns to other numbers of channels.
+    """
+    config = model.__dict__["pretrained_cfg"]
+    names = config.get("first_conv") or ()
+    inner = []
+    for name in (names,) if isinstance(names, str) else names:
+        modules = model.get_submodule(name).named_modules(prefix=name)
+        inner.append(next(path for path, module in modules if "weight" in dict(module.named_parameters(recurse=False))))
+    config["first_conv"] = inner[0] if isinstance(names, str) else tuple(inner)
 
 
 def _feature_cfg(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:

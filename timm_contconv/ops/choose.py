@@ -106,13 +106,12 @@ def state() -> tuple[Hashable, ...]:
     )
 
 
-def decided(key: Hashable, decide: Callable[[], bool]) -> bool:
+def decided(key: Hashable, decide: Callable[[], Problem | None]) -> Problem | None:
     """What `decide` says, kept until something new is measured."""
-    decision = _decisions.get(key)
-    if decision is None:
-        decision = decide()
-        _keep(key, decision)
-    return bool(decision)
+    if key not in _decisions:
+        _keep(key, decide())
+    problem: Problem | None = _decisions.get(key)
+    return problem
 
 
 def _keep(key: Hashable, decision: Any) -> None:

@@ -10,7 +10,7 @@ from .autocast import autocast_dtype
 from .choose import decided, gains, state
 from .forced import forced
 from .prior import is_large
-from .problem import Problem, kind_misfit, memory_format, output_size, size_misfit
+from .problem import Problem, fits, has_outputs, memory_format
 
 __all__ = ["conv"]
 
@@ -43,55 +43,66 @@ def conv(
     """
     if x.ndim == weight.ndim - 1:
         return conv(x.unsqueeze(0), weight, bias, stride, padding, groups).squeeze(0)
-    if _is_ours(x, weight, bias, stride, padding, groups):
-        return operator.conv(x, weight, bias, stride, padding, groups)
-    return plain.convolution(x, weight, bias, stride, padding, groups)
-
-
-def _is_ours(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
-) -> bool:
-    """Whether the operator runs, and not PyTorch's own convolution."""
+    geometry = tuple(stride), tuple(padding), groups
     if not x.is_floating_point() or plain.is_transformed() or torch.jit.is_tracing():
-        return False
+        return plain.convolution(x, weight, bias, *geometry)
     if torch.compiler.is_compiling():
-        return _may_gain(x, weight, bias, stride, padding, groups)
-    if forced():
-        return True
-    passes: tuple[str, ...] = ("output",)
-    if torch.is_grad_enabled():
-        passes += ("input",) * x.requires_grad + ("weight",) * weight.requires_grad
+        is_ours = _may_gain(x, weight, bias, *geometry)
+    elif forced():
+        is_ours = True
+    else:
+        passes = _passes(x, weight)
+        problem = _problem(passes, x, weight, bias, *geometry)
+        is_ours = problem is not None
+        if problem is not None and len(passes) == 1 and _is_unobserved(x, weight):
+            return operator.output(problem, x, weight, bias)
+    return (operator.conv if is_ours else plain.convolution)(x, weight, bias, *geometry)
+
+
+def _passes(x: Tensor, weight: Tensor) -> tuple[str, ...]:
+    """The passes that will run, as far as is known."""
+    if not torch.is_grad_enabled():
+        return ("output",)
+    return ("output", *("input",) * x.requires_grad, *("weight",) * weight.requires_grad)
+
+
+def _problem(
+    passes: tuple[str, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int,
+) -> Problem | None:
+    """What is to be convolved where the operator may be the faster one, and None where PyTorch's own convolution is."""
     kinds = tuple((t.shape, t.dtype, t.device) for t in (x, weight, bias) if t is not None)
     last, dtype = memory_format(x) is not torch.contiguous_format, autocast_dtype(x)
-    key = (passes, kinds, tuple(stride), tuple(padding), groups, last, dtype, state())
-    return decided(key, lambda: _gains(passes, x, weight, bias, stride, padding, groups))
+
+    def decide() -> Problem | None:
+        if not (_may_gain(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding)):
+            return None
+        problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)._replace(dtype=dtype)
+        return problem if gains(passes, problem) else None
+
+    return decided((passes, kinds, stride, padding, groups, last, dtype, state()), decide)
+
+
+def _is_unobserved(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing has to see an operator: then short calls are spared the way through PyTorch's dispatcher."""
+    if type(x) is not Tensor or type(weight) not in (Tensor, torch.nn.Parameter):
+        return False
+    is_seen = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
+    return not (is_seen or torch.is_autocast_enabled(x.device.type))
 
 
 def _may_gain(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
     """Whether the operator may be faster, by what does not change with the size of images: one graph serves all."""
-    of_bias = None if bias is None else bias.shape
-    if kind_misfit(x, weight, bias) or size_misfit(x.shape, weight.shape, of_bias, stride, padding, groups):
+    if not fits(x, weight, bias, stride, padding, groups):
         return False
     is_depthwise = 1 < groups == x.shape[1] == weight.shape[0]
     if x.device.type != "cpu":
         return is_depthwise and is_large(weight.shape[2:], is_depthwise)
     return is_large(weight.shape[2:], is_depthwise)
-
-
-def _gains(
-    passes: Sequence[str],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-) -> bool:
-    if not _may_gain(x, weight, bias, stride, padding, groups):
-        return False
-    if min(x.shape[2:]) < 1 or min(output_size(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
-        return False
-    problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)
-    return gains(passes, problem._replace(dtype=autocast_dtype(x)))

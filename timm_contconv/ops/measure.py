@@ -18,7 +18,7 @@ __all__ = ["is_measuring", "is_recording", "measure", "measuring"]
 # a batch has several.
 _HOPELESS = 10
 # Later rounds are for those within this factor of the best: at least so many rounds, more in these seconds.
-_CLOSE, _ROUNDS, _MOST_ROUNDS, _ROUND_SECONDS = 1.3, 3, 20, 0.01
+_CLOSE, _ROUNDS, _MOST_ROUNDS, _ROUND_SECONDS = 1.5, 4, 30, 0.02
 # Errors that a candidate may have, as a share of the sums that its results would be if no terms cancelled.
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 from . import autocast, plain
 from .choose import choose
 from .forced import forced, inherited
-from .problem import Problem, check, in_format, memory_format, new_tensor, output_size
+from .problem import Problem, fits, has_outputs, in_format, memory_format, new_tensor, output_size
 
-__all__ = ["conv", "input_gradient", "weight_gradient"]
+__all__ = ["conv", "input_gradient", "output", "weight_gradient"]
 
 
 @torch.library.custom_op("timm_contconv::conv", mutates_args=())
@@ -25,8 +25,13 @@ def conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> Tensor:
     """Convolution of x (N, C_in, *size) with weight (C_out, C_in/groups, *kernel), plus bias (C_out,)."""
-    check(x, weight, bias, stride, padding, groups)
-    problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)
+    if not (fits(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding)):
+        return in_format(plain.convolution(x, weight, bias, stride, padding, groups), x.dtype, memory_format(x))
+    return output(Problem.of(x.shape, weight.shape, stride, padding, groups, x), x, weight, bias)
+
+
+def output(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `conv` does once its arguments are known to fit."""
     algorithm = choose("output", problem, (x, weight, bias))
     return in_format(algorithm.output(problem, x, weight, bias), x.dtype, memory_format(x))
 
@@ -63,7 +68,8 @@ def weight_gradient(
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> Tensor:
-    check(x, weight, bias, stride, padding, groups)
+    if not (fits(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding)):
+        return plain.convolution(x, weight, bias, stride, padding, groups)
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding)
     return new_tensor(x, (x.shape[0], weight.shape[0], *size))
 

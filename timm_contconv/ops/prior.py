@@ -59,8 +59,9 @@ def _depthwise(pass_: str, problem: Problem) -> list[str]:
     """From the fastest of each on an AMD EPYC and an Intel Xeon with AVX-512 (torch 2.15, one and two threads)."""
     taps = math.prod(problem.kernel_size)
     names = ["direct", "channels_last", "pytorch"]
-    if problem.channels_last and pass_ != "weight" and taps < 169:
-        names = ["pytorch", "direct", "channels_last"]
+    if problem.channels_last and taps < (25 if pass_ == "weight" else 49):
+        # oneDNN has kernels for these, but none for the gradient of the input by itself.
+        names = ["channels_last", "direct", "pytorch"] if pass_ == "input" else ["pytorch", "direct", "channels_last"]
     if pass_ == "weight" and taps >= 49:
         names.remove("channels_last")
     products = _products(problem.input_size, problem.kernel_size, problem.stride, problem.padding)

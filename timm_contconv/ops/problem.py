@@ -12,14 +12,13 @@ from .autocast import autocast_dtype
 __all__ = [
     "PASSES",
     "Problem",
-    "check",
     "compute_dtype",
+    "fits",
+    "has_outputs",
     "in_format",
-    "kind_misfit",
     "memory_format",
     "new_tensor",
     "output_size",
-    "size_misfit",
 ]
 
 #: The three passes of a convolution: the output, the gradient for the input, the gradient for the weight.
@@ -36,61 +35,24 @@ def output_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int
     return [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
 
 
-def kind_misfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """What is wrong with the dtypes and devices of a convolution's arguments; None where nothing is."""
-    if not x.is_floating_point():
-        return f"x is {x.dtype}: expected real floating-point numbers; torch.nn.functional's convolutions take others"
-    if not _is_like(weight, x):
-        return f"weight is {weight.dtype} on {weight.device}: expected x's {x.dtype} on {x.device}"
-    if bias is not None and not _is_like(bias, x):
-        return f"bias is {bias.dtype} on {bias.device}: expected x's {x.dtype} on {x.device}"
-    return None
-
-
-def size_misfit(
-    x: Sequence[int],
-    weight: Sequence[int],
-    bias: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-) -> str | None:
-    """What is wrong with the shapes of a convolution's arguments, but for the size of images; None where nothing is."""
-    dims = len(stride)
-    if not 1 <= dims <= 3 or len(padding) != dims or len(weight) != dims + 2 or len(x) != dims + 2:
-        return (
-            f"x {tuple(x)}, weight {tuple(weight)}, stride {tuple(stride)}, padding {tuple(padding)}: expected "
-            "(N, C_in, *size), (C_out, C_in/groups, *kernel), and one stride and padding for each of 1 to 3 dimensions"
-        )
-    if groups < 1 or x[1] != groups * weight[1] or weight[0] % groups:
-        return (
-            f"weight {tuple(weight)}: expected (C_out, C_in/groups, *kernel) and a C_out that groups={groups} divides, "
-            f"for x {tuple(x)}"
-        )
-    if 0 in weight:
-        return f"weight {tuple(weight)}: expected no dimension of size 0"
-    if bias is not None and tuple(bias) != (weight[0],):
-        return f"bias {tuple(bias)}: expected ({weight[0]},)"
-    if min(stride) < 1 or min(padding) < 0:
-        return f"stride={tuple(stride)}, padding={tuple(padding)}: expected at least 1 and 0"
-    return None
-
-
-def check(
+def fits(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
-) -> None:
-    """Raises a ValueError where the arguments of a convolution do not fit together."""
-    of_bias = None if bias is None else bias.shape
-    error = size_misfit(x.shape, weight.shape, of_bias, stride, padding, groups) or kind_misfit(x, weight, bias)
-    if error is not None:
-        raise ValueError(error)
-    if min(x.shape[2:]) < 1 and x.shape[0]:
-        raise ValueError(f"x {tuple(x.shape)}: expected no spatial dimension of size 0; only the batch may be empty")
-    if min(output_size(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
-        raise ValueError(
-            f"kernel {tuple(weight.shape[2:])}: larger than the input {tuple(x.shape[2:])} with its padding "
-            f"{tuple(padding)} on both sides"
-        )
+) -> bool:
+    """Whether the arguments of a convolution fit together, but for the size of images; if not, PyTorch says why."""
+    dims = weight.ndim - 2
+    if not (1 <= dims <= 3 and x.ndim == dims + 2 and len(stride) == len(padding) == dims):
+        return False
+    if groups < 1 or x.shape[1] != groups * weight.shape[1] or weight.shape[0] % groups or 0 in weight.shape:
+        return False
+    if min(stride) < 1 or min(padding) < 0 or (bias is not None and bias.shape != weight.shape[:1]):
+        return False
+    others = (weight,) if bias is None else (weight, bias)
+    return x.is_floating_point() and all(_is_like(other, x) for other in others)
+
+
+def has_outputs(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether images are large enough for kernels, which fit otherwise; if not, PyTorch says why."""
+    return min(x.shape[2:]) > 0 and min(output_size(x.shape[2:], weight.shape[2:], stride, padding)) > 0
 
 
 def _is_like(tensor: Tensor, x: Tensor) -> bool:

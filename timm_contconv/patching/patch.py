@@ -19,6 +19,7 @@ from ..layers.core.geometry import share_geometry
 from ..layers.core.plain import PlainConv
 from ..layers.core.replacement import Init, check_init
 from .copies import copy_without_hooks, with_hooks
+from .folding import refusing_fold
 from .plan import PatchPlan, plan_patch
 from .record import RECORD, PatchRecord
 from .select import Selector, find_convolutions
@@ -141,15 +142,6 @@ def _apply(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplaceme
     for name, conv in plan.convs.items():
         _carry_over(conv, layers[name])
     shared = [share_geometry([layers[name].geometry_owner for name in group]) for group in plan.shared_groups]
-    record = PatchRecord(
-        spec=plan.spec,
-        replaced={name: copy_without_hooks(conv).to("meta") for name, conv in plan.convs.items()},
-        refused=plan.refused,
-        homes=plan.homes,
-        rewired=tuple(change.without_after() for change in plan.rewired),
-        fit_errors={name: layers[name].fit_error(conv) for name, conv in plan.convs.items()} if init == "fit" else {},
-        no_weight_decay=model.__dict__.get("no_weight_decay"),
-    )
     changes = Transaction()
     originals = find_convolutions(model)
     for change in plan.rewired:
@@ -159,9 +151,26 @@ def _apply(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplaceme
     changes.replace(model, {id(originals[name]): layer for name, layer in layers.items() if name in originals})
     for geometry, (home, attribute) in zip(shared, plan.homes, strict=True):
         changes.set(layers[home] if home in layers else model.get_submodule(home), attribute, geometry)
-    changes.set(model, RECORD, record)
+    for name, size in plan.unfoldable.items():
+        block = model.get_submodule(name)
+        for method, refuse in refusing_fold(block, size).items():
+            changes.set(block, method, refuse)
+    changes.set(model, RECORD, _record(model, plan, layers, init))
     changes.set(model, "no_weight_decay", _without_decay(model, plan, layers))
     changes.apply()
+
+
+def _record(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacement], init: Init) -> PatchRecord:
+    return PatchRecord(
+        spec=plan.spec,
+        replaced={name: copy_without_hooks(conv).to("meta") for name, conv in plan.convs.items()},
+        refused=plan.refused,
+        homes=plan.homes,
+        rewired=tuple(change.without_after() for change in plan.rewired),
+        unfoldable=tuple(plan.unfoldable),
+        fit_errors={name: layers[name].fit_error(conv) for name, conv in plan.convs.items()} if init == "fit" else {},
+        no_weight_decay=model.__dict__.get("no_weight_decay"),
+    )
 
 
 def _put_inside(module: nn.Module, prefix: str, layers: Mapping[str, ConvReplacement]) -> None:

@@ -16,6 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..layers import ConvReplacement
 from ..layers.core.plain import PlainConv
+from ..layers.core.spec import KernelSpec
+from .folding import folds_of_one_size
 from .record import get_record
 from .select import (
     Selector,
@@ -44,6 +46,8 @@ class PatchPlan:
         homes: where the geometry of each group of several is registered: (module name, attribute).
         refused: selected convolutions that are not replaced, and why.
         rewired: other changes of the model.
+        unfoldable: blocks that will refuse to fold themselves, because they fold kernels of one size only, and that
+            size, by module name.
     """
 
     spec: PatchSpec
@@ -53,6 +57,7 @@ class PatchPlan:
     homes: tuple[tuple[str, str], ...]
     refused: dict[str, str]
     rewired: tuple[Rewired, ...]
+    unfoldable: dict[str, str]
 
     @property
     def shared_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -129,9 +134,27 @@ def _plan(model: nn.Module, spec: PatchSpec, selectors: Sequence[Selector]) -> P
     homes = _homes(model, [group for group in groups if len(group) > 1], layer.method)
     resolved = {"layer": layer, "select": _recordable(selectors, convs), "models": ()}
     return PatchPlan(
-        spec.model_copy(update=resolved), convs, {name: stage_of[name] for name in convs}, groups, homes, refused,
-        rewired,
-    )  # fmt: skip
+        spec=spec.model_copy(update=resolved),
+        convs=convs,
+        stage_of={name: stage_of[name] for name in convs},
+        groups=groups,
+        homes=homes,
+        refused=refused,
+        rewired=rewired,
+        unfoldable=folds_of_one_size(model, _kernel_sizes(spec, convs, stage_of)),
+    )
+
+
+def _kernel_sizes(
+    spec: PatchSpec, convs: Mapping[str, PlainConv], stage_of: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """The sizes of the kernels that will be constructed; empty for a method that constructs none."""
+    layers = {name: spec.layer_at(stage_of[name]) for name in convs}
+    return {
+        name: layer.sizes(len(convs[name].kernel_size))
+        for name, layer in layers.items()
+        if isinstance(layer, KernelSpec)
+    }
 
 
 def _split(

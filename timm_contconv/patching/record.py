@@ -30,6 +30,7 @@ class PatchRecord:
         refused: selected convolutions that were not replaced, and why.
         homes: modules that hold a shared geometry: (module name, attribute).
         rewired: what else was changed in the model, with the old values.
+        unfoldable: blocks that refuse to fold themselves since.
         fit_errors: relative error of each replaced kernel at the start, by name; empty for a random start.
         no_weight_decay: what the model's own attribute of that name was; None if it had none.
         architecture: the registered name that the model was built by; None for a model patched by hand.
@@ -40,6 +41,7 @@ class PatchRecord:
     refused: dict[str, str] = field(default_factory=dict)
     homes: tuple[tuple[str, str], ...] = ()
     rewired: tuple[Rewired, ...] = ()
+    unfoldable: tuple[str, ...] = ()
     fit_errors: dict[str, float] = field(default_factory=dict)
     no_weight_decay: Callable[[], set[str]] | None = None
     architecture: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ConvReplacement
 from .copies import copy_without_hooks
+from .folding import folding_blocks
 from .record import PatchRecord, require_record
 from .restore import merge, original_architecture
 from .stem_pool import Rewired
@@ -250,23 +251,13 @@ def _describe(layer: nn.Module) -> str:
 
 def _notes(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     """What is to be known of the model around its new layers."""
-    folding = {block for name in names for block in _folding_blocks(model, name)}
+    folding = {type(block).__name__ for name in names for _, block in folding_blocks(model, name)}
     if not folding:
         return ()
     return (
         f"{', '.join(sorted(folding))}: such blocks fold their branches for inference"
         " (timm.utils.reparameterize_model), which may fail with the new layers: merge, or use the model unfolded",
     )
-
-
-def _folding_blocks(model: nn.Module, name: str) -> Iterator[str]:
-    """Class names of the modules around a layer that timm's `reparameterize_model` would fold."""
-    path = name.split(".")[:-1]
-    for depth in range(1, len(path) + 1):
-        block = model.get_submodule(".".join(path[:depth]))
-        methods = [getattr(block, method, None) for method in ("fuse", "reparameterize", "switch_to_deploy")]
-        if any(callable(method) and not isinstance(method, nn.Module) for method in methods):
-            yield type(block).__name__
 
 
 def _change(before: int | None, after: int | None) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..layers import ConvReplacement
 from .copies import copy_without_hooks, with_hooks
+from .folding import fold_methods
 from .record import PatchRecord, remove_record, require_record
 from .transaction import Transaction
 
@@ -48,7 +49,8 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
             plain[name] = layer.to_dense_conv() if dense else layer.to_conv()
     changes = Transaction()
     changes.replace(model, {id(layer): with_hooks(layer, plain[name]) for name, layer in layers.items()})
-    remove_record(model, changes)
+    for module in model.modules():
+        remove_record(module, changes)
     changes.apply()
     return model
 
@@ -105,6 +107,9 @@ def _take_back(model: nn.Module, record: PatchRecord, convs: Mapping[str, nn.Mod
     for change in reversed(record.rewired):
         owner = convs[change.owner] if change.owner in convs else model.get_submodule(change.owner)
         changes.set(owner, change.attribute, change.before)
+    for name in record.unfoldable:
+        for method in fold_methods(block := model.get_submodule(name)):
+            changes.remove(block, method)
     remove_record(model, changes)
     changes.apply()
 

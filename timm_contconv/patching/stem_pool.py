@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -120,8 +121,10 @@ def _shortcut(block: nn.Module, example: nn.Module, stride: tuple[int, int]) -> 
     out_channels = example.get_submodule("downsample.0").in_channels
     norm = example.get_submodule("downsample.1")
     assert isinstance(out_channels, int)
-    conv = nn.Conv2d(first.in_channels, out_channels, 1, stride, bias=False, **settings)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    devices = [first.weight.device] if first.weight.is_cuda else []
+    with torch.random.fork_rng(devices):  # a plan leaves the random state as it was
+        conv = nn.Conv2d(first.in_channels, out_channels, 1, stride, bias=False, **settings)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, type(norm)(out_channels, **settings)).train(block.training)
 
 

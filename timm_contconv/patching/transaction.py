@@ -90,14 +90,15 @@ def _restore(table: dict[str, Any], before: Mapping[str, Any]) -> None:
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
     """Let Ctrl-C take effect at the end of the block. Other threads than the main one are not interrupted."""
-    if threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *event: received.append(event))
+    received: list[Any] = []
     try:
+        signal.signal(signal.SIGINT, lambda *event: received.append(event))
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if received and callable(handler):
-        handler(*received[0])
+    if received:
+        signal.raise_signal(signal.SIGINT)

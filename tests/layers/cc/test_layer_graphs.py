@@ -49,15 +49,6 @@ def test_exported_with_sizes_that_change(scale: float) -> None:
     torch.testing.assert_close(exported(x), layer(x))
 
 
-def test_compiled_for_output_sizes_that_change() -> None:
-    torch._dynamo.reset()
-    layer = build(0.5)
-    compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    x = images()
-    for size in ((4, 5), (7, 8), (9, 3)):
-        torch.testing.assert_close(compiled(x, size=size), layer(x, size=size))
-
-
 @pytest.mark.parametrize(("scale", "memory_limit"), [(0.5, None), (0.75, None), (0.61, None), (0.61, 1)], ids=str)
 def test_compiled_in_one_graph_with_the_same_gradients(scale: float, memory_limit: int | None) -> None:
     torch._dynamo.reset()
@@ -77,6 +68,14 @@ def test_one_compiled_graph_serves_images_of_any_size(scale: float) -> None:
     for size in ((9, 12), (14, 20)):
         x = images(1, 4, *size)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_compiled_for_output_sizes_that_change() -> None:
+    torch._dynamo.reset()
+    layer, x = build(0.5), images()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for size in ((4, 5), (7, 8), (9, 3)):
+        torch.testing.assert_close(compiled(x, size=size), layer(x, size=size))
 
 
 @pytest.mark.slow

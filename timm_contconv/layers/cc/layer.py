@@ -12,7 +12,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from ..core.arguments import check_channels, check_counts, per_dimension
+from ..core.arguments import check_choice, check_counts, per_dimension
 from ..core.compilation import CompileMode, check_compile_mode
 from ..core.geometry import GeometryOwner
 from ..core.kept import Kept
@@ -104,23 +104,13 @@ class ContinuousConv2d(ConvReplacement):
         compile: CompileMode = "auto",
     ) -> None:
         super().__init__()
-        check_channels(in_channels, out_channels, groups)
-        _check_choice("padding", padding, ("same",))
-        _check_choice("padding_mode", padding_mode, get_args(PaddingMode))
-        _check_choice("rounding", rounding, get_args(Rounding))
+        check_choice("padding", padding, ("same",))
+        check_choice("rounding", rounding, get_args(Rounding))
         if memory_limit is not None:
             check_counts(memory_limit=memory_limit)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = per_dimension("kernel_size", kernel_size, 2, minimum=1)
-        self.stride = per_dimension("stride", stride, 2, minimum=1)
-        self.padding = padding
-        self.dilation = per_dimension("dilation", dilation, 2, minimum=1)
+        self._set_arguments(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         if max(self.dilation) > 1:
             raise ValueError(f"dilation={dilation!r}: expected 1; a larger kernel_size reaches further")
-        self.groups = groups
-        self.padding_mode = padding_mode
-        self.output_padding = (0, 0)
         self.rounding: Rounding = rounding
         self.memory_limit = memory_limit
         self._ratios = self._built_ratios = _initial_scale(self.stride, scale)
@@ -373,11 +363,6 @@ class ContinuousConv2d(ConvReplacement):
 
 
 CcSpec.layers = {2: ContinuousConv2d}
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, allowed))}")
 
 
 def _initial_scale(stride: tuple[int, ...], scale: Scale | None) -> tuple[Ratio, Ratio]:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 from torch import Tensor
 
-__all__ = ["Int", "as_int", "check_channels", "check_counts", "check_padding", "per_dimension"]
+__all__ = [
+    "PADDING_MODES",
+    "Int",
+    "as_int",
+    "check_channels",
+    "check_choice",
+    "check_counts",
+    "check_padding",
+    "per_dimension",
+]
 
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 LARGEST_SIZE = 1 << 20  # pixels of a kernel, a stride or a padding
 
 
@@ -47,16 +57,18 @@ def check_counts(**counts: int) -> None:
             raise ValueError(f"{name}={value!r}: expected a positive int")
 
 
-def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    """Refuse numbers of channels that `groups` does not divide.
+def check_channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:
+    """Python's ints for numbers of channels and of groups.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed.
+        ValueError: `groups` does not divide them, or one is not a positive int; names argument, value and what is
+            allowed.
     """
     check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
         if value % groups:
             raise ValueError(f"{name}={value}: expected a multiple of groups={groups}")
+    return operator.index(in_channels), operator.index(out_channels), operator.index(groups)
 
 
 def per_dimension(name: str, value: int | Sequence[int], ndim: int, minimum: int) -> tuple[int, ...]:
@@ -73,17 +85,30 @@ def per_dimension(name: str, value: int | Sequence[int], ndim: int, minimum: int
     return values
 
 
-def check_padding(padding: int | Sequence[int] | str, ndim: int) -> tuple[int, ...] | Literal["same"]:
-    """Padding in pixels, one int for each spatial dimension, or "same".
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
+    """Return a text that is one of those allowed.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+    return value
+
+
+def check_padding(padding: int | Sequence[int] | str, ndim: int, padding_mode: str) -> tuple[int, ...] | str:
+    """Padding in pixels, one int for each spatial dimension, "same", or in 1-D "causal".
 
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
     if not isinstance(padding, str):
         return per_dimension("padding", padding, ndim, minimum=0)
-    if padding == "same":
-        return "same"
     if padding == "valid":
         return (0,) * ndim
+    if padding == "causal" and ndim == 1 and padding_mode != "zeros":
+        raise ValueError(f"padding_mode={padding_mode!r}: expected 'zeros'; causal padding has no other")
+    if padding == "same" or (padding == "causal" and ndim == 1):
+        return padding
     allowed = "'same', 'valid'" + (" or 'causal'" if ndim == 1 else "")
     raise ValueError(f"padding={padding!r}: expected an int, {ndim} ints, {allowed}")

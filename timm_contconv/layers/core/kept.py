@@ -21,7 +21,6 @@ class _Entry(Generic[Value]):
     key: Hashable
     inputs: tuple[Tensor, ...]
     value: Value
-    version: int
 
 
 class Kept(Generic[Value]):
@@ -29,7 +28,8 @@ class Kept(Generic[Value]):
 
     Values are compared, because edits through `.data`, views and communication buffers leave no other trace. That is
     a matter of microseconds on the CPU. An accelerator would have to be waited for, so nothing is kept there.
-    Several threads may use one object: each reads the entry once, and replaces it as a whole.
+    Several threads may use one object: each reads the entry once, and replaces it as a whole. The value itself is not
+    guarded: who hands it out to others hands out a copy.
     """
 
     def __init__(self) -> None:
@@ -40,17 +40,17 @@ class Kept(Generic[Value]):
 
         Args:
             inputs: the parameters that the value is a function of.
-            compute: computes the value, a tensor or a tuple that starts with one.
+            compute: computes the value.
             key: what else the value depends on.
         """
         if not _may_keep(inputs):
             return compute()
         entry = self._entry
-        if entry is None or entry.key != key or not _is_current(entry, inputs):
+        if entry is None or entry.key != key or not _are_equal(entry.inputs, inputs):
             with torch.inference_mode(False), torch.no_grad():  # serves later calls with gradients of the input too
-                value = compute()
+                # copies first: if another thread changes a parameter meanwhile, the next call computes anew
                 copies = tuple(tensor.detach().clone() for tensor in inputs)
-            self._entry = entry = _Entry(key, copies, value, _version(value))
+                self._entry = entry = _Entry(key, copies, compute())
         return entry.value
 
     def drop(self) -> None:
@@ -64,18 +64,10 @@ class Kept(Generic[Value]):
         return Kept, ()
 
 
-def _is_current(entry: _Entry[Any], inputs: Sequence[Tensor]) -> bool:
-    if _version(entry.value) != entry.version or len(inputs) != len(entry.inputs):
-        return False
-    return all(
-        now.dtype == then.dtype and torch.equal(now, then) for now, then in zip(inputs, entry.inputs, strict=True)
+def _are_equal(then: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    return len(then) == len(now) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(then, now, strict=True)
     )
-
-
-def _version(value: Any) -> int:
-    """Of the kept tensor: an edit of it shows there."""
-    tensor = value[0] if isinstance(value, tuple) else value
-    return tensor._version if isinstance(tensor, Tensor) else 0
 
 
 def _may_keep(inputs: Sequence[Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -18,7 +18,7 @@ __all__ = ["Kernel", "Margins"]
 Margins = tuple[tuple[int, int], ...]
 
 
-class Kernel(GeometryOwner):
+class Kernel(GeometryOwner, ABC):
     """A dense kernel as a function of parameters.
 
     A subclass registers its parameters, names those that are geometry in `geometry_names`, and gives a pure function

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import conv as convolve
-from .arguments import check_channels, check_padding, per_dimension
 from .compilation import CompileMode, check_compile_mode
 from .geometry import GeometryOwner
 from .kept import Kept
@@ -29,8 +28,6 @@ from .spec import KernelSpec
 from .tracing import as_node, is_traced
 
 __all__ = ["KernelConv", "KernelConv1d", "KernelConv2d", "KernelConv3d"]
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class KernelConv(ConvReplacement):
@@ -62,7 +59,6 @@ class KernelConv(ConvReplacement):
         ValueError: an argument is out of range; the message names it, its value and what is allowed.
     """
 
-    ndim: ClassVar[int]
     #: what `**settings` are fields of; None for a layer that takes any spec
     spec_class: ClassVar[type[KernelSpec] | None] = None
     default_padding: ClassVar[int | str] = 0
@@ -86,43 +82,30 @@ class KernelConv(ConvReplacement):
         **settings: Any,
     ) -> None:
         super().__init__()
-        check_channels(in_channels, out_channels, groups)
-        check_compile_mode(compile)
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode={padding_mode!r}: expected one of {', '.join(PADDING_MODES)}")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = per_dimension("kernel_size", kernel_size, self.ndim, minimum=1)
-        self.stride = per_dimension("stride", stride, self.ndim, minimum=1)
-        self.padding = self._check_padding(self.default_padding if padding is None else padding, padding_mode)
-        self.dilation = per_dimension("dilation", dilation, self.ndim, minimum=1)
+        padding = self.default_padding if padding is None else padding
+        self._set_arguments(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         if max(self.dilation) > 1:
             raise ValueError(
                 f"dilation={dilation!r}: expected 1; a constructed kernel reaches further with a larger kernel_size"
             )
-        self.groups = groups
-        self.padding_mode = padding_mode
-        self.output_padding = (0,) * self.ndim
-        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
         if spec is None:
             spec = self._spec_of(settings)
         elif settings:
             raise TypeError(f"{', '.join(settings)}: expected no settings beside spec, which holds them")
         self.method = spec.method
         self.kernel: Kernel = spec.kernel(
-            spec, out_channels, in_channels // groups, self.kernel_size, causal=self.padding == "causal", device=device,
+            spec,
+            self.out_channels,
+            self.in_channels // self.groups,
+            self.kernel_size,
+            causal=self.padding == "causal",
+            device=device,
             dtype=dtype,
-        )  # fmt: skip
+        )
         self.compile_construction(compile)
         self._kept: Kept[tuple[Tensor, Margins | None]] = Kept()
         self.reset_parameters()
-
-    def _check_padding(self, padding: int | Sequence[int] | str, padding_mode: str) -> tuple[int, ...] | str:
-        if self.ndim > 1 or padding != "causal":
-            return check_padding(padding, self.ndim)
-        if padding_mode != "zeros":
-            raise ValueError(f"padding_mode={padding_mode!r}: expected 'zeros'; causal padding knows no other")
-        return "causal"
 
     def _spec_of(self, settings: dict[str, Any]) -> KernelSpec:
         if self.spec_class is None:
@@ -143,11 +126,13 @@ class KernelConv(ConvReplacement):
     def weight(self) -> Tensor:
         """The dense kernel, (C_out, C_in/groups, *kernel_size): what `nn.Conv2d.weight` would hold.
 
-        Differentiable. On the CPU, outside training and without gradients, it is constructed once and kept for as long
-        as the parameters have the values that it was constructed from; otherwise every access constructs it.
+        Differentiable, and the caller's own: an edit of it does not change the layer. On the CPU, outside training and
+        without gradients, the kernel is constructed once and kept for as long as the parameters have the values that
+        it was constructed from; otherwise every access constructs it.
         """
         kernel, margins = self._cropped_kernel()
-        return kernel if margins is None else pad_image(kernel, margins, "zeros")
+        whole = kernel if margins is None else pad_image(kernel, margins, "zeros")
+        return whole if whole.requires_grad else whole.clone()
 
     def _cropped_kernel(self) -> tuple[Tensor, Margins | None]:
         """The dense kernel less its margins, and these."""
@@ -240,8 +225,9 @@ class KernelConv(ConvReplacement):
         if self.padding == "same":
             even = [0 if max(self.stride) > 1 else min(side) for side in cut]  # a stride pads by the image's size
             return "same", even
-        even = [min(*side, int(p)) for side, p in zip(cut, self.padding, strict=True)]
-        return tuple(int(p) - e for p, e in zip(self.padding, even, strict=True)), even
+        assert not isinstance(self.padding, str)
+        even = [min(*side, p) for side, p in zip(cut, self.padding, strict=True)]
+        return tuple(p - e for p, e in zip(self.padding, even, strict=True)), even
 
     # ---- training, reports
 

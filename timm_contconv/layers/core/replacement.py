@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from .arguments import PADDING_MODES, check_channels, check_choice, check_padding, per_dimension
 from .compilation import CompileMode
 from .geometry import GeometryOwner
 from .plain import PlainConv, kernel_in_size, relative_error
@@ -32,7 +33,7 @@ def check_init(init: str) -> None:
 
 
 @register_notrace_module
-class ConvReplacement(nn.Module):
+class ConvReplacement(nn.Module, ABC):
     """A layer that can stand where a plain convolution stood.
 
     It has the attributes of `nn.Conv2d` that other code reads (`in_channels` to `padding_mode`, `bias`); `weight` only
@@ -41,6 +42,8 @@ class ConvReplacement(nn.Module):
 
     #: name of the method, as in recipes
     method: str
+    #: number of spatial dimensions
+    ndim: ClassVar[int] = 2
 
     transposed = False
 
@@ -50,6 +53,30 @@ class ConvReplacement(nn.Module):
     stride: tuple[int, ...]
     groups: int
     bias: Tensor | None
+
+    def _set_arguments(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        padding: int | Sequence[int] | str,
+        dilation: int | Sequence[int],
+        groups: int,
+        padding_mode: str,
+    ) -> None:
+        """Check and keep the arguments that the layer shares with `nn.Conv2d`.
+
+        Raises:
+            ValueError: an argument is out of range; the message names it, its value and what is allowed.
+        """
+        self.in_channels, self.out_channels, self.groups = check_channels(in_channels, out_channels, groups)
+        self.kernel_size = per_dimension("kernel_size", kernel_size, self.ndim, minimum=1)
+        self.stride = per_dimension("stride", stride, self.ndim, minimum=1)
+        self.padding_mode = check_choice("padding_mode", padding_mode, PADDING_MODES)
+        self.padding = check_padding(padding, self.ndim, padding_mode)
+        self.dilation = per_dimension("dilation", dilation, self.ndim, minimum=1)
+        self.output_padding = (0,) * self.ndim
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # not __init__: copies and unpickled layers count too
         layer = super().__new__(cls)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -92,8 +92,8 @@ class KernelSpec(LayerSpec):
         kernel_size: size of the constructed kernel in pixels, one int for all dimensions or one each.
     """
 
-    #: the method's kernel
-    kernel: ClassVar[type[Kernel]]
+    #: the method's kernel, built from a spec, out_channels, in_channels / groups, kernel_size, causal, device and dtype
+    kernel: ClassVar[Callable[..., Kernel]]
 
     kernel_size: KernelSize
 
@@ -139,6 +139,7 @@ _ALLOWED = {
     "float_parsing": "expected a number",
     "finite_number": "expected a finite number",
     "int_type": "expected an int",
+    "tuple_type": "expected a list",
 }
 
 
@@ -150,7 +151,7 @@ def explain(item: Mapping[str, Any], place: str = "", whole: str = "layer") -> s
         place: what the line starts with, as "recipe.toml:3: ".
         whole: what the fields belong to, for a field that is unknown.
     """
-    location = [str(part) for part in item["loc"] if part not in METHODS]
+    location = [str(part) for part in item["loc"]]
     name = ".".join(location)
     if item["type"] == "missing":
         return f"{place}{name} is missing"

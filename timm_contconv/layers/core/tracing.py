@@ -16,7 +16,16 @@ def is_traced(x: Any) -> bool:
 
 
 def as_node(layer: nn.Module, x: Any, **arguments: Any) -> Tensor:
-    """The call of a layer as a node of the graph that is being traced."""
+    """The call of a layer as a node of the graph that is being traced.
+
+    Raises:
+        ValueError: the layer itself is what is traced.
+    """
+    if layer is x.tracer.root:
+        raise ValueError(
+            f"root: a {type(layer).__name__} is one node of a graph and can't be traced alone; trace a module that"
+            " holds it, as nn.Sequential(layer)"
+        )
     target = x.tracer.path_of_module(layer)
     node: Any = x.tracer.create_proxy("call_module", target, (x,), arguments)
     return node

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import is_transformed
-from ..core.arguments import check_channels, check_padding, per_dimension
 from ..core.finite import require_finite
 from ..core.geometry import GeometryOwner
 from ..core.kept import may_look
@@ -92,16 +91,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         if spec is not None and settings:
             raise TypeError(f"{', '.join(settings)}: expected no settings beside spec, which holds them")
         self.spec = EnvelopeSpec.of(**settings) if spec is None else spec
-        check_channels(in_channels, out_channels, groups)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = per_dimension("kernel_size", kernel_size, 2, minimum=1)
-        self.stride = per_dimension("stride", stride, 2, minimum=1)
-        self.padding = check_padding(padding, 2)
-        self.dilation = per_dimension("dilation", dilation, 2, minimum=1)
-        self.groups = groups
-        self.padding_mode = padding_mode
-        self.output_padding = (0, 0)
+        self._set_arguments(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         before = self.spec.order == "before"
         self.smoothing_stride = _smoothing_stride(self.kernel_size, self.stride, self.padding) if before else (1, 1)
         self._reach = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]

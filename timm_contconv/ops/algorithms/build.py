@@ -18,7 +18,7 @@ from ..record import cache_folder
 __all__ = ["library"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("direct.cpp", "tiles.h")
+_SOURCES = ("direct.cpp", "rows.h", "tiles.h")
 # OpenMP resolves to the runtime that PyTorch has loaded already, so the process keeps one pool of threads.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _BUILD_SECONDS = 120

@@ -12,11 +12,10 @@
 // Plain C++ without headers of PyTorch: a few seconds to build, once per machine (build.py); called through ctypes
 // (direct.py).
 
+#include "rows.h"
 #include "tiles.h"
 
 #include <memory>
-#include <type_traits>
-#include <vector>
 
 namespace {
 
@@ -60,24 +59,6 @@ void for_taps(const Problem& p, const Taps<TILE>& taps, int step_y, int step_x, 
                    reinterpret_cast<float*>(taps.at(t, u)) + c);
             }
 }
-
-struct Tasks {
-    int64_t blocks, splits;
-    Tasks(const Problem& p, int64_t splits) : blocks((p.channels + LANES - 1) / LANES), splits(splits) {}
-    int64_t count() const { return blocks * splits; }
-};
-
-// One task: a block of channels, and a share of the batch.
-struct Share {
-    int64_t c0, first, last, split;
-    int lanes;
-    Share(const Problem& p, const Tasks& tasks, int64_t task)
-        : c0(task / tasks.splits * LANES),
-          first(task % tasks.splits * p.batch / tasks.splits),
-          last((task % tasks.splits + 1) * p.batch / tasks.splits),
-          split(task % tasks.splits),
-          lanes(static_cast<int>(std::min<int64_t>(LANES, p.channels - c0))) {}
-};
 
 template <int TILE, typename S>
 void forward(const Problem& p, const Share& share, const S* in, const float* weight, const float* bias,
@@ -177,7 +158,10 @@ void contconv_forward(const Problem* p, int64_t splits, const void* in, const fl
     specialise(*p, [&](auto tile, auto element) {
         using S = decltype(element);
         parallel(*p, splits, [&](const Share& share) {
-            forward<tile.value, S>(*p, share, static_cast<const S*>(in), weight, bias, static_cast<S*>(out));
+            const S* from = static_cast<const S*>(in);
+            S* to = static_cast<S*>(out);
+            if (has_rows(*p)) return correlate_share(*p, share, from, weight, bias, to, false);
+            forward<tile.value, S>(*p, share, from, weight, bias, to);
         });
     });
 }
@@ -188,7 +172,9 @@ void contconv_input_gradient(const Problem* p, int64_t splits, const void* grad,
         using S = decltype(element);
         parallel(*p, splits, [&](const Share& share) {
             const S* from = static_cast<const S*>(grad);
-            input_gradient<tile.value, S>(*p, share, from, weight, static_cast<S*>(result));
+            S* to = static_cast<S*>(result);
+            if (has_rows(*p)) return correlate_share<S>(*p, share, from, weight, nullptr, to, true);
+            input_gradient<tile.value, S>(*p, share, from, weight, to);
         });
     });
 }
@@ -200,7 +186,9 @@ void contconv_weight_gradient(const Problem* p, int64_t splits, const void* grad
         using S = decltype(element);
         parallel(*p, splits, [&](const Share& share) {
             const S* from = static_cast<const S*>(grad);
-            weight_gradient<tile.value, S>(*p, share, from, static_cast<const S*>(in), weight);
+            const S* image = static_cast<const S*>(in);
+            if (has_rows(*p)) return weight_share(*p, share, from, image, weight);
+            weight_gradient<tile.value, S>(*p, share, from, image, weight);
         });
     });
 }

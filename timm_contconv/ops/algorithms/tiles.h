@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -22,6 +24,9 @@ constexpr int LANES = 4;
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 
+// Pixels that are packed at a time where rows are contiguous: at least as many as the widest tile has.
+constexpr int BLOCK = 8;
+
 // ---------------------------------------------------------------------------------------------- problem
 
 // What Python passes, as int64 in this order. Strides count elements: batch, channel, row, column.
@@ -29,6 +34,24 @@ struct Problem {
     int64_t batch, channels, threads, bf16;
     int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2];
     int64_t in_strides[4], out_strides[4];
+};
+
+struct Tasks {
+    int64_t blocks, splits;
+    Tasks(const Problem& p, int64_t splits) : blocks((p.channels + LANES - 1) / LANES), splits(splits) {}
+    int64_t count() const { return blocks * splits; }
+};
+
+// One task: a block of channels, and a share of the batch.
+struct Share {
+    int64_t c0, first, last, split;
+    int lanes;
+    Share(const Problem& p, const Tasks& tasks, int64_t task)
+        : c0(task / tasks.splits * LANES),
+          first(task % tasks.splits * p.batch / tasks.splits),
+          last((task % tasks.splits + 1) * p.batch / tasks.splits),
+          split(task % tasks.splits),
+          lanes(static_cast<int>(std::min<int64_t>(LANES, p.channels - c0))) {}
 };
 
 // One phase of one spatial axis, as a convolution of stride 1: input pixel `offset + stride * j` for j < size,
@@ -102,6 +125,70 @@ Pixels<S> pixels(S* base, const int64_t* strides, int64_t n, int64_t c, int lane
     return {data, y.stride * strides[2], x.stride * strides[3], strides[1], y.size, x.size, lanes};
 }
 
+// Whether BLOCK pixels of the last row can be read or written at a column without leaving the channel.
+template <typename S>
+bool fits(const Pixels<S>& p, int y, int x) {
+    return LANES >= BLOCK && p.column == 1 && p.lanes == LANES && p.row >= p.columns &&
+           y * p.row + x + BLOCK <= (p.rows - 1) * p.row + p.columns;
+}
+
+template <int STEP>
+constexpr int shuffled(int lane, bool high) {
+    return high ? (lane & STEP ? LANES + lane : lane + STEP) : (lane & STEP ? LANES + lane - STEP : lane);
+}
+
+// Exchanges, in two vectors, the lanes whose numbers differ in the bit STEP.
+template <int STEP, int... L>
+void exchange(vec& a, vec& b, std::integer_sequence<int, L...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    const vec low = __builtin_shufflevector(a, b, shuffled<STEP>(L, false)...);
+    b = __builtin_shufflevector(a, b, shuffled<STEP>(L, true)...);
+#else
+    typedef int indices __attribute__((vector_size(4 * LANES)));
+    const vec low = __builtin_shuffle(a, b, indices{shuffled<STEP>(L, false)...});
+    b = __builtin_shuffle(a, b, indices{shuffled<STEP>(L, true)...});
+#endif
+    a = low;
+}
+
+template <int STEP>
+void exchange_all(vec* rows) {
+#pragma GCC unroll 8
+    for (int i = 0; i < BLOCK; ++i)
+        if (!(i & STEP)) exchange<STEP>(rows[i], rows[i + STEP], std::make_integer_sequence<int, LANES>());
+}
+
+// Transposes each BLOCK x BLOCK block of BLOCK vectors: BLOCK pixels of each channel, or all channels of each pixel.
+void transpose(vec* rows) {
+    exchange_all<4>(rows);
+    exchange_all<2>(rows);
+    exchange_all<1>(rows);
+}
+
+template <typename S>
+void load_block(const S* from, int64_t channel, vec* rows) {
+#pragma GCC unroll 8
+    for (int i = 0; i < BLOCK; ++i) {
+        float* lanes = reinterpret_cast<float*>(rows + i);
+#pragma GCC unroll 2
+        for (int c = i; c < LANES; c += BLOCK)
+#pragma GCC unroll 8
+            for (int x = 0; x < BLOCK; ++x) lanes[c / BLOCK * BLOCK + x] = load(from[c * channel + x]);
+    }
+    transpose(rows);
+}
+
+template <typename S>
+void store_block(vec* rows, S* to, int64_t channel) {
+    transpose(rows);
+#pragma GCC unroll 8
+    for (int i = 0; i < BLOCK; ++i) {
+        const float* lanes = reinterpret_cast<const float*>(rows + i);
+        for (int c = i; c < LANES; c += BLOCK)
+            for (int x = 0; x < BLOCK; ++x) store(to[c * channel + x], lanes[c / BLOCK * BLOCK + x]);
+    }
+}
+
 // Packs to [tile][row][TILE], with zeros past the edge; lanes without a channel must already be zero.
 template <int TILE, typename S>
 void pack(const Pixels<S>& from, vec* to) {
@@ -113,6 +200,10 @@ void pack(const Pixels<S>& from, vec* to) {
             if (from.channel == 1 && from.lanes == LANES) {
                 for (int x = 0; x < width; ++x)
                     for (int c = 0; c < LANES; ++c) tile[x * LANES + c] = load(row[x * from.column + c]);
+            } else if (fits(from, y, x0)) {
+                vec block[BLOCK];
+                load_block(row, from.channel, block);
+                std::memcpy(tile, block, width * sizeof(vec));
             } else {
                 for (int c = 0; c < from.lanes; ++c)
                     for (int x = 0; x < width; ++x)
@@ -134,6 +225,11 @@ void unpack(const vec* from, const Pixels<S>& to) {
             if (to.channel == 1 && to.lanes == LANES) {
                 for (int x = 0; x < width; ++x)
                     for (int c = 0; c < LANES; ++c) store(row[x * to.column + c], tile[x * LANES + c]);
+            } else if (fits(to, y, x0) && (x0 + BLOCK <= to.columns || to.row == to.columns)) {
+                // Pixels past the tile are written, too; what belongs there follows, as it is of the next row.
+                vec block[BLOCK];
+                std::memcpy(block, vectors, width * sizeof(vec));
+                store_block(block, row, to.channel);
             } else {
                 for (int c = 0; c < to.lanes; ++c)
                     for (int x = 0; x < width; ++x)

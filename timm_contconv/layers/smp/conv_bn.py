@@ -8,12 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .core.compilation import CompileMode
-from .core.geometry import GeometryOwner
-from .core.plain import PlainConv, centred, plain_conv
-from .core.replacement import ConvReplacement
-from .core.tracing import as_node, is_traced
-from .smp import SmpConv2d, SmpKernel, SmpSpec, small_kernel_sizes
+from ..core.compilation import CompileMode
+from ..core.geometry import GeometryOwner
+from ..core.plain import PlainConv, centred, plain_conv
+from ..core.replacement import ConvReplacement
+from ..core.tracing import as_node, is_traced
+from .conv import SmpConv2d
+from .kernel import SmpKernel, SmpSpec, small_kernel_sizes
 
 __all__ = ["SmpConvBn2d"]
 
@@ -116,8 +117,9 @@ def _small_conv(conv: SmpConv2d, sizes: Sequence[int], **like: Any) -> nn.Conv2d
             raise ValueError("padding='same': expected numbers beside a small kernel, if strided or of even size")
         padding = tuple(size // 2 for size in sizes)
     else:
+        assert not isinstance(conv.padding, str)
         both = zip(conv.padding, conv.kernel_size, sizes, strict=True)
-        padding = tuple(int(p) - (large - small) // 2 for p, large, small in both)
+        padding = tuple(p - (large - small) // 2 for p, large, small in both)
     if min(padding) < 0:
         raise ValueError(
             f"padding={conv.padding}: expected {-min(padding)} more, or a larger small_kernel: at the centre of the"

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import statistics
 from collections import Counter
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ class Outcome:
     Attributes:
         replaced: number of convolutions.
         refused: selected convolutions that were not replaced, by reason.
-        fit_error: median of the relative kernel errors of the warm start; None without one.
+        fit_error: median of the relative kernel errors of the warm start; None where nothing was replaced.
         merge_error: ||merged output - patched output|| / ||patched output||; None where nothing was replaced.
     """
 
@@ -36,7 +35,7 @@ class Outcome:
     merge_error: float | None = None
 
 
-def check(model: nn.Module, recipe: str, images: Tensor, init: Literal["fit", "random"] = "fit") -> Outcome:
+def check(model: nn.Module, recipe: str, images: Tensor) -> Outcome:
     """Patch a model and verify what a patch promises.
 
     The output keeps its shape and is finite, a gradient reaches every new parameter, and the merged model has the same
@@ -46,7 +45,6 @@ def check(model: nn.Module, recipe: str, images: Tensor, init: Literal["fit", "r
         model: any image model; it is changed.
         recipe: a recipe's name.
         images: (N, C, H, W).
-        init: as for `tcc.patch`.
 
     Raises:
         AssertionError: a promise is not kept.
@@ -54,7 +52,7 @@ def check(model: nn.Module, recipe: str, images: Tensor, init: Literal["fit", "r
     wake(model)
     shape = output(model, images).shape
     try:
-        tcc.patch(model, recipe, init=init, progress=False)
+        tcc.patch(model, recipe, progress=False)
     except ValueError as error:
         if "can replace none" not in str(error):
             raise
@@ -63,10 +61,8 @@ def check(model: nn.Module, recipe: str, images: Tensor, init: Literal["fit", "r
     error = merge_error(model.eval(), images)
     assert error < 1e-4, f"merged output differs by {error:.1e}"
     report = tcc.report(model, input_size=images.shape[1:])
-    replaced = sum(isinstance(module, ConvReplacement) for module in model.modules())
     fits = [row.fit_error for row in report.rows if row.fit_error is not None]
-    fit_error = statistics.median(fits) if fits else None
-    return Outcome(replaced, dict(Counter(report.refused.values())), fit_error, error)
+    return Outcome(len(fits), dict(Counter(report.refused.values())), statistics.median(fits), error)
 
 
 def check_training(model: nn.Module, images: Tensor, shape: torch.Size) -> None:

@@ -1,8 +1,4 @@
-"""SMPConv (Kim and Park 2023): kernels interpolated between self-moving points.
-
-A kernel is a function over [-1, 1] per dimension. A point's influence falls linearly, in the L1 distance, from its
-weight at its coordinates to 0 at its radius. Points move freely in training.
-"""
+"""SmpKernel, and the settings of SMP layers."""
 
 from __future__ import annotations
 
@@ -15,153 +11,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .core.arguments import Int, as_int
-from .core.finite import require_finite
-from .core.kernel import Kernel
-from .core.kernel_conv import KernelConv1d, KernelConv2d
-from .core.least_squares import Geometry, fit_separately, pixels_by_energy
-from .core.plain import PlainConv, centred, margin
-from .core.spec import KernelSize, KernelSpec
+from ..core.arguments import Int, as_int
+from ..core.finite import require_finite
+from ..core.kernel import Kernel
+from ..core.plain import PlainConv, centred
+from ..core.spec import KernelSize, KernelSpec
+from .fit import fit_points
+from .formula import SMALLEST_RADIUS, smp_kernel, smp_sum_kernel
 
-__all__ = [
-    "SmpConv1d",
-    "SmpConv2d",
-    "SmpKernel",
-    "SmpSpec",
-    "point_basis",
-    "small_kernel_sizes",
-    "smp_kernel",
-    "smp_sum_kernel",
-]
+__all__ = ["SmpKernel", "SmpSpec", "small_kernel_sizes"]
 
 Points = Literal["filter", "layer"]
-
-SMALLEST_RADIUS = 1e-4  # lower end of the clipping in the released CIFAR and sequence code
 LARGEST_RADIUS = 1.0  # upper end, in all released code
 INITIAL_WEIGHT_STD = 0.02  # released ImageNet code
 LARGEST_COUNT = 16384  # a quarter of the pixels of the largest kernel that a specification may ask for
-# of the distance between pixels: a point this far off the middle of its pixel has a gradient, and with this radius it
-# reaches no other pixel
-OFF_CENTRE, ALONE = 0.05, 0.9
 SEQUENCE_COUNT = 30  # points per kernel of a sequence (section 4.2)
-
-
-def point_basis(coordinate: Tensor, radius: Tensor, kernel_size: Sequence[int]) -> Tensor:
-    """Influence of every point on every pixel: max(0, g) of Kim and Park 2023, Eq. 2.
-
-    Args:
-        coordinate: (P, m, D) points; -1 and 1 are the centres of the first and the last pixel of a dimension.
-        radius: (P, m), in the same unit; below 1e-4 it counts as 1e-4, so that nothing is divided by zero.
-        kernel_size: D ints; a dimension of 1 has its pixel at 0.
-
-    Returns:
-        (P, m, prod(kernel_size)), from 0 to 1.
-    """
-    scale = 1 / radius.clamp(min=SMALLEST_RADIUS).unsqueeze(-1)
-    first, *others = [
-        (_pixels(size, coordinate) - coordinate[..., d].unsqueeze(-1)).abs() * scale
-        for d, size in enumerate(kernel_size)
-    ]
-    height = 1 - first
-    for distance in others:
-        height = (height.unsqueeze(-1) - distance.unsqueeze(-2)).flatten(-2)
-    return height.relu()
-
-
-def smp_kernel(weight: Tensor, coordinate: Tensor, radius: Tensor, kernel_size: Sequence[int]) -> Tensor:
-    """Dense SMP kernel: the mean over the neighbours of each pixel (Kim and Park 2023, Eq. 1 and 2).
-
-    Args:
-        weight: (C_out, C_in/groups, m) point weights.
-        coordinate: (P, m, D) points; P is C_out (points per filter) or 1 (one set for the layer).
-        radius: (P, m).
-        kernel_size: D ints.
-
-    Returns:
-        (C_out, C_in/groups, *kernel_size) kernel; 0 where no point reaches.
-    """
-    basis = point_basis(coordinate, radius, kernel_size)
-    neighbours = (basis > 0).sum(1, keepdim=True).clamp(min=1)
-    kernel = _weighted_sum(weight, basis) / neighbours
-    return kernel.reshape(weight.shape[:-1] + tuple(kernel_size))
-
-
-def smp_sum_kernel(weight: Tensor, coordinate: Tensor, radius: Tensor, kernel_size: Sequence[int]) -> Tensor:
-    """Dense SMP kernel without the division of Eq. 1, as in the released ImageNet models.
-
-    Takes and returns what `smp_kernel` does.
-    """
-    kernel = _weighted_sum(weight, point_basis(coordinate, radius, kernel_size))
-    return kernel.reshape(weight.shape[:-1] + tuple(kernel_size))
-
-
-def _weighted_sum(weight: Tensor, basis: Tensor) -> Tensor:
-    """One matrix product per set of points: (C_out, C_in/groups, m) and (P, m, K) to (P, -1, K)."""
-    return torch.bmm(weight.reshape(basis.shape[0], -1, weight.shape[-1]), basis)
-
-
-def fit_points(
-    targets: Tensor, kernel_size: Sequence[int], count: int, normalize: bool, radii: tuple[float, float]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Points common to n kernels, and weights for each, that come near the kernels in least squares.
-
-    Points start on the pixels that matter most. Where there are enough for all pixels that are not 0, each reaches
-    its own alone, which is exact.
-
-    Args:
-        targets: (P, n, *size); each of the P problems has points of its own.
-        kernel_size: D ints, at least the targets' size; the targets lie at its centre.
-        count: m points.
-        normalize: as in the layer.
-        radii: smallest and largest radius.
-
-    Returns:
-        {"coordinate": (P, m, D), "radius": (P, m)} and weights (P, m, n), all float64 on the CPU.
-    """
-    targets = targets.detach().double().cpu()
-    size = targets.shape[2:]
-    margins = targets.new_tensor([margin(old, new) for old, new in zip(size, kernel_size, strict=True)])
-    last = targets.new_tensor([max(k - 1, 1) for k in kernel_size])
-    pixels = pixels_by_energy(targets, len(size), count) + margins
-    spacing = 2 / last.max().item()
-    used = int((targets != 0).any(1).flatten(1).sum(1).max())
-    radius = (ALONE if count >= used else 1.5) * spacing
-    start = {
-        "coordinate": (2 * pixels - targets.new_tensor(kernel_size) + 1) / last + OFF_CENTRE * spacing,
-        "radius": targets.new_full(pixels.shape[:2], min(max(radius, radii[0]), radii[1])),
-    }
-
-    def equations(wanted: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        basis = point_basis(geometry["coordinate"], geometry["radius"].clamp(*radii), kernel_size)
-        if normalize:
-            basis = basis / (basis > 0).sum(1, keepdim=True).clamp(min=1)
-        inside = _centre(basis.unflatten(-1, tuple(kernel_size)), size).flatten(2)
-        return basis @ basis.mT, inside @ wanted.flatten(2).mT
-
-    numbers = count * max(count, math.prod(kernel_size))
-    geometry, weight = fit_separately(equations, targets, start, dict.fromkeys(start, spacing), numbers)
-    geometry["radius"].clamp_(*radii)
-    return geometry, weight
-
-
-def _centre(kernel: Tensor, size: Sequence[int]) -> Tensor:
-    """The middle of a kernel: (..., *K) to (..., *size)."""
-    for axis, length in enumerate(size, start=kernel.ndim - len(size)):
-        kernel = kernel.narrow(axis, margin(length, kernel.shape[axis]), length)
-    return kernel
-
-
-def _pixels(size: int, like: Tensor) -> Tensor:
-    """`size` pixel centres from -1 to 1."""
-    steps = torch.arange(size, device=like.device, dtype=like.dtype)
-    return (2 * steps - (size - 1)) / max(size - 1, 1)
-
-
-def _plus_small(
-    function: Callable[..., Tensor], kernel_size: Sequence[int], small_weight: Tensor, **inputs: Tensor
-) -> Tensor:
-    """The kernel of `function` plus a small one at its centre."""
-    return function(**inputs, kernel_size=kernel_size) + centred(small_weight, kernel_size)
 
 
 class SmpKernel(Kernel):
@@ -258,16 +122,13 @@ class SmpKernel(Kernel):
         for index, (kernel, target) in enumerate(zip(kernels, targets, strict=True)):
             kernel.weight.copy_(by_kernel[:, index])
             if kernel.small_weight is not None:
-                whole = centred(target, kernel.kernel_size)
-                kernel.small_weight.copy_(_centre(whole, kernel.small_weight.shape[2:]))
+                kernel.small_weight.copy_(centred(target, kernel.small_weight.shape[2:]))
 
     def _for_points(self, kernel: Tensor) -> Tensor:
         """A kernel less what the small kernel takes over."""
         if self.small_kernel is None:
             return kernel
-        rest = centred(kernel, self.kernel_size).clone()
-        _centre(rest, self.small_kernel).zero_()
-        return _centre(rest, kernel.shape[2:])
+        return kernel - centred(centred(kernel, self.small_kernel), kernel.shape[2:])
 
     def summary(self) -> str:
         return f" / {self.kernel_count}"
@@ -311,23 +172,11 @@ class SmpSpec(KernelSpec):
         small_kernel_sizes(self.small_kernel, sizes)
 
 
-class SmpConv1d(KernelConv1d):
-    """`nn.Conv1d` with an `SmpKernel`: takes the arguments of `KernelConv1d`, and the settings of `SmpSpec`.
-
-    The padding is "causal" by default.
-    """
-
-    spec_class = SmpSpec
-    default_padding = "causal"
-
-
-class SmpConv2d(KernelConv2d):
-    """`nn.Conv2d` with an `SmpKernel`: takes the arguments of `KernelConv2d`, and the settings of `SmpSpec`."""
-
-    spec_class = SmpSpec
-
-
-SmpSpec.layers = {1: SmpConv1d, 2: SmpConv2d}
+def _plus_small(
+    function: Callable[..., Tensor], kernel_size: Sequence[int], small_weight: Tensor, **inputs: Tensor
+) -> Tensor:
+    """The kernel of `function` plus a small one at its centre."""
+    return function(**inputs, kernel_size=kernel_size) + centred(small_weight, kernel_size)
 
 
 def _default_count(kernel_size: Sequence[int]) -> int:

@@ -1,0 +1,69 @@
+"""What tests of several methods share: a layer of every kind, and how values are compared."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from timm_contconv.layers import ConvReplacement, DclsConv1d, DclsConv2d, DclsConv3d, SmpConv1d, SmpConv2d, SmpConvBn2d
+
+__all__ = ["KERNEL_LAYERS", "LAYERS", "every_kernel_layer", "every_layer", "image_for", "relative", "spread_"]
+
+_2D = {"kernel_size": 7, "padding": 3, "groups": 8}
+
+
+def _smp_bn(**options) -> SmpConvBn2d:
+    return SmpConvBn2d(SmpConv2d(8, 8, **_2D, bias=False, kernel_count=9, **options), 3)
+
+
+#: layers with a constructed kernel, 8 channels in and out; each factory takes device, dtype and other arguments
+KERNEL_LAYERS: dict[str, Callable[..., ConvReplacement]] = {
+    "dcls": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5),
+    "dcls_bilinear": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="bilinear"),
+    "dcls_triangle": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="triangle"),
+    "dcls_rows": functools.partial(DclsConv2d, 8, 4, (6, 5), 2, "same", groups=4, kernel_count=2, position_dims=(1,)),
+    "dcls_reflect": functools.partial(DclsConv2d, 8, 6, 7, padding=3, padding_mode="reflect", groups=2, kernel_count=3),
+    "dcls_1d": functools.partial(DclsConv1d, 8, 8, **_2D, kernel_count=5),
+    "dcls_3d": functools.partial(DclsConv3d, 8, 8, 3, padding=1, groups=8, kernel_count=5),
+    "smp": functools.partial(SmpConv2d, 8, 8, **_2D, kernel_count=9),
+    "smp_layer": functools.partial(SmpConv2d, 8, 8, **_2D, kernel_count=9, points="layer"),
+    "smp_sum": functools.partial(SmpConv2d, 8, 8, **_2D, kernel_count=9, normalize=False, small_kernel=3, bias=False),
+    "smp_dense": functools.partial(SmpConv2d, 8, 8, (5, 9), padding="same", groups=2, kernel_count=9),
+    "smp_causal": functools.partial(SmpConv1d, 8, 8, 9, groups=8, kernel_count=5),
+}
+#: every kind of layer
+LAYERS: dict[str, Callable[..., ConvReplacement]] = {**KERNEL_LAYERS, "smp_bn": _smp_bn}
+
+every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+every_kernel_layer = pytest.mark.parametrize("make", KERNEL_LAYERS.values(), ids=KERNEL_LAYERS.keys())
+
+
+@torch.no_grad()
+def spread_(layer: ConvReplacement) -> ConvReplacement:
+    """Move the geometry of DCLS and SMP all over the kernel, so that every part of it counts."""
+    for name, value in layer.geometry.items():
+        if name == "position":
+            value.normal_(0, max(layer.kernel_size) / 5)
+        elif name == "sigma":
+            value.normal_()
+        elif name == "coordinate":
+            value.uniform_(-1.2, 1.2)
+        elif name == "radius":
+            value.uniform_(0.2, 1)
+    layer.constrain_()
+    return layer
+
+
+def image_for(layer: nn.Module, batch: int = 2) -> Tensor:
+    """An input of the layer's dtype, of other sizes along each dimension."""
+    size = (12, 11, 10)[: len(layer.kernel_size)]
+    return torch.randn(batch, layer.in_channels, *size, dtype=next(layer.parameters()).dtype)
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    """||value - expected|| / ||expected||."""
+    return (torch.linalg.vector_norm(value - expected) / torch.linalg.vector_norm(expected)).item()

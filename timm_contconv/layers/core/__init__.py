@@ -1,0 +1,12 @@
+"""What the methods share.
+
+- `replacement`: ConvReplacement, what patching, training and saving may ask of every layer
+- `kernel`, `kernel_conv`: Kernel, parameters in and dense kernel out; KernelConv1d, 2d and 3d, which convolve with it
+- `geometry`: parameters that say where a kernel reaches, and how layers share them
+- `spec`: LayerSpec and KernelSpec, the settings of a method, and `METHODS`, all of them by name
+- `kept`: a kernel that is kept outside training
+- `compilation`, `tracing`: kernels under torch.compile, layers under torch.fx
+- `plain`, `padding`: plain convolutions, and padding that they can't do
+- `least_squares`: fits of kernels to kernels
+- `arguments`, `finite`: checks of arguments and of parameters
+"""

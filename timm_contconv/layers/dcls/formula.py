@@ -1,0 +1,206 @@
+"""The dense DCLS kernel as a function of its parameters (Khalfaoui-Hassani et al. 2023)."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...ops import is_transformed
+
+__all__ = [
+    "FACTORS",
+    "KERNEL_FUNCTIONS",
+    "Factors",
+    "Interpolation",
+    "bilinear_kernel",
+    "gauss_kernel",
+    "outer",
+    "repulsion",
+    "triangle_kernel",
+]
+
+Interpolation = Literal["bilinear", "triangle", "gauss"]
+#: factors (..., m, K_d) along every axis, and the normalisation (..., m) of Eq. 11; None without one
+Factors = tuple[list[Tensor], Tensor | None]
+
+TRIANGLE_MIN_WIDTH = 1.0  # sigma_0 of Eq. 9
+GAUSS_MIN_WIDTH = 0.27  # sigma_0 of Eq. 10
+NORMALIZATION_EPS = 1e-7  # epsilon of Eq. 11
+NEGLIGIBLE = 1e-12  # a factor of at most this is 0, so that kernels hold no subnormal numbers, which are slow on CPUs
+
+
+def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Dense DCLS kernel with bilinear interpolation (Khalfaoui-Hassani et al. 2023, Eq. 2, 4 and 12).
+
+    Args:
+        weight: (C_out, C_in/groups, m) element weights.
+        position: (D, C_out, C_in/groups, m) element positions, in pixels from the kernel centre K // 2.
+        kernel_size: D ints.
+
+    Returns:
+        (C_out, C_in/groups, *kernel_size) kernel. What lies outside of the kernel is lost.
+    """
+    return _sum_of_products(weight, *bilinear_factors(position, kernel_size))
+
+
+def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Dense DCLS kernel with triangle interpolation (Khalfaoui-Hassani et al. 2023, Eq. 9 and 11).
+
+    Args:
+        weight: (C_out, C_in/groups, m) element weights.
+        position: (D, C_out, C_in/groups, m) element positions, in pixels from the kernel centre K // 2.
+        sigma: like position; an element reaches 1 + |sigma| pixels to either side.
+        kernel_size: D ints.
+
+    Returns:
+        (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
+    """
+    return _sum_of_products(weight, *triangle_factors(position, sigma, kernel_size))
+
+
+def gauss_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Dense DCLS kernel with Gaussian interpolation (Khalfaoui-Hassani et al. 2023, Eq. 10 and 11).
+
+    Args:
+        weight: (C_out, C_in/groups, m) element weights.
+        position: (D, C_out, C_in/groups, m) element positions, in pixels from the kernel centre K // 2.
+        sigma: like position; the effective width is 0.27 + |sigma| pixels.
+        kernel_size: D ints.
+
+    Returns:
+        (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
+    """
+    return _sum_of_products(weight, *gauss_factors(position, sigma, kernel_size))
+
+
+def repulsion(position: Tensor) -> Tensor:
+    """How close the elements of a kernel are to one another, 0 to 1 (released ConvNeXt-dcls training code).
+
+    Args:
+        position: (D, C_out, C_in/groups, m) element positions, in pixels.
+
+    Returns:
+        Scalar: the mean over channels and pairs of elements of max(0, 1 - distance).
+    """
+    count = position.shape[-1]
+    first, second = torch.triu_indices(count, count, offset=1, device=position.device)
+    distance = torch.linalg.vector_norm(position[..., first] - position[..., second], dim=0)
+    return (1 - distance).relu().sum() / max(1, distance.numel())
+
+
+def bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
+    """How far every element reaches every pixel along every axis."""
+    return [_hat(_distance(position[d], size)) for d, size in enumerate(kernel_size)], None
+
+
+def triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
+    """As `bilinear_factors`, with the normalisation of Eq. 11."""
+    widths = TRIANGLE_MIN_WIDTH + sigma.abs()
+    factors = [
+        (widths[d].unsqueeze(-1) - _distance(position[d], size).abs()).relu() for d, size in enumerate(kernel_size)
+    ]
+    return factors, _mass(factors)
+
+
+def gauss_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
+    """As `triangle_factors`."""
+    widths = GAUSS_MIN_WIDTH + sigma.abs()
+    bell = _bell if is_transformed() else _Bell.apply
+    factors = [bell(position[d], widths[d], size) for d, size in enumerate(kernel_size)]
+    return factors, _mass(factors)
+
+
+def _distance(position: Tensor, size: int) -> Tensor:
+    """Signed distance of every pixel of an axis, `size` of them, to every element: (..., m, size)."""
+    pixels = torch.arange(size, device=position.device, dtype=position.dtype) - size // 2
+    return pixels - position.unsqueeze(-1)
+
+
+def _hat(distance: Tensor) -> Tensor:
+    """max(0, 1 - |distance|) with the right-hand derivative in the position at its kinks.
+
+    The derivative of abs() and relu() is 0 there, so an element on a whole pixel would never move. NaN stays NaN, so
+    that errors are seen.
+    """
+    hat = torch.where(distance > 0, 1 - distance, 1 + distance)
+    return torch.where((distance <= -1) | (distance > 1), 0, hat)
+
+
+def _bell(position: Tensor, width: Tensor, size: int) -> Tensor:
+    """exp(-(distance / width)^2 / 2), 0 where that is negligible: (..., m) twice to (..., m, size)."""
+    return F.threshold(torch.exp(-0.5 * (_distance(position, size) / width.unsqueeze(-1)).square()), NEGLIGIBLE, 0)
+
+
+class _Bell(torch.autograd.Function):
+    """`_bell` with a gradient that takes a third of the passes over memory that autograd takes.
+
+    With g = exp(-t^2 / 2), t = distance / width: dg/dposition = g t / width and dg/dwidth = g t^2 / width. The
+    backward uses differentiable operators on the inputs and the output, so derivatives of any order are right.
+    """
+
+    @staticmethod
+    def forward(position: Tensor, width: Tensor, size: int) -> Tensor:
+        bell = _distance(position, size).div_(width.unsqueeze(-1)).square_().mul_(-0.5).exp_()
+        return F.threshold_(bell, NEGLIGIBLE, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        position, width, _ = inputs
+        ctx.save_for_backward(position, width, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        position, width, bell = ctx.saved_tensors
+        t = _distance(position, bell.shape[-1]) / width.unsqueeze(-1)
+        once = grad * bell * t
+        grad_position = once.sum(-1) / width if ctx.needs_input_grad[0] else None
+        grad_width = (once * t).sum(-1) / width if ctx.needs_input_grad[1] else None
+        return grad_position, grad_width, None
+
+
+def _mass(factors: Sequence[Tensor]) -> Tensor:
+    """Normalisation of Eq. 11. The sum over the kernel of a product over axes is the product of the sums."""
+    return NORMALIZATION_EPS + functools.reduce(operator.mul, [factor.sum(-1) for factor in factors])
+
+
+def _sum_of_products(weight: Tensor, factors: Sequence[Tensor], mass: Tensor | None) -> Tensor:
+    """Sum over the elements k of weight_k / mass_k times the outer product of its factors.
+
+    A matrix product over k: no tensor of kernel size x count is built.
+
+    Args:
+        weight: (..., m).
+        factors: D tensors (..., m, K_d).
+        mass: (..., m), or None for 1.
+
+    Returns:
+        (..., K_1, ..., K_D).
+    """
+    *leading, last = factors
+    weight = weight if mass is None else weight / mass
+    rows = outer([weight.unsqueeze(-1), *leading])
+    kernel = torch.bmm(rows.flatten(0, -3).transpose(1, 2), last.flatten(0, -3))
+    return kernel.view(weight.shape[:-1] + tuple(factor.shape[-1] for factor in factors))
+
+
+def outer(factors: Sequence[Tensor]) -> Tensor:
+    """Outer products over the last axes, flattened: (..., K_1), ..., (..., K_D) to (..., K_1 * ... * K_D)."""
+    return functools.reduce(lambda a, b: (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2), factors)
+
+
+KERNEL_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "bilinear": bilinear_kernel,
+    "triangle": triangle_kernel,
+    "gauss": gauss_kernel,
+}
+FACTORS: dict[str, Callable[..., Factors]] = {
+    "bilinear": bilinear_factors,
+    "triangle": triangle_factors,
+    "gauss": gauss_factors,
+}

@@ -1,0 +1,193 @@
+"""DclsKernel, and the settings of DCLS layers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..core.arguments import Int
+from ..core.kernel import Kernel
+from ..core.plain import PlainConv, centred
+from ..core.spec import KernelSpec
+from .fit import INITIAL_SIGMA, fit_elements
+from .formula import KERNEL_FUNCTIONS, Interpolation, repulsion
+
+__all__ = ["DclsKernel", "DclsSpec"]
+
+INITIAL_POSITION_STD = 0.5  # Appendix C
+
+
+class DclsKernel(Kernel):
+    """Elements that move (Khalfaoui-Hassani et al. 2023, Algorithm 1).
+
+    Args:
+        spec: settings.
+        out_channels, in_channels, kernel_size, causal: as for `Kernel`.
+        device, dtype: of the parameters.
+
+    Parameters:
+        weight: (C_out, C_in/groups, *dense sizes, m), m = kernel_count.
+        position: (moving dimensions, *weight.shape), in pixels from the kernel centre.
+        sigma: like position; not for "bilinear".
+    """
+
+    geometry_lr_scale = 5.0  # Appendix C
+
+    def __init__(
+        self,
+        spec: DclsSpec,
+        out_channels: int,
+        in_channels: int,
+        kernel_size: Sequence[int],
+        causal: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_channels, in_channels, kernel_size, causal)
+        if spec.kernel_count is None:
+            raise ValueError(
+                "kernel_count=None: expected a positive int; tcc.patch computes it for a model, by the paper's rule"
+            )
+        self.kernel_count = spec.kernel_count
+        self.interpolation = spec.interpolation
+        self.position_dims = check_position_dims(spec.position_dims, len(self.kernel_size))
+        self.moving = tuple(self.kernel_size[d] for d in self.position_dims)
+        dense = [k for d, k in enumerate(self.kernel_size) if d not in self.position_dims]
+        shape = (out_channels, in_channels, *dense, self.kernel_count)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.geometry_names = ("position",) if self.interpolation == "bilinear" else ("position", "sigma")
+        for name in self.geometry_names:
+            value = torch.empty((len(self.moving), *shape), device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(value))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial values of Appendix C: weights as in `nn.Conv2d`, positions N(0, 0.5), constant widths."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.normal_(self.geometry["position"], 0, INITIAL_POSITION_STD)
+        self._clamp_positions_()
+        if self.interpolation != "bilinear":
+            nn.init.constant_(self.geometry["sigma"], INITIAL_SIGMA[self.interpolation])
+
+    @property
+    def bias_bound(self) -> float:
+        return 1 / math.sqrt(self.weight[0].numel())
+
+    def function(self) -> Callable[..., Tensor]:
+        function = KERNEL_FUNCTIONS[self.interpolation]
+        if len(self.moving) == len(self.kernel_size):
+            return functools.partial(function, kernel_size=self.moving)
+        return functools.partial(
+            _partly_dense_kernel, function=function, kernel_size=self.moving, position_dims=self.position_dims
+        )
+
+    def constrain_(self) -> None:
+        """Clamp positions into the kernel, for "bilinear" only (Appendix C)."""
+        if self.interpolation == "bilinear":
+            self._clamp_positions_()
+
+    def penalty(self) -> Tensor:
+        """The repulsion between the kernel's elements."""
+        return repulsion(self.geometry["position"])
+
+    @torch.no_grad()
+    def _clamp_positions_(self) -> None:
+        for axis, size in enumerate(self.moving):
+            self.geometry["position"][axis].clamp_(-(size // 2), size - 1 - size // 2)
+
+    @classmethod
+    @torch.no_grad()
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+        """Exact for "bilinear" with an element per pixel of the old kernel, else the least squares found."""
+        first = kernels[0]
+        ndim = len(first.moving)
+        moving_last = torch.stack([first._moving_last(target) for target in targets], -ndim - 1)
+        geometry, weight = fit_elements(
+            moving_last.flatten(0, -ndim - 2), first.moving, first.kernel_count, first.interpolation
+        )
+        for name, value in geometry.items():
+            parameter = first.geometry[name]
+            parameter.copy_(value.movedim(-1, 0).view_as(parameter))
+        for index, kernel in enumerate(kernels):
+            kernel.weight.copy_(weight[..., index].view_as(kernel.weight))
+
+    def _moving_last(self, kernel: Tensor) -> Tensor:
+        """A kernel with its full size along the dense axes: (C_out, C_in/groups, *dense sizes, *moving sizes)."""
+        sizes = [k if d in self.position_dims else self.kernel_size[d] for d, k in enumerate(kernel.shape[2:])]
+        ends = tuple(range(-len(self.position_dims), 0))
+        return centred(kernel, sizes).movedim(tuple(2 + d for d in self.position_dims), ends)
+
+    def summary(self) -> str:
+        return f" / {self.kernel_count}"
+
+    def extra_repr(self) -> str:
+        text = f"kernel_count={self.kernel_count}, interpolation={self.interpolation}"
+        return text if len(self.moving) == len(self.kernel_size) else f"{text}, position_dims={self.position_dims}"
+
+
+class DclsSpec(KernelSpec):
+    """Settings of a DCLS layer.
+
+    Attributes:
+        kernel_size: size of the constructed kernel, one int for all dimensions or one each.
+        interpolation: "bilinear", "triangle" or "gauss".
+        kernel_count: m, elements per kernel, at least 1. In a patch None means the parameter rule of Appendix C: the
+            largest number for which the model has no more parameters than before.
+        position_dims: spatial dimensions along which elements move; None means all. Along the others the kernel is
+            dense: every one of its pixels there has `kernel_count` elements of its own.
+    """
+
+    kernel: ClassVar[type[Kernel]] = DclsKernel
+
+    method: Literal["dcls"] = "dcls"
+    interpolation: Interpolation = "gauss"
+    kernel_count: Annotated[Int, Field(ge=1, le=4096)] | None = None
+    position_dims: tuple[Annotated[Int, Field(ge=0, le=2)], ...] | None = None
+
+    def resolve(self, groups: Sequence[Sequence[PlainConv]]) -> Self:
+        """Compute kernel_count by the parameter rule of Appendix C, positions and widths counted once a group."""
+        if self.kernel_count is not None:
+            return self
+        available = sum(conv.weight.numel() for group in groups for conv in group)
+        per_element = sum(self._parameters_per_element(group) for group in groups)
+        if available < per_element:
+            raise ValueError(
+                f"kernel_count: {available} parameters in the convolutions to replace are too few for one element"
+                f" per kernel ({per_element}); give kernel_count yourself"
+            )
+        return self.model_copy(update={"kernel_count": int(available // per_element)})
+
+    def _parameters_per_element(self, group: Sequence[PlainConv]) -> int:
+        ndim = len(group[0].kernel_size)
+        moving = check_position_dims(self.position_dims, ndim)
+        dense = math.prod(k for d, k in enumerate(self.sizes(ndim)) if d not in moving)
+        places = [conv.weight.shape[:2].numel() * dense for conv in group]
+        shared_kinds = len(moving) * (1 if self.interpolation == "bilinear" else 2)
+        return sum(places) + shared_kinds * places[0]
+
+
+def _partly_dense_kernel(
+    function: Callable[..., Tensor], kernel_size: Sequence[int], position_dims: Sequence[int], **inputs: Tensor
+) -> Tensor:
+    """A kernel whose elements move along `position_dims` only: the dense dimensions act as more channels."""
+    kernel = function(**inputs, kernel_size=kernel_size)
+    return kernel.movedim(tuple(range(-len(position_dims), 0)), tuple(2 + d for d in position_dims))
+
+
+def check_position_dims(dims: Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """Dimensions along which elements move; all of `ndim` for None.
+
+    Raises:
+        ValueError: they are not ascending dimensions of the kernel.
+    """
+    if dims is None:
+        return tuple(range(ndim))
+    if not dims or sorted(set(dims)) != list(dims) or dims[0] < 0 or dims[-1] >= ndim:
+        raise ValueError(f"position_dims={dims!r}: expected ascending spatial dimensions out of 0..{ndim - 1}")
+    return tuple(dims)
