@@ -65,7 +65,6 @@ def check(model: nn.Module, recipe: str, images: Tensor, **arguments: Any) -> Ou
     error = merge_error(model.eval(), images)
     assert error < 1e-4, f"merged output differs by {error:.1e}"
     report = tcc.report(model, input_size=images.shape[1:])
-    replaced = sum(isinstance(module, ConvReplacement) for module in model.modules())
     fits = [row.fit_error for row in report.rows if row.fit_error is not None]
     fit = statistics.median(fits) if fits else None
     return Outcome(len(layers_of(model)), dict(Counter(report.refused.values())), fit, error)
