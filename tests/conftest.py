@@ -6,6 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+os.environ["TIMM_CONTCONV_MEASURE"] = (
+    "0"  # read when the package is imported; tests of the engine measure when they say so
+)
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of concurrent processes wait for one another
     torch.set_num_threads(1)
 

@@ -49,7 +49,7 @@ def check_all(case) -> None:
 
 
 @given(cases(2, 20, 23, depthwise=True))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_depthwise_in_2d(case):
     check_all(case)
 
@@ -61,13 +61,13 @@ def test_dense_in_2d(case):
 
 
 @given(st.one_of(cases(1, 70, 90, depthwise=True), cases(1, 40, 50, depthwise=False)))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_in_1d(case):
     check_all(case)
 
 
 @given(st.one_of(cases(3, 7, 8, depthwise=True), cases(3, 6, 6, depthwise=False)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_in_3d(case):
     check_all(case)
 
@@ -89,7 +89,7 @@ SIZES = [1, 2, 6, 7, 8, 13], [7, 10, 14, 16, 17, 28, 33, 40, 64]
 
 
 @given(small_kernels())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_small_depthwise_kernels(case):
     assert check("direct", case, 1e-5 if case[0].dtype == torch.float32 else 2**-7)
 

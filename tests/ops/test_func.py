@@ -23,11 +23,11 @@ def case_of(channels: int, size: int, kernel: int, groups: int):
 
 
 def dense():
-    return case_of(24, 32, 17, 1)
+    return case_of(8, 24, 17, 1)
 
 
 def depthwise():
-    return case_of(32, 28, 23, 32)
+    return case_of(16, 20, 15, 16)
 
 
 cases = pytest.mark.parametrize("case", [dense, depthwise])

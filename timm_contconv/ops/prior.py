@@ -18,9 +18,9 @@ _FEWEST_TAPS = {1: 65, 2: 25, 3: 65}
 _FEWEST_DEPTHWISE_TAPS = {1: 7, 2: 9, 3: 65}
 # In exported graphs, which other programs read: there an operator of our own has to gain more.
 _FEWEST_TAPS_EXPORTED = 65
-# Where compiled loops make fewer products for a point of a line of an FFT and a halving of it, they are several times
-# faster; where they can't be compiled, PyTorch's own are that fast only at fewer still.
-_FEWEST_PRODUCTS, _FEWEST_PRODUCTS_OF_PYTORCH = 8, 2
+# Products that compiled loops make in the time of an FFT per pixel and halving of a line. FFTs are faster where more are
+# to be made, and not worth a try where far fewer are; but without compiled loops they are, up to PyTorch's own.
+_PRODUCTS, _FEWEST_PRODUCTS, _FEWEST_PRODUCTS_OF_PYTORCH = 40, 8, 2
 
 
 def is_large(kernel_size: Sequence[int], is_depthwise: bool) -> bool:
@@ -66,9 +66,11 @@ def _depthwise(pass_: str, problem: Problem) -> list[str]:
         names.remove("channels_last")
     products = _products(problem.input_size, problem.kernel_size, problem.stride, problem.padding)
     plane = math.prod(a.length for a in axes_of(problem))
+    ratio = products / (plane * max(1.0, math.log2(plane)))
     is_compiled = ALGORITHMS["direct"].refusal(pass_, problem) is None
-    fewest = _FEWEST_PRODUCTS if is_compiled else _FEWEST_PRODUCTS_OF_PYTORCH
-    return [names[0], "fft", *names[1:]] if products > fewest * plane * math.log2(plane) else names
+    if ratio > (_FEWEST_PRODUCTS if is_compiled else _FEWEST_PRODUCTS_OF_PYTORCH):
+        names.insert(0 if ratio > _PRODUCTS else 1, "fft")
+    return names
 
 
 @lru_cache(maxsize=1024)

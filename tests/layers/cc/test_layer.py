@@ -1,9 +1,7 @@
 """ContinuousConv2d against ResizeRight, the paper's sum written out, and autograd."""
 
 import copy
-import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
@@ -103,8 +101,7 @@ def test_all_ways_of_computing_agree(scale: str, dtype: torch.dtype) -> None:
 @three_ways
 def test_groups_are_layers_side_by_side(scale: float, groups: int) -> None:
     layer, x = build(scale, channels=(4, 8), groups=groups), images()
-    alone = build(scale, channels=(4 // groups, 8 // groups))
-    outputs = []
+    alone, outputs = build(scale, channels=(4 // groups, 8 // groups)), []
     for group, part in enumerate(x.chunk(groups, 1)):
         own = {name: layer.state_dict()[name].chunk(groups)[group] for name in ("bias", "net.weight")}
         alone.load_state_dict({**layer.state_dict(), **own})
@@ -233,32 +230,6 @@ def test_a_kept_kernel_follows_scale_size_and_settings() -> None:
             assert torch.equal(layer(x), copy.deepcopy(layer)(x))
 
 
-@three_ways
-def test_gradients_of_images_after_inference_mode(scale: float) -> None:
-    layer, x = build(scale).requires_grad_(False), images()
-    with torch.inference_mode():
-        expected = layer(x)
-    x.requires_grad_()
-    y = layer(x)
-    torch.testing.assert_close(y, expected.clone())
-    assert torch.autograd.grad(y.sum(), x)[0].any()
-
-
-def test_several_threads_may_use_a_layer_at_several_sizes_and_scales() -> None:
-    layer, uses = build(0.5), [(size, scale) for size in (9, 12) for scale in (None, 0.75, 0.61)]
-    inputs = {size: images(1, 4, size, size) for size in (9, 12)}
-
-    @torch.no_grad()
-    def outputs(start: int) -> list[tuple[int, Tensor]]:
-        order = [(start + i) % len(uses) for i in range(30)]
-        return [(index, layer(inputs[uses[index][0]], uses[index][1])) for index in order]
-
-    expected = dict(outputs(0))
-    with ThreadPoolExecutor(3) as pool:
-        for index, y in itertools.chain(*pool.map(outputs, range(3))):
-            torch.testing.assert_close(y, expected[index])
-
-
 # ---- precision and memory formats
 
 
@@ -302,7 +273,6 @@ def test_half_precision_and_autocast_come_near_float32(scale: float, dtype: torc
         ({"hidden": ()}, r"hidden=\(\): .* at least 1"),
         ({"hidden": (8, 0)}, r"hidden.1=0: expected at least 1"),
         ({"hidden": 3}, "hidden=3: "),
-        ({"memory_limit": 0}, "memory_limit=0: expected a positive int"),
         ({"memory_limit": 1.5}, "memory_limit=1.5: expected a positive int"),
         ({"groups": 3}, "in_channels=4: expected a multiple of groups=3"),
         ({"compile": "maybe"}, "compile='maybe'"),

@@ -91,6 +91,8 @@ def test_a_drawn_layer_merges_and_a_fitted_one_gives_the_convolution_back(name: 
     layer = ContinuousConv2d.from_conv(conv, CcSpec(), "random").eval()
     merged = layer.to_conv()
     assert type(merged) in (nn.Conv2d, Conv2dSame)
+    assert merged.weight.requires_grad
+    assert not copy.deepcopy(layer).requires_grad_(False).to_conv().weight.requires_grad
     torch.testing.assert_close(merged(x), layer(x))
     assert merged(x[..., 1:, 1:]).shape == layer(x[..., 1:, 1:]).shape
     back = ContinuousConv2d.from_conv(conv, CcSpec()).to_conv_like(copy.deepcopy(conv).to("meta"))
@@ -106,14 +108,6 @@ def test_kernels_of_every_size_have_a_plain_convolution(stride: int, rounding: s
         for mode in ("zeros", "circular"):
             layer = build(Fraction(1, stride), (support, 3), rounding=rounding, padding_mode=mode)
             torch.testing.assert_close(layer.to_conv()(x), layer(x))
-
-
-def test_a_plain_convolution_trains_if_the_layer_does() -> None:
-    layer = build(0.5).train()
-    with torch.no_grad():
-        assert layer.to_conv().training
-        assert layer.to_conv().weight.requires_grad
-        assert not layer.requires_grad_(False).to_conv().weight.requires_grad
 
 
 def test_the_constructed_kernel_is_that_of_the_convolution() -> None:

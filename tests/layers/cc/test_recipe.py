@@ -102,16 +102,6 @@ def test_a_patched_network_trains_without_decay_of_hidden_layers() -> None:
     assert all(value.grad is not None for layer in cc_layers(model).values() for value in layer.parameters())
 
 
-@pytest.mark.parametrize("name", ["test_resnet_cc", "ccnet"])
-def test_a_saved_model_comes_back(name: str, tmp_path: Path) -> None:
-    model, x = timm.create_model(name, num_classes=5).eval(), torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        for layer in cc_layers(model).values():
-            layer.net.bias_1.add_(0.1)
-    loaded = tcc.from_pretrained(tcc.save_pretrained(model, tmp_path / "model"))
-    assert torch.equal(loaded.eval()(x), model(x))
-
-
 def test_a_scale_set_later_is_reported_as_built_and_named_when_it_is_lost(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet_cc", num_classes=5).eval()
     before = tcc.report(model).multiply_adds_after

@@ -51,18 +51,10 @@ for dtype, *case in json.loads(sys.argv[1]):
 """
 
 
-def check_by_interpreter(cases: list) -> None:
-    """Asserts that every case is within its tolerance, in one process with Triton's interpreter."""
+def test_the_three_passes_in_float32_and_in_half_precision_with_float32_sums():
     pytest.importorskip("triton")
+    cases = [("float32", *case) for case in CASES] + [(dtype, *CASES[0]) for dtype in ("bfloat16", "float16")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHECK, json.dumps(cases)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr
-
-
-def test_the_three_passes_in_float32():
-    check_by_interpreter([("float32", *case) for case in CASES])
-
-
-def test_half_precision_with_float32_sums():
-    check_by_interpreter([(dtype, *CASES[0]) for dtype in ("bfloat16", "float16")])

@@ -24,6 +24,9 @@ __all__ = ["Features", "features_first"]
 #: a function from vertical (A,) and horizontal (B,) distances to (A, B, F) features
 Features = Callable[[Tensor, Tensor], Tensor]
 
+#: bytes: on the CPU half of it, what a chunk computes, is about what a core's cache holds
+MEMORY_LIMIT_CPU, MEMORY_LIMIT = 2**23, 2**29
+
 #: what an internal net holds for each distance, in units of its last layer: an estimate for the memory that it takes
 HELD_FEATURES = 8
 
@@ -35,7 +38,7 @@ def features_first(
     bias: Tensor | None,
     plan: Plan,
     groups: int,
-    memory_limit: int,
+    memory_limit: int | None = None,
 ) -> Tensor:
     """The neighbours summed with the features of their distances, then the net's last layer as a 1x1 convolution.
 
@@ -51,12 +54,13 @@ def features_first(
         groups: number of blocks of channels that are convolved apart.
         memory_limit: bytes, as an estimate, that a chunk may take: half for the padded images with a pixel's values
             beside one another, half for neighbours, features and their sums. A chunk is at least a row of one image.
-            In a backward pass all padded images are there.
+            In a backward pass all padded images are there. None is 8 MiB on the CPU and 512 MiB elsewhere.
 
     Returns:
         (N, C_out, H', W').
     """
-    images, at_once = _chunk_sizes(x, weight, plan.axes, memory_limit)
+    limit = memory_limit or (MEMORY_LIMIT_CPU if x.is_cpu else MEMORY_LIMIT)
+    images, at_once = _chunk_sizes(x, weight, plan.axes, limit)
     parts = [_of_images(part, weight, features, bias, plan, groups, at_once) for part in x.split(images)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

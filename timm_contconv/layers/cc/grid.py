@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "SMALLEST_SCALE",
     "Axis",
     "Ratio",
     "Rounding",
     "Scale",
     "distances",
+    "initial_scale",
     "neighbours",
     "output_size",
     "plateaus",
     "projected_grid",
-    "ratio_of_sizes",
     "ratios",
     "reference_axes",
+    "scale_of",
     "scale_text",
     "strided_axes",
 ]
@@ -175,7 +175,33 @@ def _ratio(name: str, value: float | Fraction) -> Ratio:
     return scale.numerator, scale.denominator
 
 
-def ratio_of_sizes(after: int, before: int) -> Ratio:
+def initial_scale(stride: tuple[int, ...], scale: Scale | None) -> tuple[Ratio, Ratio]:
+    """The scale that a layer is built with: the given one, or 1/stride.
+
+    Raises:
+        ValueError: both are given, or one is out of range.
+    """
+    if scale is None:
+        if max(stride) * SMALLEST_SCALE > 1:
+            raise ValueError(f"stride={stride}: expected at most {1 / SMALLEST_SCALE}; the layer's scale is 1/stride")
+        return (1, stride[0]), (1, stride[1])
+    if max(stride) > 1:
+        raise ValueError(f"stride={stride}, scale={scale!r}: expected one of them; a scale is 1/stride")
+    return ratios("scale", scale)
+
+
+def scale_of(size: Sequence[int], scale: Scale | None, out_size: Sequence[int] | None) -> tuple[Ratio, Ratio] | None:
+    """The scale that a call asks for, if it does: by a scale, or by the size of the output.
+
+    Raises:
+        ValueError: as `ratios`.
+    """
+    if scale is not None:
+        return ratios("scale", scale)
+    return None if out_size is None else (_ratio_of(out_size[0], size[0]), _ratio_of(out_size[1], size[1]))
+
+
+def _ratio_of(after: int, before: int) -> Ratio:
     """The ratio of two sizes in lowest terms."""
     divisor, rest = after, before
     while rest:  # not math.gcd, which torch.compile can't trace with sizes that change

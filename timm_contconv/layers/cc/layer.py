@@ -16,23 +16,31 @@ from ..core.arguments import check_choice, check_counts, per_dimension
 from ..core.compilation import CompileMode, check_compile_mode
 from ..core.geometry import GeometryOwner
 from ..core.kept import Kept
-from ..core.plain import NEGLIGIBLE, PlainConv, copy_bias_, require_weights
+from ..core.plain import PlainConv, copy_bias_, require_weights
 from ..core.replacement import ConvReplacement
 from ..core.tracing import as_node, is_traced
 from .features_first import features_first
 from .grid import (
-    SMALLEST_SCALE,
-    Ratio,
+    Axis,
     Rounding,
     Scale,
     distances,
+    initial_scale,
     plateaus,
-    ratio_of_sizes,
     ratios,
     reference_axes,
+    scale_of,
     scale_text,
 )
-from .merge import covering_support, fit_last_layer, kernel_in_place_of, merged_conv, require_strides, rounding_of
+from .merge import (
+    covering_support,
+    distance_from,
+    fit_last_layer,
+    kernel_like,
+    merged_conv,
+    require_strides,
+    rounding_of,
+)
 from .net import InternalNet
 from .phases import apply_kernels
 from .plan import Plan, resize_plan
@@ -42,8 +50,6 @@ __all__ = ["ContinuousConv2d"]
 
 #: scales with at most so many phases are computed as one convolution for each
 MOST_PHASES = 16
-#: bytes: on the CPU half of it, what a chunk computes, is about what a core's cache holds
-MEMORY_LIMIT_CPU, MEMORY_LIMIT = 2**23, 2**29
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -69,8 +75,7 @@ class ContinuousConv2d(ConvReplacement):
         rounding: the output has ceil(size · scale) pixels, as in the paper, or "floor", or "round".
         hidden: as for `CcSpec`.
         memory_limit: bytes that a pass at a scale of many phases may take for what it computes in between; above
-            that it works in chunks and computes them again in the backward pass. None is 8 MiB on the CPU and 512 MiB
-            elsewhere.
+            that it works in chunks and computes them again in the backward pass. As for `features_first`.
         compile: as for `KernelConv`.
 
     Parameters:
@@ -113,7 +118,7 @@ class ContinuousConv2d(ConvReplacement):
             raise ValueError(f"dilation={dilation!r}: expected 1; a larger kernel_size reaches further")
         self.rounding: Rounding = rounding
         self.memory_limit = memory_limit
-        self._ratios = self._built_ratios = _initial_scale(self.stride, scale)
+        self._ratios = self._built_ratios = initial_scale(self.stride, scale)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         spec = CcSpec.of(kernel_size=self.kernel_size, hidden=hidden)
         pixels = [plateaus(*dim, rounding) for dim in zip(self._ratios, self.kernel_size, strict=True)]
@@ -165,9 +170,9 @@ class ContinuousConv2d(ConvReplacement):
         if plan.phases <= MOST_PHASES:
             y = apply_kernels(images, self._kernels(plan), self.bias, plan, self.groups)
         else:
-            limit = self.memory_limit or (MEMORY_LIMIT_CPU if x.is_cpu else MEMORY_LIMIT)
             weight = self.net.inputs()["weight"]
-            y = features_first(images, weight, self.net.features, self.bias, plan, self.groups, limit)
+            features, bias = self.net.features, self.bias
+            y = features_first(images, weight, features, bias, plan, self.groups, self.memory_limit)
         return y if x.ndim == 4 else y.squeeze(0)
 
     def plan(
@@ -176,11 +181,7 @@ class ContinuousConv2d(ConvReplacement):
         """How an image of `size` pixels is resized; other arguments as `scale` and `size` of `forward`."""
         if out_size is not None:
             out_size = per_dimension("size", out_size, 2, minimum=1)
-        ratio = self._ratios
-        if scale is not None:
-            ratio = ratios("scale", scale)
-        elif out_size is not None:
-            ratio = ratio_of_sizes(out_size[0], size[0]), ratio_of_sizes(out_size[1], size[1])
+        ratio = scale_of(size, scale, out_size) or self._ratios
         make = resize_plan if torch.compiler.is_compiling() else _cached_plan
         return make(tuple(size), out_size, ratio, self.kernel_size, self.rounding, self.padding_mode)
 
@@ -230,9 +231,12 @@ class ContinuousConv2d(ConvReplacement):
 
     def weight_distances(self) -> tuple[Tensor, Tensor]:
         """The distances at which `construct` samples the continuous kernel, (S_y,) and (S_x,) on the CPU, in pixels."""
-        axes = reference_axes(self._ratios, self.kernel_size)
-        rows, columns = (distances(axis, 0, 1, torch.device("cpu"))[0] for axis in axes)
+        rows, columns = (distances(axis, 0, 1, torch.device("cpu"))[0] for axis in self._reference_axes)
         return rows, columns
+
+    @property
+    def _reference_axes(self) -> tuple[Axis, Axis]:
+        return reference_axes(self._ratios, self.kernel_size)
 
     @torch.no_grad()
     def sampled_kernel(self, samples: int, channels: int) -> Tensor:
@@ -283,14 +287,9 @@ class ContinuousConv2d(ConvReplacement):
             fit_last_layer(layer.net.weight, layer.net.features, conv, layer.kernel_size, layer.rounding)
             copy_bias_(layer.bias, conv)
 
-    @torch.no_grad()
     def fit_error(self, conv: PlainConv) -> float:
         """||kernel - kernel of conv|| / ||kernel of conv||, where input sizes are multiples of the stride."""
-        kernel, wanted = self.construct().double(), conv.weight.double()
-        placed = kernel_in_place_of(conv, kernel, reference_axes(self._ratios, self.kernel_size))
-        elsewhere = (kernel.square().sum() - placed.square().sum()).clamp_min(0)
-        distance = ((placed - wanted).square().sum() + elsewhere).sqrt()
-        return float(distance / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny))
+        return distance_from(conv, self.construct(), self._reference_axes)
 
     def to_conv(self) -> nn.Module:
         """The strided convolution with the same output, where input sizes are multiples of the stride.
@@ -301,7 +300,7 @@ class ContinuousConv2d(ConvReplacement):
             ValueError: the scale is not 1/k.
         """
         require_strides(self._ratios)
-        axes = reference_axes(self._ratios, self.kernel_size)
+        axes = self._reference_axes
         conv = merged_conv(self.construct(), self.bias, axes, self.rounding, self.padding_mode, self.groups)
         return _trained_as(self, conv)
 
@@ -314,13 +313,11 @@ class ContinuousConv2d(ConvReplacement):
             ValueError: the scale is not 1/stride.
         """
         require_strides(self._ratios, conv.stride)
-        kernel = self.construct().detach()
-        placed = kernel_in_place_of(conv, kernel, reference_axes(self._ratios, self.kernel_size))
-        mass = kernel.abs().sum(dtype=torch.float64)
-        if mass - placed.abs().sum(dtype=torch.float64) > NEGLIGIBLE * mass:
+        kernel = kernel_like(conv, self.construct().detach(), self._reference_axes)
+        if kernel is None:
             return None
         plain = copy.deepcopy(conv)
-        plain.weight = nn.Parameter(placed)
+        plain.weight = nn.Parameter(kernel)
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return _trained_as(self, plain)
@@ -363,17 +360,6 @@ class ContinuousConv2d(ConvReplacement):
 
 
 CcSpec.layers = {2: ContinuousConv2d}
-
-
-def _initial_scale(stride: tuple[int, ...], scale: Scale | None) -> tuple[Ratio, Ratio]:
-    """The scale that a layer is built with: the given one, or 1/stride."""
-    if scale is None:
-        if max(stride) * SMALLEST_SCALE > 1:
-            raise ValueError(f"stride={stride}: expected at most {1 / SMALLEST_SCALE}; the layer's scale is 1/stride")
-        return (1, stride[0]), (1, stride[1])
-    if max(stride) > 1:
-        raise ValueError(f"stride={stride}, scale={scale!r}: expected one of them; a scale is 1/stride")
-    return ratios("scale", scale)
 
 
 def _trained_as(layer: ContinuousConv2d, conv: PlainConv) -> PlainConv:

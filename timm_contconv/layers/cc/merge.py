@@ -9,13 +9,14 @@ from timm.layers import Conv2dSame
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.plain import PlainConv, plain_conv
+from ..core.plain import NEGLIGIBLE, PlainConv, plain_conv
 from .grid import Axis, Ratio, Rounding, distances, scale_text, strided_axes
 
 __all__ = [
     "covering_support",
+    "distance_from",
     "fit_last_layer",
-    "kernel_in_place_of",
+    "kernel_like",
     "merged_conv",
     "require_strides",
     "rounding_of",
@@ -157,24 +158,42 @@ def _zeros_around(size: int, first: int) -> tuple[int, int]:
     return inside, max(inside, -2 * first + 1 - size)
 
 
-def kernel_in_place_of(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tensor:
-    """A continuous kernel's pixels in the places of those of a convolution that read the same pixels of an image.
+def kernel_like(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tensor | None:
+    """The kernel of a convolution like `conv` that does what a continuous kernel does.
 
     Args:
-        conv: the convolution.
+        conv: the convolution; it may be on the meta device.
         kernel: (C_out, C_in/groups, S_y, S_x), at `axes`.
-        axes: rows and columns of an image.
+        axes: rows and columns of an image whose size is a multiple of the stride.
 
     Returns:
-        (C_out, C_in/groups, *size of conv's kernel); 0 where the continuous kernel reads nothing.
+        (C_out, C_in/groups, *size of conv's kernel); None where more than 1e-5 of the mass would be lost.
     """
+    placed = _in_place_of(conv, kernel, axes)
+    mass = kernel.abs().sum(dtype=torch.float64)
+    lost = mass - placed.abs().sum(dtype=torch.float64)
+    return placed if lost <= NEGLIGIBLE * mass else None
+
+
+@torch.no_grad()
+def distance_from(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> float:
+    """||kernel - kernel of conv|| / ||kernel of conv||; arguments as for `kernel_like`."""
+    kernel, wanted = kernel.double(), conv.weight.double()
+    placed = _in_place_of(conv, kernel, axes)
+    elsewhere = (kernel.square().sum() - placed.square().sum()).clamp_min(0)
+    distance = ((placed - wanted).square().sum() + elsewhere).sqrt()
+    return float(distance / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+# ---- where both read
+
+
+def _in_place_of(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """A continuous kernel's pixels in the places of those of a convolution that read the same pixels; else 0."""
     (own_rows, its_rows), (own_columns, its_columns) = (_overlap(conv, dim, axis) for dim, axis in enumerate(axes))
     placed = kernel.new_zeros(conv.weight.shape)
     placed[..., its_rows, its_columns] = kernel[..., own_rows, own_columns]
     return placed
-
-
-# ---- where both read
 
 
 def _overlap(conv: PlainConv, dim: int, axis: Axis) -> tuple[slice, slice]:

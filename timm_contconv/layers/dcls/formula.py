@@ -147,7 +147,7 @@ class _Bell(torch.autograd.Function):
     @staticmethod
     def forward(position: Tensor, width: Tensor, size: int) -> Tensor:
         bell = _distance(position, size).div_(width.unsqueeze(-1)).square_().mul_(-0.5).exp_()
-        return F.threshold_(bell, NEGLIGIBLE, 0)
+        return F.threshold(bell, NEGLIGIBLE, 0, inplace=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
