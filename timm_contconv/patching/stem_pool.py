@@ -115,7 +115,7 @@ def _strided_convolution(model: nn.Module, block: nn.Module) -> str:
     strided = [n for n, m in block.named_modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
     residual = [name for name in strided if not name.startswith("downsample.")]
     if len(residual) != 1 or "downsample.0" not in strided:
-        raise _refusal(model, "its blocks don't stride in exactly one convolution and in the shortcut's")
+        raise _refusal(model, "its blocks don't stride in one convolution and in the shortcut's")
     return residual[0]
 
 
