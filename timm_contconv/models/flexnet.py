@@ -199,7 +199,7 @@ def _checked(flex_args: Mapping[str, Any]) -> Mapping[str, Any]:
     allowed = {*FlexSpec.model_fields, "compile"} - {"method", "kernel_size"}
     if not isinstance(flex_args, Mapping) or not allowed.issuperset(flex_args):
         raise ValueError(
-            f"flex_args={flex_args!r}: expected a dict of {', '.join(sorted(allowed))}; img_size sets the kernel size"
+            f"flex_args={flex_args!r}: expected a dict of {', '.join(sorted(allowed))}; img_size gives the kernel size"
         )
     return flex_args
 
