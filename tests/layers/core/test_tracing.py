@@ -1,5 +1,7 @@
 """Layers under torch.fx: one node each, with their parameters."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from torchvision.models import feature_extraction
 
 from tests.helpers import LAYERS, every_layer, image_for, spread_
+from tests.models_for_tests import awake
 from timm_contconv.layers import ConvReplacement
 
 
@@ -49,6 +52,16 @@ def test_timms_feature_extractor_keeps_the_layers_of_a_model():
     assert [name for name in nodes if name in layers] == [name for name in layers if name < "stages.2"]
     expected = model.stages[1](model.stages[0](model.stem(x)))
     torch.testing.assert_close(features(x)["stages.1"], expected)
+
+
+@pytest.mark.parametrize("trace", [torch.fx.symbolic_trace, lambda model: create_feature_extractor(model, ["head"])])
+def test_a_graph_holds_the_geometry_that_its_layers_share(trace):
+    model = awake(timm.create_model("test_convnext_dcls_gauss", num_classes=3))
+    traced = copy.deepcopy(trace(model))
+    assert dict(traced.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert set(trained_step(traced, torch.randn(1, 3, 64, 64))) >= {
+        name for name, _ in model.named_parameters() if "geometry" in name
+    }
 
 
 def test_a_lone_layer_is_refused_with_the_way_out():

@@ -146,13 +146,20 @@ class ContinuousConv2d(ConvReplacement):
 
     # ---- the convolution
 
-    def forward(self, x: Tensor, scale: Scale | None = None, size: int | Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        scale: Scale | None = None,
+        size: int | Sequence[int] | None = None,
+        shared: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Convolve and resize.
 
         Args:
             x: (N, C_in, H, W) or (C_in, H, W).
             scale: another scale than the layer's.
             size: (H', W') of the output; without a scale, size / (H, W) is the scale.
+            shared: what torch.fx graphs pass, so that they hold shared geometry; it is not used.
 
         Returns:
             (N, C_out, H', W') or (C_out, H', W').

@@ -149,8 +149,11 @@ class KernelConv(ConvReplacement):
 
     # ---- the convolution
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve x, (N, C_in, *size) or (C_in, *size), with the constructed kernel."""
+    def forward(self, x: Tensor, shared: Sequence[Tensor] = ()) -> Tensor:
+        """Convolve x, (N, C_in, *size) or (C_in, *size), with the constructed kernel.
+
+        `shared` is what torch.fx graphs pass, so that they hold shared geometry; it is not used.
+        """
         if is_traced(x):
             return as_node(self, x)
         kernel, margins = self._cropped_kernel()

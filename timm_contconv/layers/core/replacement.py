@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from .arguments import PADDING_MODES, check_channels, check_choice, check_padding, per_dimension
@@ -34,7 +33,6 @@ def check_init(init: str) -> None:
         raise ValueError(f"init={init!r}: expected 'fit' (start from the replaced kernel) or 'random'")
 
 
-@register_notrace_module
 class ConvReplacement(nn.Module, ABC):
     """A layer that can replace a plain convolution.
 

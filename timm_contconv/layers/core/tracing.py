@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Proxy
 
 __all__ = ["as_node", "is_traced"]
@@ -15,7 +15,7 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, Proxy)
 
 
-def as_node(layer: nn.Module, x: Any, **arguments: Any) -> Tensor:
+def as_node(layer: Any, x: Any, **arguments: Any) -> Tensor:
     """The call of a layer as a node of the graph that is being traced.
 
     Raises:
@@ -26,6 +26,11 @@ def as_node(layer: nn.Module, x: Any, **arguments: Any) -> Tensor:
             f"root: a {type(layer).__name__} is one node of a graph and can't be traced alone; trace a module that"
             " holds it, as nn.Sequential(layer)"
         )
-    target = x.tracer.path_of_module(layer)
-    node: Any = x.tracer.create_proxy("call_module", target, (x,), arguments)
+    tracer, owner = x.tracer, layer.geometry_owner
+    if owner.geometry_home is not owner:  # a graph holds what its nodes take
+        home = tracer.path_of_module(owner.geometry_home)
+        names = (f"{home}.{name}" for name in owner.geometry_names)
+        arguments["shared"] = tuple(tracer.create_proxy("get_attr", name, (), {}) for name in names)
+    target = tracer.path_of_module(layer)
+    node: Any = tracer.create_proxy("call_module", target, (x,), arguments)
     return node

@@ -152,8 +152,11 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
 
     # ---- the convolution
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Smooth and convolve x, (N, C_in, H, W) or (C_in, H, W)."""
+    def forward(self, x: Tensor, shared: Sequence[Tensor] = ()) -> Tensor:
+        """Smooth and convolve x, (N, C_in, H, W) or (C_in, H, W).
+
+        `shared` is what torch.fx graphs pass, so that they hold shared geometry; it is not used.
+        """
         if is_traced(x):
             return as_node(self, x)
         if self.spec.order == "after":

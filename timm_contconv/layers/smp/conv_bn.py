@@ -61,8 +61,11 @@ class SmpConvBn2d(ConvReplacement):
     def compile_construction(self, mode: CompileMode) -> None:
         self.conv.compile_construction(mode)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) to (N, C_out, H', W')."""
+    def forward(self, x: Tensor, shared: Sequence[Tensor] = ()) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H', W').
+
+        `shared` is what torch.fx graphs pass, so that they hold shared geometry; it is not used.
+        """
         if is_traced(x):
             return as_node(self, x)
         y = self.bn(self.conv(x))
