@@ -1,7 +1,7 @@
 """CC layers at any scale: the last layer of the internal net comes after the sum over the neighbours.
 
-The last layer is linear, so the sum of Shocher et al. 2020, Block 4, may be taken of the features that come before it.
-That is the same sum in another order, and never needs the weights of all output pixels.
+The last layer is linear, so the sum of Shocher et al. 2020, Block 4, can be computed on its input features. This gives
+the same result and never needs the weights of all output pixels.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["Features", "features_first"]
 #: a function from vertical (A,) and horizontal (B,) distances to (A, B, F) features
 Features = Callable[[Tensor, Tensor], Tensor]
 
-#: bytes: on the CPU half of it, what a chunk computes, is about what a core's cache holds
+#: bytes; half of the CPU's limit, for the values of a chunk, is about the size of a core's cache
 MEMORY_LIMIT_CPU, MEMORY_LIMIT = 2**23, 2**29
 
-#: what an internal net holds for each distance, in units of its last layer: an estimate for the memory that it takes
+#: estimate of the numbers that an internal net holds for each distance, relative to the size of its last layer
 HELD_FEATURES = 8
 
 
@@ -40,10 +40,10 @@ def features_first(
     groups: int,
     memory_limit: int | None = None,
 ) -> Tensor:
-    """The neighbours summed with the features of their distances, then the net's last layer as a 1x1 convolution.
+    """Sum the neighbours, weighted by the features of their distances; then apply the last layer as a 1x1 convolution.
 
-    Images and rows of the output are computed in chunks, and computed again in the backward pass, where all at once
-    would take more than `memory_limit`.
+    If this needs more than `memory_limit`, images and output rows are computed in chunks, and again in the backward
+    pass.
 
     Args:
         x: (N, C_in, H, W) images.
@@ -51,10 +51,10 @@ def features_first(
         features: the layers before it.
         bias: (C_out,) or None.
         plan: the geometry.
-        groups: number of blocks of channels that are convolved apart.
-        memory_limit: bytes, as an estimate, that a chunk may take: half for the padded images with a pixel's values
-            beside one another, half for neighbours, features and their sums. A chunk is at least a row of one image.
-            In a backward pass all padded images are there. None is 8 MiB on the CPU and 512 MiB elsewhere.
+        groups: as for `nn.Conv2d`.
+        memory_limit: estimated bytes that a chunk may take: half for the padded images, channels last, half for
+            neighbours, features and their sums. A chunk is at least a row of one image. A backward pass holds all
+            padded images. None is 8 MiB on the CPU and 512 MiB elsewhere.
 
     Returns:
         (N, C_out, H', W').
@@ -66,7 +66,7 @@ def features_first(
 
 
 def _chunk_sizes(x: Tensor, weight: Tensor, axes: tuple[Axis, Axis], memory_limit: int) -> tuple[int, int]:
-    """Images and, of these, rows of the output that are computed at once."""
+    """The number of images, and of output rows of these images, that are computed at once."""
     (batch, channels), taps, features = x.shape[:2], axes[0].support * axes[1].support, weight.shape[-1]
     limit = memory_limit // max(4, x.element_size()) // 2  # numbers, not bytes
     height, width = [axis.size + sum(axis.margins) for axis in axes]  # padded
@@ -80,7 +80,7 @@ def _chunk_sizes(x: Tensor, weight: Tensor, axes: tuple[Axis, Axis], memory_limi
 def _of_images(
     x: Tensor, weight: Tensor, features: Features, bias: Tensor | None, plan: Plan, groups: int, at_once: int
 ) -> Tensor:
-    """`features_first` of all images at once, with so many rows at once."""
+    """`features_first` for all images at once, `at_once` rows at a time."""
     axes = rows, columns = plan.axes
     padded = pad_image(x, (rows.margins, columns.margins), plan.padding_mode)
     padded = padded.permute(2, 3, 0, 1).contiguous()  # a pixel's values lie together
@@ -96,11 +96,11 @@ def _of_images(
 def _in_chunks(
     x: Tensor, weight: Tensor, features: Features, axes: tuple[Axis, Axis], groups: int, at_once: int
 ) -> Tensor:
-    """`_features_then_weight` of all rows, so many at once; only the rows of x are kept for the backward pass."""
+    """`_features_then_weight` of all rows, `at_once` at a time; the backward pass keeps only the rows of x."""
     rows, top = axes[0], -axes[0].first(0)
     ranges = [(start, min(start + at_once, rows.out_size)) for start in range(0, rows.out_size, at_once)]
     windows = [(rows.first(a) + top, rows.first(b - 1) + top + rows.support) for a, b in ranges]
-    # cut once, where windows start or end: a slice for each would fill the whole gradient of x for each
+    # one split at all starts and ends of windows: the backward pass of a slice would fill the whole gradient of x
     cuts = sorted({0, x.shape[0], *(end for window in windows for end in window)})
     pieces = dict(zip(cuts, x.split([b - a for a, b in itertools.pairwise(cuts)]), strict=False))
     chunks = []
@@ -124,7 +124,7 @@ def _features_then_weight(
     start: int,
     stop: int,
 ) -> Tensor:
-    """Output rows start..stop-1, (stop - start, W', N, C_out), of their neighbours, (H, W, N, C_in) in pieces."""
+    """Output rows start..stop-1, (stop - start, W', N, C_out), from input rows (H, W, N, C_in), given in pieces."""
     rows, columns = axes
     x = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
     row = neighbours(rows, start, stop, x.device) - rows.first(start)

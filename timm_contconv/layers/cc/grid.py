@@ -1,7 +1,7 @@
 """The projected grid of CC layers and its neighbours (Shocher et al. 2020, Blocks 1 and 2), in exact integers.
 
-A scale is a fraction p/q. Then every position on the projected grid is a multiple of 1/(2p), and nothing depends on
-how floating point rounds where a position lies halfway between two pixels.
+A scale is a fraction p/q. So every position on the projected grid is a multiple of 1/(2p), and a position halfway
+between two pixels does not depend on floating-point rounding.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Rounding = Literal["ceil", "floor", "round"]
 #: numerator and denominator of a scale
 Ratio = tuple[int, int]
 
-#: a scale is taken as the nearest fraction with at most this denominator, less than 1e-12 away
+#: a scale becomes the nearest fraction with at most this denominator, less than 1e-12 away
 LARGEST_DENOMINATOR = 10**6
 #: bounds on a scale
 SMALLEST_SCALE, LARGEST_SCALE = Fraction(1, 256), Fraction(256)
-#: any multiple: only what is left over after a whole number of strides matters
+#: size of the images in `strided_axes`, in strides; only the remainder of size / stride matters
 STRIDES = 4
 
 
@@ -50,7 +50,7 @@ class Axis(NamedTuple):
     Attributes:
         size, out_size: pixels before and after.
         numerator, denominator: p and q of the scale p/q, in lowest terms.
-        support: pixels that the kernel reaches.
+        support: pixels that the kernel covers.
     """
 
     size: int
@@ -60,7 +60,7 @@ class Axis(NamedTuple):
     support: int
 
     def position(self, n: int) -> int:
-        """2p · g_n of the paper's Eq. 2: where output pixel n lies in the input, in units of 1/(2p) pixels."""
+        """2p · g_n of the paper's Eq. 2: the position of output pixel n in the input, in units of 1/(2p) pixels."""
         return 2 * n * self.denominator + self.numerator * (self.size - 1) - self.denominator * (self.out_size - 1)
 
     def first(self, n: int) -> int:
@@ -69,12 +69,12 @@ class Axis(NamedTuple):
 
     @property
     def period(self) -> int:
-        """Output pixels after which the distances to the neighbours repeat."""
+        """Number of output pixels after which the distances to the neighbours repeat."""
         return self.numerator
 
     @property
     def margins(self) -> tuple[int, int]:
-        """Pixels that neighbours lie outside of the input, before and after it; negative where none comes near."""
+        """How far neighbours lie outside the input, before and after it, in pixels; negative if all lie inside."""
         return -self.first(0), self.first(self.out_size - 1) + self.support - self.size
 
 
@@ -91,7 +91,7 @@ def neighbours(axis: Axis, start: int, stop: int, device: torch.device | None = 
     """Neighbours of output pixels start..stop-1 (Block 2).
 
     Returns:
-        (stop - start, support) indices of input pixels; they are negative or too large beyond the borders.
+        (stop - start, support) indices of input pixels; negative or too large beyond the borders.
     """
     position = _positions(axis, torch.arange(start, stop, device=device))
     first = -torch.div(axis.numerator * axis.support - position, 2 * axis.numerator, rounding_mode="floor")
@@ -110,15 +110,15 @@ def _positions(axis: Axis, n: Tensor) -> Tensor:
 
 
 def reference_axes(scale: Sequence[Ratio], support: Sequence[int]) -> tuple[Axis, Axis]:
-    """Rows and columns of the smallest image with a whole size · scale."""
+    """Rows and columns of the smallest image for which size · scale is an integer."""
     rows, columns = (Axis(q, p, p, q, size) for (p, q), size in zip(scale, support, strict=True))
     return rows, columns
 
 
 def strided_axes(stride: int, support: int, rounding: Rounding) -> list[Axis]:
-    """Axes at scale 1/stride: a size that is a multiple of the stride, and one beside it with another parity.
+    """Axes at scale 1/stride: a size that is a multiple of the stride, and a neighbouring one with another parity.
 
-    All other sizes have the distances of one of these two, so a kernel can't be fitted to more of them.
+    These two have all distances that occur at any size.
     """
     beside = 1 if rounding == "floor" else -1
     sizes = [STRIDES * stride] if stride == 1 else [STRIDES * stride, STRIDES * stride + beside]
@@ -126,9 +126,9 @@ def strided_axes(stride: int, support: int, rounding: Rounding) -> list[Axis]:
 
 
 def plateaus(scale: Ratio, support: int, rounding: Rounding) -> list[tuple[float, float]]:
-    """Lowest and highest distance at which each pixel of a kernel is found, in the pixels' order.
+    """Lowest and highest distance of each pixel of a kernel, in the pixels' order.
 
-    At scales 1/k these are the distances that occur; at others, the pixels lie one apart about the centre.
+    At scales 1/k these are the distances that occur; at other scales the pixels have a distance of one.
     """
     numerator, denominator = scale
     if numerator > 1:
@@ -151,10 +151,10 @@ def output_size(size: int, ratio: Ratio, rounding: Rounding) -> int:
 
 
 def ratios(name: str, value: Scale) -> tuple[Ratio, Ratio]:
-    """A scale for both dimensions, or one for each, as fractions in lowest terms.
+    """One scale for both dimensions, or one for each, as fractions in lowest terms.
 
     Raises:
-        ValueError: it is not a number from 1/256 to 256, or there are not two.
+        ValueError: not a number from 1/256 to 256, or not two of them.
     """
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2:
@@ -176,7 +176,7 @@ def _ratio(name: str, value: float | Fraction) -> Ratio:
 
 
 def initial_scale(stride: tuple[int, ...], scale: Scale | None) -> tuple[Ratio, Ratio]:
-    """The scale that a layer is built with: the given one, or 1/stride.
+    """The scale of a new layer: the given one, or 1/stride.
 
     Raises:
         ValueError: both are given, or one is out of range.
@@ -191,11 +191,7 @@ def initial_scale(stride: tuple[int, ...], scale: Scale | None) -> tuple[Ratio, 
 
 
 def scale_of(size: Sequence[int], scale: Scale | None, out_size: Sequence[int] | None) -> tuple[Ratio, Ratio] | None:
-    """The scale that a call asks for, if it does: by a scale, or by the size of the output.
-
-    Raises:
-        ValueError: as `ratios`.
-    """
+    """The scale of a call that gives one, or the size of the output; None otherwise. Errors as `ratios`."""
     if scale is not None:
         return ratios("scale", scale)
     return None if out_size is None else (_ratio_of(out_size[0], size[0]), _ratio_of(out_size[1], size[1]))
@@ -204,7 +200,7 @@ def scale_of(size: Sequence[int], scale: Scale | None, out_size: Sequence[int] |
 def _ratio_of(after: int, before: int) -> Ratio:
     """The ratio of two sizes in lowest terms."""
     divisor, rest = after, before
-    while rest:  # not math.gcd, which torch.compile can't trace with sizes that change
+    while rest:  # not math.gcd: torch.compile can't trace it with dynamic sizes
         divisor, rest = rest, divisor % rest
     return after // divisor, before // divisor
 

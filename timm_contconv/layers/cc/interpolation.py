@@ -1,4 +1,4 @@
-"""Hidden layers of an internal net that interpolate linearly between the pixels of a kernel: how CC layers start."""
+"""The start of CC layers: hidden layers that interpolate linearly between the pixels of a kernel."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ def interpolating_net(plateaus: Sequence[Sequence[tuple[float, float]]]) -> dict
     """Hidden layers whose features interpolate linearly between the pixels of a kernel.
 
     The features are the hat functions of a triangulation: 1 where both distances lie on a pixel's plateau, falling
-    linearly to 0 at the plateaus of its neighbours. They add up to 1 between pixels. So a last layer without a bias
-    holds the pixels of a kernel, and the net is that kernel, interpolated.
+    linearly to 0 at the plateaus of its neighbours. They add up to 1 between pixels. So the weights of a last layer
+    without a bias are the pixels of a kernel, and the net interpolates that kernel.
 
-    The first layer has a hinge at each end of each plateau. The second makes of them w, the distance counted in
-    plateaus, and its hinges, along both axes and the diagonal; the third makes of these the hat functions
+    The first layer has a hinge at each end of each plateau. The second turns them into w, the distance counted in
+    plateaus, and its hinges, along both axes and the diagonal. The third turns these into the hat functions
     max(0, 1 - (|a| + |b| + |a - b|) / 2), a = w_y - i, b = w_x - j.
 
     Args:
-        plateaus: for rows and for columns, the lowest and the highest distance of each of the kernel's pixels, pixels
-            in their order, so that distances fall.
+        plateaus: as for `InternalNet`.
 
     Returns:
         weight_1 to bias_3, in float64, with `interpolating_widths` units.
@@ -55,7 +54,7 @@ def _warp(plateaus: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
     low = torch.tensor([ends[0] for ends in rising], dtype=torch.float64)
     high = torch.tensor([ends[1] for ends in rising], dtype=torch.float64)
     gap = float(low[1] - high[0]) if len(rising) > 1 else 1 - float(high[0] - low[0])
-    starts = torch.cat([low[:1] - gap, high])  # where w begins to rise, and where it stops
+    starts = torch.cat([low[:1] - gap, high])  # w rises from a start to a stop
     stops = torch.cat([low, high[-1:] + gap])
     slopes = 1 / (stops - starts)
     return torch.cat([starts, stops]), torch.cat([slopes, -slopes])
@@ -81,7 +80,7 @@ def _hats(sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     for row in range(sizes[0]):
         for column in range(sizes[1]):
             hat = row * sizes[1] + column
-            i, j = sizes[0] - 1 - row, sizes[1] - 1 - column  # distances fall from pixel to pixel, w rises with them
+            i, j = sizes[0] - 1 - row, sizes[1] - 1 - column  # w rises with the distance, which falls along the pixels
             weight[hat, 0] = 1
             weight[hat, [row_bend + i, column_bend + j, diagonal_bend + i - j + sizes[1] - 1]] = -1
             bias[hat] = -i

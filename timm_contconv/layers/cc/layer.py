@@ -1,4 +1,4 @@
-"""ContinuousConv2d: a convolution with a continuous kernel, which resizes by any scale."""
+"""ContinuousConv2d: a convolution with a continuous kernel that resizes by any scale."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -48,34 +48,30 @@ from .spec import CcSpec
 
 __all__ = ["ContinuousConv2d"]
 
-#: scales with at most so many phases are computed as one convolution for each
+#: up to this number of phases, each one is computed as a convolution
 MOST_PHASES = 16
-
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 _cached_plan = functools.lru_cache(maxsize=4096)(resize_plan)
 
 
 class ContinuousConv2d(ConvReplacement):
-    """A convolution with a continuous kernel, which resizes by any scale (Shocher et al. 2020).
+    """A convolution with a continuous kernel that resizes by any scale (Shocher et al. 2020).
 
     Output pixel n lies at g_n in the input (Eq. 2) and is the sum over its `kernel_size` neighbours m of
-    I[m] K(g_n - m) (Eq. 1). K is a small net. Beyond the borders an image goes on with zeros (as ResizeRight's
-    `pad_mode="constant"`), or as `padding_mode` says. There is no `weight`: the kernel depends on scale and size.
+    I[m] K(g_n - m) (Eq. 1). K is a small net. The default padding with zeros is ResizeRight's `pad_mode="constant"`.
+    There is no `weight`, because the kernel depends on scale and size.
 
     Args:
-        in_channels, out_channels, groups, bias, device, dtype: as for `nn.Conv2d`.
-        kernel_size: support of the kernel, in input pixels: so many neighbours along each axis; at most 31.
+        in_channels, out_channels, groups, bias, padding_mode, device, dtype: as for `nn.Conv2d`.
+        kernel_size: support of the kernel: the number of neighbours along each axis, in input pixels; at most 31.
         stride: the layer's scale is 1/stride, unless `scale` is given.
-        padding: only "same": the projected grid says where the kernel is applied, and how often.
+        padding: only "same", because the projected grid gives the positions of the kernel.
         dilation: only 1.
-        padding_mode: "zeros", "reflect", "replicate" or "circular".
         scale: size of the output relative to the input's; a number from 1/256 to 256, or one for rows and one for
             columns.
-        rounding: the output has ceil(size · scale) pixels, as in the paper, or "floor", or "round".
+        rounding: the output has ceil(size · scale) pixels, as in the paper; or "floor" or "round".
         hidden: as for `CcSpec`.
-        memory_limit: bytes that a pass at a scale of many phases may take for what it computes in between; above
-            that it works in chunks and computes them again in the backward pass. As for `features_first`.
+        memory_limit: bytes for intermediate values at a scale of many phases, as for `features_first`.
         compile: as for `KernelConv`.
 
     Parameters:
@@ -98,7 +94,7 @@ class ContinuousConv2d(ConvReplacement):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
+        padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -115,7 +111,7 @@ class ContinuousConv2d(ConvReplacement):
             check_counts(memory_limit=memory_limit)
         self._set_arguments(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         if max(self.dilation) > 1:
-            raise ValueError(f"dilation={dilation!r}: expected 1; a larger kernel_size reaches further")
+            raise ValueError(f"dilation={dilation!r}: expected 1; use a larger kernel_size to reach further")
         self.rounding: Rounding = rounding
         self.memory_limit = memory_limit
         self._ratios = self._built_ratios = initial_scale(self.stride, scale)
@@ -129,7 +125,7 @@ class ContinuousConv2d(ConvReplacement):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: the kernel as the internal net says, the bias as that of `nn.Conv2d`."""
+        """Draw all parameters anew: the kernel as `InternalNet` does, the bias as `nn.Conv2d` does."""
         self.net.reset_parameters()
         if self.bias is not None:
             nn.init.uniform_(self.bias, -self.net.bound, self.net.bound)
@@ -178,14 +174,13 @@ class ContinuousConv2d(ConvReplacement):
             y = apply_kernels(images, self._kernels(plan), self.bias, plan, self.groups)
         else:
             weight = self.net.inputs()["weight"]
-            features, bias = self.net.features, self.bias
-            y = features_first(images, weight, features, bias, plan, self.groups, self.memory_limit)
+            y = features_first(images, weight, self.net.features, self.bias, plan, self.groups, self.memory_limit)
         return y if x.ndim == 4 else y.squeeze(0)
 
     def plan(
         self, size: Sequence[int], scale: Scale | None = None, out_size: int | Sequence[int] | None = None
     ) -> Plan:
-        """How an image of `size` pixels is resized; other arguments as `scale` and `size` of `forward`."""
+        """The geometry for an image of `size` pixels; `scale` and `out_size` are `scale` and `size` of `forward`."""
         if out_size is not None:
             out_size = per_dimension("size", out_size, 2, minimum=1)
         ratio = scale_of(size, scale, out_size) or self._ratios
@@ -221,18 +216,17 @@ class ContinuousConv2d(ConvReplacement):
             columns: (..., B) horizontal distances.
 
         Returns:
-            (..., C_out, C_in/groups, A, B), the dimensions ahead being those of rows, then of columns; in the
-            parameters' dtype, differentiable.
+            (..., C_out, C_in/groups, A, B), with the leading dimensions of rows, then of columns; in the parameters'
+            dtype, differentiable.
         """
         device = self.net.weight.device
         kernels = self.net(*(values.reshape(-1, values.shape[-1]).to(device) for values in (rows, columns)))
         return kernels.reshape(*rows.shape[:-1], *columns.shape[:-1], *kernels.shape[2:])
 
     def construct(self) -> Tensor:
-        """The kernel of the first output pixel, where size · scale is whole; at scale 1/k that of all pixels.
+        """The kernel of the first output pixel if size · scale is an integer; at scale 1/k that of all pixels.
 
-        Returns:
-            (C_out, C_in/groups, *kernel_size), differentiable with respect to the parameters.
+        (C_out, C_in/groups, *kernel_size), differentiable.
         """
         return self.kernel_at(*self.weight_distances())
 
@@ -251,11 +245,10 @@ class ContinuousConv2d(ConvReplacement):
 
         Args:
             samples: along each axis.
-            channels: so many output channels, for the first input channel.
+            channels: number of output channels, for the first input channel.
 
         Returns:
-            (channels, samples, samples); distances fall from support/2 to -support/2, as the pixels of a kernel follow
-            one another.
+            (channels, samples, samples); distances fall from support/2 to -support/2, as along the pixels of a kernel.
         """
         centres = (torch.arange(samples, device=self.net.weight.device) + 0.5) / samples - 0.5
         features = self.net.features(*(-size * centres for size in self.kernel_size))
@@ -282,12 +275,8 @@ class ContinuousConv2d(ConvReplacement):
     def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
         """Solve the last layers of the internal nets by least squares, so that the kernels are those of `convs`.
 
-        At the distances that occur with sizes that are multiples of the stride, and with those beside them. That is
-        exact where the support holds the pixels that a convolution reads and the hidden layers suffice, as those of
-        `hidden=None` do.
-
-        Raises:
-            ValueError: a convolution has no weights (meta device).
+        The fit covers all distances that occur at scale 1/stride. It is exact if the support holds the pixels that a
+        convolution reads and the hidden layers suffice, as those of `hidden=None` do.
         """
         require_weights(convs)
         for layer, conv in zip(layers, convs, strict=True):
@@ -295,26 +284,25 @@ class ContinuousConv2d(ConvReplacement):
             copy_bias_(layer.bias, conv)
 
     def fit_error(self, conv: PlainConv) -> float:
-        """||kernel - kernel of conv|| / ||kernel of conv||, where input sizes are multiples of the stride."""
+        """||kernel - kernel of conv|| / ||kernel of conv||, for input sizes that are multiples of the stride."""
         return distance_from(conv, self.construct(), self._reference_axes)
 
     def to_conv(self) -> nn.Module:
-        """The strided convolution with the same output, where input sizes are multiples of the stride.
+        """The strided convolution with the same output, for input sizes that are multiples of the stride.
 
-        With other sizes the projected grid lies elsewhere between the pixels, and the kernel there is another one.
+        Other sizes shift the projected grid between the pixels, and so change the kernel.
 
         Raises:
             ValueError: the scale is not 1/k.
         """
         require_strides(self._ratios)
-        axes = self._reference_axes
-        conv = merged_conv(self.construct(), self.bias, axes, self.rounding, self.padding_mode, self.groups)
-        return _trained_as(self, conv)
+        kernel, axes = self.construct(), self._reference_axes
+        return _trained_as(self, merged_conv(kernel, self.bias, axes, self.rounding, self.padding_mode, self.groups))
 
     def to_conv_like(self, conv: PlainConv) -> PlainConv | None:
-        """A copy of `conv`, which this layer stands in for, with this layer's kernel where it reads the same pixels.
+        """A copy of `conv`, which this layer stands in for, with this layer's kernel at the pixels that both read.
 
-        `conv` may be on the meta device. None where more than 1e-5 of the kernel's mass lies elsewhere.
+        `conv` may be on the meta device. None if more than 1e-5 of the kernel's mass lies on other pixels.
 
         Raises:
             ValueError: the scale is not 1/stride.
@@ -325,14 +313,13 @@ class ContinuousConv2d(ConvReplacement):
             return None
         plain = copy.deepcopy(conv)
         plain.weight = nn.Parameter(kernel)
-        if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        plain.bias = copy.deepcopy(self.bias)
         return _trained_as(self, plain)
 
     # ---- reports, saving, modes
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
-        """Multiply-adds for one sample, at the layer's scale; building kernels is not counted."""
+        """Multiply-adds for one sample, at the layer's scale, without the construction of kernels."""
         taps, out_channels = math.prod(self.kernel_size), self.out_channels // self.groups
         per_pixel = out_channels * taps
         if self._ratios[0][0] * self._ratios[1][0] > MOST_PHASES:
@@ -353,23 +340,18 @@ class ContinuousConv2d(ConvReplacement):
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        text = (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, scale={scale_text(self._ratios)}"
-        )
-        for name, value, default in (
-            ("rounding", self.rounding, "ceil"),
-            ("groups", self.groups, 1),
-            ("bias", self.bias is not None, True),
-            ("padding_mode", self.padding_mode, "zeros"),
-        ):
-            text += f", {name}={value}" if value != default else ""
-        return text
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        text += f", scale={scale_text(self._ratios)}"
+        for name, default in (("rounding", "ceil"), ("groups", 1), ("padding_mode", "zeros")):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text if self.bias is not None else f"{text}, bias=False"
 
 
 CcSpec.layers = {2: ContinuousConv2d}
 
 
 def _trained_as(layer: ContinuousConv2d, conv: PlainConv) -> PlainConv:
-    """`conv`, which trains and is in training mode if the layer does and is."""
+    """`conv` with the layer's training mode; its weight needs a gradient if the layer's net does."""
     conv.weight.requires_grad_(any(value.requires_grad for value in layer.net.inputs().values()))
     return conv.train(layer.training)

@@ -1,15 +1,14 @@
-"""CC layers and plain strided convolutions: which pixels both read, and how each gets the other's kernel."""
+"""CC layers from plain strided convolutions, and back: the pixels that both read, and the kernels of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import Conv2dSame
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.plain import NEGLIGIBLE, PlainConv, plain_conv
+from ..core.plain import NEGLIGIBLE, PlainConv, has_same_padding, plain_conv
 from .grid import Axis, Ratio, Rounding, distances, scale_text, strided_axes
 
 __all__ = [
@@ -24,10 +23,10 @@ __all__ = [
 
 
 def rounding_of(conv: PlainConv) -> Rounding:
-    """How the output size of a convolution rounds size / stride.
+    """The rounding of size / stride in the output size of a convolution.
 
     Raises:
-        ValueError: it is neither ceil(size / stride) nor floor(size / stride) for all sizes.
+        ValueError: it is neither ceil nor floor for all sizes.
     """
     for rounding in ("ceil", "floor"):
         if all(_rounds(conv, dim, rounding) for dim in range(2)):
@@ -40,24 +39,18 @@ def rounding_of(conv: PlainConv) -> Rounding:
 
 def _rounds(conv: PlainConv, dim: int, rounding: Rounding) -> bool:
     kernel_size, stride = conv.kernel_size[dim], conv.stride[dim]
-    if _is_same(conv):
+    if has_same_padding(conv):
         return rounding == "ceil" or stride == 1
     margin = 2 * _padding(conv, dim) - kernel_size + stride  # output: floor((size + margin) / stride)
     return margin == (stride - 1 if rounding == "ceil" else 0)
 
 
 def require_strides(scale: Sequence[Ratio], stride: Sequence[int] | None = None) -> None:
-    """Refuse a scale that is not 1/stride, or for stride=None not that of any stride.
-
-    Raises:
-        ValueError: names the scale, and what is allowed.
-    """
+    """Raise a ValueError if the scale is not 1/stride, or, for stride=None, not 1/k for any integer k."""
     wanted = [(1, denominator) for _, denominator in scale] if stride is None else [(1, s) for s in stride]
     if list(scale) != wanted:
-        expected = "1/k, k whole," if stride is None else f"1/stride, stride {tuple(stride)},"
-        raise ValueError(
-            f"scale={scale_text(scale)}: expected {expected} which a plain convolution has too; `layer.scale` sets it"
-        )
+        expected = "1/k, k an integer" if stride is None else f"1/stride, stride {tuple(stride)}"
+        raise ValueError(f"scale={scale_text(scale)}: expected {expected}; set `layer.scale` before merging")
 
 
 # ---- from a convolution
@@ -84,8 +77,8 @@ def fit_last_layer(
 ) -> None:
     """Set the last layer of an internal net, in place, so that the kernel is that of a strided convolution.
 
-    Least squares over the distances of `strided_axes`; the layer's bias, the last feature, is used where the others
-    leave something.
+    Least squares over the distances of `strided_axes`. The layer's bias, the last feature, is used only if the other
+    features are not exact.
 
     Args:
         weight: (C_out, C_in/groups, F + 1), changed.
@@ -109,7 +102,7 @@ def fit_last_layer(
 def _distances_and_taps(
     conv: PlainConv, dim: int, support: int, rounding: Rounding, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(D,) distances that occur, and the index of the kernel's pixel at each, -1 where the convolution reads none."""
+    """(D,) distances that occur, and the index of the kernel's pixel at each; -1 if the convolution reads none."""
     axes = strided_axes(conv.stride[dim], support, rounding)
     taps = torch.full((len(axes), support), -1, device=device)
     for row, axis in zip(taps, axes, strict=True):
@@ -119,7 +112,7 @@ def _distances_and_taps(
 
 
 def _least_squares(a: Tensor, b: Tensor) -> Tensor:
-    """The smallest x with the least ||a x - b||, also where a has a low rank."""
+    """The smallest x with the least ||a x - b||, also if a is rank-deficient."""
     return torch.linalg.pinv(a, rtol=1e-8) @ b
 
 
@@ -141,7 +134,7 @@ def merged_conv(
     kernel = F.pad(kernel, [n for dim in (1, 0) for n in _zeros_around(kernel.shape[2 + dim], first[dim])])
     pads = [max(-index, 0) for index in first]
     size = kernel.shape[2:]
-    short = any(2 * p - k != -1 for p, k in zip(pads, size, strict=True))  # of ceil(size / stride) outputs
+    short = any(2 * p - k != -1 for p, k in zip(pads, size, strict=True))  # fewer than ceil(size / stride) outputs
     even = all((k - s) % 2 == 0 for k, s in zip(size, stride, strict=True))
     same = rounding != "floor" and short and even and padding_mode == "zeros"
     padding: str | list[int] = "same" if same else pads
@@ -149,17 +142,17 @@ def merged_conv(
 
 
 def _zeros_around(size: int, first: int) -> tuple[int, int]:
-    """With which a kernel that reaches from pixel `first` on is placed by the same padding on both sides.
+    """Zeros before and after a kernel that starts at pixel `first`, so that one padding fits both sides.
 
-    It may start inside, being smaller than the stride; and where it ends before the padding does, as even ones with
-    stride 1, it would be applied once too often.
+    A kernel smaller than the stride may start inside the image. A kernel that ends before the padding does, as an even
+    one with stride 1, would give one output too many.
     """
     inside = max(first, 0)
     return inside, max(inside, -2 * first + 1 - size)
 
 
 def kernel_like(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tensor | None:
-    """The kernel of a convolution like `conv` that does what a continuous kernel does.
+    """The kernel that gives a convolution like `conv` the output of a continuous kernel.
 
     Args:
         conv: the convolution; it may be on the meta device.
@@ -167,7 +160,7 @@ def kernel_like(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tensor
         axes: rows and columns of an image whose size is a multiple of the stride.
 
     Returns:
-        (C_out, C_in/groups, *size of conv's kernel); None where more than 1e-5 of the mass would be lost.
+        (C_out, C_in/groups, *size of conv's kernel); None if more than 1e-5 of the mass would be lost.
     """
     placed = _in_place_of(conv, kernel, axes)
     mass = kernel.abs().sum(dtype=torch.float64)
@@ -185,11 +178,11 @@ def distance_from(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> floa
     return float(distance / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-# ---- where both read
+# ---- pixels that both read
 
 
 def _in_place_of(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tensor:
-    """A continuous kernel's pixels in the places of those of a convolution that read the same pixels; else 0."""
+    """A continuous kernel's pixels, moved to the pixels of a convolution's kernel that read the same input; else 0."""
     (own_rows, its_rows), (own_columns, its_columns) = (_overlap(conv, dim, axis) for dim, axis in enumerate(axes))
     placed = kernel.new_zeros(conv.weight.shape)
     placed[..., its_rows, its_columns] = kernel[..., own_rows, own_columns]
@@ -197,11 +190,7 @@ def _in_place_of(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tenso
 
 
 def _overlap(conv: PlainConv, dim: int, axis: Axis) -> tuple[slice, slice]:
-    """Where along one dimension a continuous kernel and that of a convolution read the same pixels.
-
-    Returns:
-        Indices of the neighbours, and of the convolution's kernel.
-    """
+    """Indices of the neighbours and of a convolution's kernel, along one dimension, that read the same pixels."""
     ahead = axis.first(0) + _padding_before(conv, dim, axis)  # index in the convolution of the first neighbour
     start = max(-ahead, 0)
     stop = max(min(axis.support, conv.kernel_size[dim] - ahead), start)
@@ -209,14 +198,10 @@ def _overlap(conv: PlainConv, dim: int, axis: Axis) -> tuple[slice, slice]:
 
 
 def _padding_before(conv: PlainConv, dim: int, axis: Axis) -> int:
-    if not _is_same(conv):
+    if not has_same_padding(conv):
         return _padding(conv, dim)
     total = (axis.out_size - 1) * conv.stride[dim] + conv.kernel_size[dim] - axis.size
     return max(total, 0) // 2
-
-
-def _is_same(conv: PlainConv) -> bool:
-    return isinstance(conv, Conv2dSame) or conv.padding == "same"
 
 
 def _padding(conv: PlainConv, dim: int) -> int:

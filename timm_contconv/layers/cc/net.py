@@ -1,7 +1,7 @@
 """The internal net of CC layers: the kernel as a function of sub-pixel distances (Shocher et al. 2020, Block 3).
 
-A sequence of 1x1 convolutions and ReLUs from a 2-D distance to the weights. All of it but the last, linear, layer
-gives features.
+The net is a sequence of 1x1 convolutions and ReLUs, from a 2-D distance to the weights. The input of the last, linear,
+layer is called features.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def internal_features(rows: Tensor, columns: Tensor, **hidden: Tensor) -> Tensor
         **hidden: weight_1 (H_1, 2), bias_1 (H_1,), weight_2 (H_2, H_1), bias_2 ...: the hidden layers.
 
     Returns:
-        (A, B, H_last + 1): outputs of the last hidden layer, and a one, for the bias of the layer after it.
+        (A, B, H_last + 1): outputs of the last hidden layer, and a one for the bias of the layer after it.
     """
     first, bias = hidden["weight_1"], hidden["bias_1"]
     y = (rows.unsqueeze(1) * first[:, 0]).unsqueeze(1) + (columns.unsqueeze(1) * first[:, 1] + bias)
@@ -71,7 +71,7 @@ class InternalNet(GeometryOwner):
         out_channels: C_out.
         in_channels: C_in/groups.
         plateaus: for rows and for columns, the lowest and the highest distance of each pixel of a kernel, in the
-            pixels' order, so that distances fall. With `hidden=None` the net starts as a kernel with these pixels.
+            pixels' order; distances fall. With `hidden=None` the net starts as a kernel with these pixels.
         hidden: as for `CcSpec`.
         device, dtype: of the parameters.
 
@@ -81,11 +81,10 @@ class InternalNet(GeometryOwner):
             are the geometry.
 
     Raises:
-        ValueError: from a forward pass, if a parameter is not finite. Not on an accelerator, which would have to be
-            waited for, nor in compiled graphs.
+        ValueError: from a forward pass, if a parameter is not finite (checked on the CPU, outside compiled graphs).
     """
 
-    #: the hidden layers: a pure function of distances and the geometry; a subclass may have another
+    #: the hidden layers, a pure function of distances and the geometry; a subclass may replace it
     function: ClassVar[Callable[..., Tensor]] = staticmethod(internal_features)
 
     def __init__(
@@ -114,15 +113,15 @@ class InternalNet(GeometryOwner):
 
     @property
     def bound(self) -> float:
-        """The pixels of a plain kernel start uniform between this number and its negative, as those of `nn.Conv2d`."""
+        """The pixels of a plain kernel start uniform in [-bound, bound], as those of `nn.Conv2d`."""
         return 1 / math.sqrt(self.weight.shape[1] * math.prod(self.support))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """With `hidden=None` the net starts as linear interpolation between the pixels of a kernel of `nn.Conv2d`.
 
-        Given hidden layers are drawn as `nn.Linear` draws them, and the last one so that kernels have the variance of
-        plain ones.
+        Otherwise hidden layers start as in `nn.Linear`, and the last one so that kernels have the variance of plain
+        ones.
         """
         if self.weight.is_meta:
             return
@@ -141,14 +140,14 @@ class InternalNet(GeometryOwner):
         self.weight[..., -1] = 0
 
     def _feature_norm(self) -> float:
-        """Root of the mean, over distances in the support, of the sum of the features' squares."""
+        """Root mean square, over distances in the support, of the norm of the features."""
         device = self.weight.device
         rows, columns = (size * (torch.arange(32, device=device) / 31 - 0.5) for size in self.support)
         phi = self.features(rows, columns)
         return max(float(phi[..., :-1].square().sum(-1).mean().sqrt()), 1e-3)
 
     def inputs(self) -> dict[str, Tensor]:
-        """All parameters by name, shared ones included, after a check that they are finite."""
+        """All parameters by name, including shared ones, after a check that they are finite."""
         inputs: dict[str, Tensor] = {"weight": self.weight, **self.geometry}
         for name, value in inputs.items():
             require_finite(name, value)
@@ -164,13 +163,10 @@ class InternalNet(GeometryOwner):
         return construct(function, inputs, self.weight.dtype, self.compile_mode)
 
     def features(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """What the last layer is applied to.
-
-        Args:
-            rows, columns: (A,) and (B,) distances in pixels.
+        """The input of the last layer at (A,) vertical and (B,) horizontal distances, in pixels.
 
         Returns:
-            (A, B, F + 1), in float32 (float64 if the parameters are float64), also under autocast.
+            (A, B, F + 1), in float32 (float64 for float64 parameters), also under autocast.
         """
         inputs = {"rows": rows, "columns": columns, **self.geometry}
         return construct(type(self).function, inputs, compute_dtype(self.weight.dtype), mode=False)

@@ -1,7 +1,7 @@
 """CC layers at scales with few phases: one ordinary convolution for each (Shocher et al. 2020, Block 4).
 
-Where a scale is p/q, the distances repeat every p output pixels. So there are p_y * p_x kernels, and the outputs with
-the same kernel are those of one strided convolution. At scale 1/k there is a single one.
+At a scale p/q the distances repeat every p output pixels. So there are p_y * p_x kernels, and one strided convolution
+computes all outputs of one kernel. At scale 1/k there is one kernel.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["apply_kernels", "as_images", "interleaved_conv", "strided_conv"]
 
 
 def apply_kernels(x: Tensor, kernels: Tensor, bias: Tensor | None, plan: Plan, groups: int) -> Tensor:
-    """The layer's output by the kernels of all phases.
+    """The layer's output, from the kernels of all phases.
 
     Args:
         x: (N, C_in, H, W) images.
         kernels: (p_y, p_x, C_out, C_in/groups, S_y, S_x).
         bias: (C_out,) or None.
         plan: the geometry.
-        groups: number of blocks of channels that are convolved apart.
+        groups: as for `nn.Conv2d`.
 
     Returns:
         (N, C_out, H', W').
@@ -62,14 +62,14 @@ def interleaved_conv(x: Tensor, kernels: Tensor, bias: Tensor | None, plan: Plan
 
 
 def _windows(axis: Axis) -> tuple[list[int], int, int]:
-    """Where each phase's neighbours start in the padded image, outputs of each phase, and pixels that these read."""
+    """The start of each phase's neighbours in the padded image; outputs per phase, and pixels that they read."""
     starts = [axis.first(i) - axis.first(0) for i in range(axis.period)]
     count = -(-axis.out_size // axis.period)
     return starts, count, (count - 1) * axis.denominator + axis.support
 
 
 def _phase_margins(axis: Axis) -> tuple[int, int]:
-    """Pixels to pad before and after the input, so that every phase has as many outputs."""
+    """Pixels to pad before and after the input, so that all phases have equally many outputs."""
     before, _ = axis.margins
     starts, _, length = _windows(axis)
     return before, starts[-1] + length - before - axis.size

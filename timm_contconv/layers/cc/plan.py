@@ -1,4 +1,4 @@
-"""What follows from the sizes of an image and of its output: where a CC layer's kernels are applied, and how many."""
+"""The geometry of a CC layer for one size of images and outputs: its kernels, and their positions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["Plan", "resize_plan"]
 
 
 class Plan(NamedTuple):
-    """What follows from the sizes of an image and its output.
+    """The geometry for one size of images and outputs.
 
     Attributes:
         axes: the geometry of rows and columns.
         phases: number of different sets of distances, p_y * p_x.
-        key: what all distances follow from. For rows and columns: numerator, denominator, support, and the distance of
-            the first output pixel from its first neighbour in units of 1/(2p) pixels.
-        padding_mode: how images go on beyond their borders.
-        padding: with which a convolution itself reaches the neighbours; None where it can't, or there are phases.
+        key: determines all distances. For rows and columns: numerator, denominator, support, and the distance of the
+            first output pixel from its first neighbour in units of 1/(2p) pixels.
+        padding_mode: as for `nn.Conv2d`.
+        padding: of a convolution that reads the same neighbours; None if there is none, or several phases.
     """
 
     axes: tuple[Axis, Axis]
@@ -37,7 +37,7 @@ def resize_plan(
     rounding: Rounding,
     padding_mode: str,
 ) -> Plan:
-    """The plan for images of `size` pixels at a scale; without an `out_size`, of size · scale, rounded."""
+    """The plan for images of `size` pixels at a scale. The default `out_size` is size · scale, rounded."""
     if out_size is None:
         out_size = [output_size(n, ratio, rounding) for n, ratio in zip(size, scale, strict=True)]
     axes = rows, columns = [Axis(size[d], out_size[d], *scale[d], support[d]) for d in (0, 1)]
@@ -48,7 +48,7 @@ def resize_plan(
 
 
 def _own_padding(axes: Sequence[Axis], padding_mode: str) -> tuple[int, int] | None:
-    """The padding with which a convolution itself reaches the same neighbours, or None where it can't."""
+    """The padding with which a convolution reads the same neighbours; None if there is none."""
     rows, columns = (-axis.first(0) for axis in axes)
     if padding_mode != "zeros" or min(rows, columns) < 0:
         return None

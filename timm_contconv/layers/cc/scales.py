@@ -1,4 +1,4 @@
-"""Other scales for a trained model's CC layers: for a while, or several averaged (Shocher et al. 2020, section 4)."""
+"""Other scales for the CC layers of a model: for a while, or several averaged (Shocher et al. 2020, section 4)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Scales = Mapping[str, Scale] | Sequence[Scale]
 
 @contextlib.contextmanager
 def cc_scales(model: nn.Module, scales: Scales) -> Iterator[nn.Module]:
-    """Give CC layers of a model other scales, until the block is left.
+    """Give CC layers of a model other scales until the end of the block.
 
-    The layers have them for all threads; blocks of several threads wait for one another. A backward pass through
-    gradient checkpoints runs layers again, and belongs inside the block.
+    The scales apply to all threads; blocks of several threads wait for each other. A backward pass through gradient
+    checkpoints runs layers again, so it has to be inside the block.
 
     Args:
         model: a model that holds `ContinuousConv2d` layers.
@@ -37,8 +37,8 @@ def cc_scales(model: nn.Module, scales: Scales) -> Iterator[nn.Module]:
         The model.
 
     Raises:
-        ValueError: the model holds no CC layer, a name is not that of one, the number of scales is not that of the
-            layers, or a scale is out of range. Nothing is changed then.
+        ValueError: the model holds no CC layer, a name is not a CC layer's, the number of scales is not that of the
+            layers, or a scale is out of range; then nothing is changed.
     """
     wanted = _by_name(model, scales)
     layers = _layers(model)
@@ -54,12 +54,12 @@ def cc_scales(model: nn.Module, scales: Scales) -> Iterator[nn.Module]:
 
 
 class ScaleEnsemble(nn.Module):
-    """A model applied several times, each with other scales in its CC layers; the outputs are averaged.
+    """The mean of a model's outputs over several sequences of scales for its CC layers.
 
     Args:
-        model: a model that holds `ContinuousConv2d` layers; its own scales say which size is expected.
-        sequences: as `cc_scales` takes them, at least one. [{}] are the model's own scales. Along every path through
-            the network their product is that of the model's own, so that sizes agree where paths meet and at the end.
+        model: a model that holds `ContinuousConv2d` layers; its own scales give the expected output size.
+        sequences: at least one sequence of scales, each as for `cc_scales`; {} are the model's own. Along every path
+            through the network the product of the scales must be that of the model's own scales, so that sizes agree.
 
     Raises:
         ValueError: as `cc_scales`.
@@ -76,9 +76,8 @@ class ScaleEnsemble(nn.Module):
         """The mean of the model's outputs for x.
 
         Raises:
-            ValueError: the model is in training mode; a sequence gives the last CC layer an output of another size
-                than the model's own scales do, or sizes that do not fit together elsewhere in the network. The
-                message has the sizes of all layers.
+            ValueError: the model is in training mode; or a sequence changes the output size of the last CC layer, or
+                gives sizes that do not fit in the network. The message has the sizes of all layers.
         """
         if self.model.training:
             raise ValueError("model: it is in training mode, expected eval(); an ensemble of scales is for inference")
@@ -115,12 +114,12 @@ class ScaleEnsemble(nn.Module):
                 f" theirs:\n{_table(sizes)}"
             )
         if not isinstance(y, Tensor):
-            raise ValueError(f"model: its output is a {type(y).__name__}, expected a tensor, of which there is a mean")
+            raise ValueError(f"model: its output is a {type(y).__name__}, expected a tensor")
         return y
 
 
 def scale_ensemble(model: nn.Module, sequences: Sequence[Scales]) -> ScaleEnsemble:
-    """A module that averages a model's outputs over several sequences of scales; `ScaleEnsemble` has the arguments."""
+    """A `ScaleEnsemble` of a model, which averages its outputs over several sequences of scales."""
     return ScaleEnsemble(model, sequences)
 
 
@@ -134,7 +133,7 @@ class LayerSizes(NamedTuple):
 
 @contextlib.contextmanager
 def _recording(model: nn.Module, sizes: list[LayerSizes]) -> Iterator[None]:
-    """Append the sizes of all CC layers that run, in the order in which they run."""
+    """Append the sizes of all CC layers that run, in their order of execution."""
 
     def record(name: str) -> Callable[[nn.Module, Any, Any, Tensor], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
@@ -152,7 +151,7 @@ def _recording(model: nn.Module, sizes: list[LayerSizes]) -> Iterator[None]:
 
 
 def _one_thread_at_a_time() -> contextlib.AbstractContextManager[Any]:
-    """For what changes layers for a while. A graph is traced by one thread, and holds no lock."""
+    """A lock for temporary changes of layers. torch.compile traces in one thread and can't trace a lock."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK
 
 
@@ -160,7 +159,7 @@ def _layers(model: nn.Module) -> dict[str, ContinuousConv2d]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, ContinuousConv2d)}
     if not found:
         raise ValueError(
-            f"model: this {type(model).__name__} holds no ContinuousConv2d; tcc.patch(model, 'cc') does it"
+            f"model: this {type(model).__name__} holds no ContinuousConv2d; tcc.patch(model, 'cc') adds them"
         )
     return found
 

@@ -20,12 +20,12 @@ Width = Annotated[Int, Field(ge=1, le=LARGEST_WIDTH)]
 
 
 class CcSpec(LayerSpec):
-    """Settings of a CC layer. In place of a convolution its scale is 1/stride, and its rounding as there.
+    """Settings of a CC layer. In place of a convolution it has the scale 1/stride and the convolution's rounding.
 
     Attributes:
-        kernel_size: support of the kernel in input pixels, at most 31; one int for both dimensions or one each. None is
-            the smallest support that holds the pixels that the replaced convolution reads.
-        hidden: units of the hidden layers of the internal net, 1 to 1024 in each of at most 8 layers. None means three
+        kernel_size: support of the kernel in input pixels, at most 31; one int for both dimensions or one each. None
+            for the smallest support that holds the pixels that the replaced convolution reads.
+        hidden: units of the hidden layers of the internal net, 1 to 1024 in each of at most 8 layers. None for three
             small layers that start as linear interpolation between the pixels of a kernel.
     """
 
@@ -41,11 +41,5 @@ class CcSpec(LayerSpec):
             raise ValueError(f"expected at most {LARGEST_SUPPORT} pixels, one int or one each for rows and columns")
         return size
 
-    def refusal(self, conv: PlainConv) -> str | None:
-        reason = super().refusal(conv)
-        if reason is None:
-            try:
-                rounding_of(conv)
-            except ValueError as error:
-                return str(error)
-        return reason
+    def check_conv(self, conv: PlainConv) -> None:
+        rounding_of(conv)

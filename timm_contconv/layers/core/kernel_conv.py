@@ -85,15 +85,8 @@ class KernelConv(ConvReplacement):
         elif settings:
             raise TypeError(f"{', '.join(settings)}: expected no settings beside spec, which holds them")
         self.method = spec.method
-        self.kernel: Kernel = spec.kernel(
-            spec,
-            self.out_channels,
-            self.in_channels // self.groups,
-            self.kernel_size,
-            causal=self.padding == "causal",
-            device=device,
-            dtype=dtype,
-        )
+        channels, causal = (self.out_channels, self.in_channels // self.groups), self.padding == "causal"
+        self.kernel: Kernel = spec.kernel(spec, *channels, self.kernel_size, causal=causal, device=device, dtype=dtype)
         self.compile_construction(compile)
         self._kept: Kept[tuple[Tensor, Margins | None]] = Kept()
         self.reset_parameters()

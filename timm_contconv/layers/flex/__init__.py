@@ -1,8 +1,8 @@
-"""FlexConv (Romero et al. 2022): kernels that a small network generates and a Gaussian mask of learned size cuts out.
+"""FlexConv (Romero et al. 2022): a small network generates the kernel, and a Gaussian mask learns its size.
 
 - magnet.py: the network, a function of controlled frequency.
-- grid.py: the pixels that a kernel is sampled at, at any resolution.
-- crop.py: which part of a masked kernel is not zero, so that only this part is convolved with.
+- grid.py: the pixels at which a kernel is sampled, at any resolution.
+- crop.py: the part of a masked kernel that is not zero; only this part is used in the convolution.
 - fit.py: networks that start as given kernels.
 - formula.py: the kernel as a function of its parameters, network times mask.
 - kernel.py: the kernel as a module, and its settings.

@@ -1,4 +1,4 @@
-"""FlexConv1d and 2d: convolutions with a `FlexKernel`, which run at any resolution."""
+"""FlexConv1d and 2d: convolutions with a `FlexKernel`, at any resolution."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class FlexConv(KernelConv):
     _made_padding: tuple[int, ...] | str
 
     def at_resolution(self, source: int, target: int) -> Self:
-        """Turn a layer for one resolution, in place, into the same function at another (Eq. 9).
+        """Adapt a layer, in place, from one resolution to another (Eq. 9).
 
-        The kernel is sampled at steps source / target as large, from its centre or from the newest sample of a causal
-        one, and multiplied by (source / target)^D, so that the layer sums over the same region of its input. Its size,
-        and padding that is given in pixels, are rounded: the region may end up to a pixel earlier or later. Turns of a
-        layer multiply exactly: one there and one back leave it as it was made.
+        The sampling steps of the kernel are multiplied by source / target, from its centre (causal: from the newest
+        sample), and its values by (source / target)^D, so that the layer sums over the same region of its input. The
+        kernel size, and padding in pixels, are rounded, so the region may end up to a pixel earlier or later. Several
+        changes multiply exactly: a change and its inverse restore the layer.
 
         Args:
-            source, target: sizes of the layer's input, in pixels, now and from now on.
+            source, target: sizes of the layer's input, in pixels, before and after the change.
 
         Returns:
             The layer.
@@ -57,22 +57,20 @@ class FlexConv(KernelConv):
 
 
 class FlexConv1d(FlexConv, KernelConv1d):
-    """`nn.Conv1d` with a `FlexKernel`: takes the arguments of `KernelConv1d`, and the settings of `FlexSpec`.
+    """`nn.Conv1d` with a `FlexKernel`: takes the arguments of `KernelConv1d` and the settings of `FlexSpec`.
 
     kernel_size is the size of the whole kernel, before the mask: as long as the sequence. The padding is "causal" by
-    default. Where the mask is under its threshold the kernel is zero, and what is zero at its borders is left out of
-    the convolution; `weight` gives the whole kernel all the same.
+    default. The kernel is zero where the mask is below its threshold. The convolution leaves out zero borders;
+    `weight` is still the whole kernel.
     """
 
     default_padding = "causal"
 
 
 class FlexConv2d(FlexConv, KernelConv2d):
-    """`nn.Conv2d` with a `FlexKernel`: takes the arguments of `KernelConv2d`, and the settings of `FlexSpec`.
+    """`nn.Conv2d` with a `FlexKernel`: as `FlexConv1d`, with the arguments of `KernelConv2d`.
 
-    kernel_size is the size of the whole kernel, before the mask: as large as the images, or one larger to be odd. The
-    padding is "same" by default. Where the mask is under its threshold the kernel is zero, and what is zero at its
-    borders is left out of the convolution; `weight` gives the whole kernel all the same.
+    kernel_size is as large as the images, or one larger to be odd. The padding is "same" by default.
     """
 
     default_padding = "same"

@@ -1,6 +1,6 @@
-"""Which part of a masked kernel is not zero, and for which mask that was found.
+"""The margins of a masked kernel, and the mask that they were found for.
 
-The other part is not convolved with. It is given as margins: pixels before and after, per spatial dimension.
+Margins are zero pixels before and after the kernel, per spatial dimension. The convolution leaves them out.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["Crop", "MaskValues", "margins_of_mask", "read_mask"]
 #: mean and sigma of a mask, one number per dimension each
 MaskValues = tuple[list[float], list[float]]
 
-COARSENESS = 16  # crops grow and shrink by this part of the kernel, so that there are few sizes
+COARSENESS = 16  # crops grow and shrink by 1/16 of the kernel, so that there are few sizes
 ROUNDING = 1e-3  # pixels; the mask itself is evaluated in float32
 
 
 def read_mask(mask: Sequence[Tensor]) -> MaskValues:
-    """Mean and sigma of a mask as numbers; an accelerator is waited for."""
+    """Mean and sigma of a mask as numbers; waits for an accelerator."""
     mean, sigma = torch.stack([value.detach() for value in mask]).tolist()
     return mean, sigma
 
@@ -37,8 +37,8 @@ class Crop:
     Attributes:
         margins: what the mask leaves out.
         values: of the mask.
-        tensors: the mask's mean and sigma on an accelerator, where their values are not compared; () on the CPU.
-        versions: of the tensors; every edit in place counts one on, but not one through `.data`.
+        tensors: the mask's mean and sigma on an accelerator, where values are not compared; () on the CPU.
+        versions: of the tensors; PyTorch counts every edit in place, except through `.data`.
     """
 
     margins: Margins
@@ -62,10 +62,10 @@ class Crop:
 
 
 def margins_of_mask(values: MaskValues, axes: Sequence[Axis], threshold: float, causal: bool) -> Margins:
-    """What may be left out of a kernel: pixels where a Gaussian mask is under the threshold along an axis.
+    """What may be left out of a kernel: pixels where a Gaussian mask is below the threshold along an axis.
 
-    At least one pixel is left. The rest is rounded outwards to one of few sizes, about 16 steps over the kernel. Steps
-    count from the centre, or from the last pixel of a causal kernel.
+    At least one pixel stays. The part that stays is rounded up to one of few sizes: the kernel has about 16 steps,
+    which count from the centre, or from the last pixel of a causal kernel.
 
     Args:
         values: of the mask; the kernel spans -1 to 1.
@@ -86,9 +86,9 @@ def margins_of_mask(values: MaskValues, axes: Sequence[Axis], threshold: float, 
 
 
 def _visible(middle: float, reach: float, axis: Axis) -> tuple[int, int]:
-    """The first and the last pixel that are no farther than `reach` from `middle`; at least one."""
+    """The first and the last pixel within `reach` of `middle`; at least one."""
     low, high = (axis.centre + (middle + side * reach) * axis.half for side in (-1, 1))
     first = math.ceil(min(max(low - ROUNDING, -1), axis.size))
     last = math.floor(min(max(high + ROUNDING, -1), axis.size))
-    first, last = min(first, last), max(first, last)  # turned round where the mask lies between two pixels
+    first, last = min(first, last), max(first, last)  # a mask between two pixels gives them in reverse
     return min(max(first, 0), axis.size - 1), min(max(last, 0), axis.size - 1)

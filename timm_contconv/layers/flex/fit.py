@@ -1,8 +1,8 @@
-"""MAGNets that start as given kernels: linear algebra in place of training.
+"""MAGNets that start as given kernels, found by linear algebra instead of training.
 
-A MAGNet with H hidden channels spans kernels of at most H + 1 dimensions over its outputs. The best H + 1 are the
-leading singular vectors of the kernels. Every hidden channel is a Gabor filter times any function out of the span of
-the layer before; where that space meets the wanted one, a vector is chosen, and the last layer is solved for.
+The outputs of a MAGNet with H hidden channels span at most H + 1 dimensions. The best ones are the leading singular
+vectors of the kernels. A hidden channel is a Gabor filter times any function in the span of the layer before. For each
+channel the fit chooses a vector that lies in that space and in the wanted one. Then it solves for the last layer.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .magnet import MAGNET_PARAMETERS, magnet_features, reset_magnet_
+from .magnet import GABOR_PARAMETERS, MAGNET_PARAMETERS, magnet_features, reset_magnet_
 
 __all__ = ["fit_magnet_"]
 
 SEED = 0
-SMALLEST_SINGULAR_VALUE = 1e-3  # relative; what is smaller is not inverted: exactness would cost huge weights
-SMALLEST_DIRECTION = 1e-7  # relative; kernels have nothing in directions with less
-MET = 1e-6  # 1 - cosine of two directions that count as one
+SMALLEST_SINGULAR_VALUE = 1e-3  # relative; smaller ones are not inverted, because the weights would be huge
+SMALLEST_DIRECTION = 1e-7  # relative; directions with less are noise
+MET = 1e-6  # 1 - cosine of two directions that count as equal
 FASTEST_SINE = 0.5  # of the initial filters, relative to the Nyquist frequency of the grid
 
 
@@ -40,7 +40,7 @@ def fit_magnet_(
         target: (C_out, C_in/groups, *K) kernels.
         mask: (prod(K),), fixed.
         coordinates: D axes (K_d,) of the grid.
-        reach: how far from 0 the kernels reach, per dimension.
+        reach: largest coordinate of the kernels, per dimension.
         nyquist: of the grid, in cycles per unit of the coordinates.
     """
     values = _initial(parameters, reach, nyquist)
@@ -61,7 +61,7 @@ def fit_magnet_(
 
 
 def _initial(parameters: Mapping[str, Tensor], reach: Sequence[float], nyquist: float) -> dict[str, Tensor]:
-    """Filters drawn with a seed of their own, spread over the kernels, no faster than the grid can show."""
+    """Filters drawn with a fixed seed, spread over the kernels, with frequencies below the grid's Nyquist frequency."""
     shapes = {name: (1,) if "output" in name else parameters[name].shape for name in MAGNET_PARAMETERS}
     values = {name: torch.empty(shape, dtype=torch.float64) for name, shape in shapes.items()}
     with torch.random.fork_rng(devices=[]):
@@ -73,7 +73,7 @@ def _initial(parameters: Mapping[str, Tensor], reach: Sequence[float], nyquist: 
 
 
 def _normalise_(values: Mapping[str, Tensor], axes: Sequence[Tensor]) -> None:
-    """Let the linear functions before the last layer have a mean square of 1 on the grid; products shrink otherwise."""
+    """Give the linear functions before the last layer a mean square of 1 on the grid; their products would vanish."""
     for layer in range(len(values["hidden_weight"]) - 1):
         weights = torch.cat((values["hidden_weight"][layer], values["hidden_bias"][layer, :, None]), 1)
         linear = weights @ _with_constant(_features(values, axes, layers=layer + 1))
@@ -83,7 +83,7 @@ def _normalise_(values: Mapping[str, Tensor], axes: Sequence[Tensor]) -> None:
 
 
 def _features(values: Mapping[str, Tensor], axes: Sequence[Tensor], layers: int | None = None) -> Tensor:
-    filters = {name: values[name][:layers] for name in ("sine_weight", "sine_bias", "mean", "gamma")}
+    filters = {name: values[name][:layers] for name in GABOR_PARAMETERS}
     return magnet_features(
         **filters, hidden_weight=values["hidden_weight"], hidden_bias=values["hidden_bias"], coordinates=axes
     )
@@ -94,7 +94,7 @@ def _with_constant(features: Tensor) -> Tensor:
 
 
 def _leading_directions(wanted: Tensor, mask: Tensor, count: int) -> Tensor:
-    """(prod(K), r <= count) orthonormal: what kernels (N, prod(K)) consist of besides the mask itself."""
+    """(prod(K), r <= count) orthonormal: the directions of kernels (N, prod(K)) besides the mask itself."""
     pixels = wanted.any(0).nonzero().flatten()
     own, shape = wanted[:, pixels], mask[pixels] / torch.linalg.vector_norm(mask[pixels]).clamp_min(1e-300)
     rest = own - (own @ shape).outer(shape)
@@ -111,7 +111,7 @@ def _choose_hidden_channels_(
 ) -> None:
     """Set the last hidden layer so that its channels, times the mask, span the directions."""
     before = _with_constant(_features(values, axes, layers=-1))
-    last = {name: values[name][-1:] for name in ("sine_weight", "sine_bias", "mean", "gamma")}
+    last = {name: values[name][-1:] for name in GABOR_PARAMETERS}
     filters = magnet_features(
         **last, hidden_weight=values["hidden_weight"][:0], hidden_bias=values["hidden_bias"][:0], coordinates=axes
     )
@@ -125,9 +125,9 @@ def _choose_hidden_channels_(
 
 
 def _meeting(space: Tensor, directions: Tensor, missing: Tensor) -> Tensor:
-    """The vector of span(directions) that lies in `space` and is farthest from what is covered; its coordinates.
+    """Coordinates of the vector of span(directions) that lies in `space` and has the largest part in `missing`.
 
-    Where the two spaces do not meet, the vector nearest to `space`.
+    If the two spaces do not intersect, it is the vector nearest to `space`.
     """
     _, cosines, right = torch.linalg.svd(space.mT @ directions, full_matrices=False)
     meets = int((cosines > 1 - MET).sum())
@@ -137,7 +137,7 @@ def _meeting(space: Tensor, directions: Tensor, missing: Tensor) -> Tensor:
 
 
 def _without(basis: Tensor, vector: Tensor) -> Tensor:
-    """An orthonormal basis of span(basis) without the direction that a vector has in it."""
+    """An orthonormal basis of span(basis) without the direction of a vector."""
     inside = basis.mT @ vector
     left, _, _ = torch.linalg.svd(inside[:, None], full_matrices=True)
     return basis @ left[:, 1:]

@@ -11,11 +11,11 @@ from .magnet import magnet_features
 
 __all__ = ["SMALLEST_SIGMA", "flex_kernel", "gaussian_mask"]
 
-SMALLEST_SIGMA = 1e-4  # below it a mask counts as this wide, so that nothing is divided by zero
+SMALLEST_SIGMA = 1e-4  # narrower masks are taken as this wide, so that nothing is divided by zero
 
 
 def gaussian_mask(mean: Tensor, sigma: Tensor, coordinates: Sequence[Tensor], threshold: float) -> Tensor:
-    """The anisotropic Gaussian mask on a grid (Romero et al. 2022, Eq. 1), zero where an axis is under the threshold.
+    """The anisotropic Gaussian mask on a grid (Romero et al. 2022, Eq. 1), zero where an axis is below the threshold.
 
     Args:
         mean, sigma: (D,).
@@ -49,7 +49,7 @@ def flex_kernel(
 ) -> Tensor:
     """Dense FlexConv kernel: MAGNet times mask (Romero et al. 2022, Eq. 1-8), times a factor (Eq. 9).
 
-    The mask multiplies the hidden channels instead of the kernel, of which there are more.
+    The mask multiplies the hidden channels instead of the kernel, because they are fewer.
 
     Args:
         sine_weight, ..., hidden_bias: see `magnet_features`.
@@ -58,7 +58,7 @@ def flex_kernel(
         mask_mean, mask_sigma: (D,), or None for no mask (CKConv).
         threshold: see `gaussian_mask`.
         scale: factor of the kernel.
-        coordinates: D tensors (K_d,), the axes of the grid, in the order of their names.
+        **coordinates: D tensors (K_d,), the axes of the grid, in the order of their names.
 
     Returns:
         (C_out, C_in/groups, *K).

@@ -1,4 +1,4 @@
-"""The pixels of a kernel that is a function over [-1, 1], at the resolution that it was made for and at others."""
+"""The pixels of a kernel that is a function over [-1, 1], at its original resolution and at others."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Axis:
     """Pixels along one dimension of a kernel.
 
     Attributes:
-        size: their number.
-        extent: steps from pixel to pixel between -1 and 1; 0 for a function that was made for a single pixel, at 0.
-        centre: the pixel at 0, counted from 0; it may lie between two.
+        size: number of pixels.
+        extent: steps from pixel to pixel between -1 and 1; 0 for a function of a single pixel, at 0.
+        centre: index of the pixel at 0; it may lie between two pixels.
     """
 
     size: int
@@ -34,7 +34,7 @@ class Axis:
         return (self.extent or 1) / 2
 
     def positions(self, first: int, end: int, like: Tensor) -> Tensor:
-        """Where the pixels from `first` to before `end` are, (end - first,), in the precision of construction."""
+        """Coordinates of the pixels first..end-1, (end - first,), in the precision of construction."""
         pixels = torch.arange(first, end, device=like.device, dtype=compute_dtype(like.dtype))
         return (pixels - self.centre) / self.half
 
@@ -42,9 +42,9 @@ class Axis:
 def sampled_axis(size: int, ratio: Fraction, causal: bool) -> Axis:
     """The axis of a kernel of `size` pixels at `ratio` times the resolution.
 
-    Steps are 1 / ratio as large, exactly. They count from the centre, or from the last pixel of a causal kernel, which
-    is the newest sample. As many pixels are taken as lie in [-1, 1] or end nearest to it; about a centre an even number
-    of them stays even while two are left.
+    Steps are divided by `ratio`, exactly. They count from the centre, or from the last pixel of a causal kernel, which
+    is the newest sample. The number of pixels is the one that covers [-1, 1] best. A kernel with a centre and an even
+    number of pixels keeps an even number, as long as two pixels are left.
     """
     extent = (size - 1) * ratio
     if causal:
@@ -56,10 +56,10 @@ def sampled_axis(size: int, ratio: Fraction, causal: bool) -> Axis:
 
 
 def resampled_padding(padding: int, size: int, axis: Axis, ratio: Fraction) -> int:
-    """The padding with which the output grows as the input does, as nearly as whole pixels can; at least 0.
+    """The padding, in whole pixels and at least 0, with which the output grows like the input.
 
     Args:
-        padding, size: on both sides and of the kernel, at the resolution that it was made for.
+        padding, size: the padding on both sides and the kernel size, at the original resolution.
         axis: of the kernel at `ratio` times the resolution.
     """
     lost = (size - 1 - 2 * padding) * ratio
@@ -67,5 +67,5 @@ def resampled_padding(padding: int, size: int, axis: Axis, ratio: Fraction) -> i
 
 
 def _nearest(number: Fraction) -> int:
-    """Of two that are as near, the smaller one: kernels were trained inside of [-1, 1]."""
+    """The nearest int; the smaller of two, because kernels were trained inside [-1, 1]."""
     return math.ceil(number - Fraction(1, 2))

@@ -23,31 +23,24 @@ from .crop import Crop, MaskValues, margins_of_mask, read_mask
 from .fit import fit_magnet_
 from .formula import SMALLEST_SIGMA, flex_kernel, gaussian_mask
 from .grid import sampled_axis
-from .magnet import (
-    ENVELOPE_CUT,
-    INPUT_SCALE,
-    MAGNET_PARAMETERS,
-    filter_frequencies,
-    magnet_shapes,
-    reset_magnet_,
-)
+from .magnet import ENVELOPE_CUT, INPUT_SCALE, MAGNET_PARAMETERS, filter_frequencies, magnet_shapes, reset_magnet_
 
 __all__ = ["FlexKernel", "FlexSpec"]
 
 THRESHOLD = 0.1  # Fig. 7
-NARROWEST = 1.01  # pixels that a constrained mask shows, more than one by what rounding may take away, in bfloat16 too
+NARROWEST = 1.01  # pixels that a constrained mask leaves: one, and a reserve for rounding, also in bfloat16
 
 
 class FlexKernel(Kernel):
     """A MAGNet times a Gaussian mask (Romero et al. 2022, Eq. 1-9): a function over [-1, 1] per dimension.
 
-    The kernel is zero where the mask is under the threshold along an axis. `margins` are the zeros at its borders, as
-    the mask was when `look` last read it. That is done by `constrain_`, by `eval()`, and when parameters are drawn,
-    fitted, loaded or moved; outside training on the CPU also ahead of a forward pass. Margins hold for as long as the
-    mask has the values that were read (on an accelerator: as long as its tensors are the same and were not edited,
-    which edits through `.data` hide). Otherwise the whole kernel is constructed, as in graphs that are traced or
-    exported, and in compiled ones: these outlive the mask's values. Compiled training is the exception: from the first
-    `constrain_` on it takes the margins that the last one found, so `constrain_` has to follow every step.
+    The kernel is zero where the mask is below the threshold along an axis. `margins` are the zeros at its borders,
+    found when `look` last read the mask. `look` is called by `constrain_`, by `eval()`, and when parameters are drawn,
+    fitted, loaded or moved; outside training on the CPU also before a forward pass. Margins are valid while the mask
+    has the values that were read (on an accelerator: while its tensors are the same and were not edited; edits through
+    `.data` are not noticed). Otherwise the whole kernel is constructed. Traced, exported and compiled graphs also use
+    the whole kernel, because they outlive the mask's values. The exception is compiled training: from the first
+    `constrain_` on it uses the margins of the last `constrain_`, so call it after every step.
 
     Args:
         spec: settings.
@@ -62,8 +55,8 @@ class FlexKernel(Kernel):
         mask_mean, mask_sigma: (D,), the kernel spans -1 to 1; not with mask=False.
 
     Attributes:
-        made_size: kernel_size at the resolution that the kernel was made for.
-        resolution_ratio: the present resolution relative to that one.
+        made_size: kernel_size at the original resolution.
+        resolution_ratio: the present resolution relative to the original one.
         axes: the grid of the kernel, per dimension.
         scale: factor of the kernel at its present resolution (Eq. 9).
 
@@ -114,7 +107,7 @@ class FlexKernel(Kernel):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values of section 3.2 and appendix D.1; causal masks start at the newest sample, all with a pixel."""
+        """Initial values of section 3.2 and appendix D.1. Causal masks start at the newest sample."""
         reset_magnet_(self._magnet(), self.input_scale)
         if mask := self._mask():
             mean, sigma = mask
@@ -146,7 +139,7 @@ class FlexKernel(Kernel):
 
     @property
     def margins(self) -> Margins | None:
-        """What the mask leaves out, rounded to few sizes; None while the mask may be another than `look` read."""
+        """What the mask leaves out, rounded to few sizes; None if the mask may have changed since `look`."""
         crop, mask = self._crop, self._mask()
         if crop is None:
             return None
@@ -157,9 +150,9 @@ class FlexKernel(Kernel):
         return crop.margins if holds else None
 
     def look(self) -> None:
-        """Read the mask, so that the convolution leaves out what it leaves out; an accelerator is waited for.
+        """Read the mask and update `margins`; waits for an accelerator.
 
-        Does nothing where there are no values: on the meta device, and in graphs that are traced.
+        Does nothing if there are no values: on the meta device, and in traced graphs.
 
         Raises:
             ValueError: the mask is not finite.
@@ -175,7 +168,7 @@ class FlexKernel(Kernel):
             self._crop_to(values)
 
     def _look_again(self) -> None:
-        """`look` where nothing is computed: a mask that is not finite is left to the forward pass."""
+        """`look` without an error: a mask that is not finite is an error of the next forward pass."""
         mask = self._mask()
         if self._is_cropped and may_look(mask) and _is_finite(values := read_mask(mask)):
             self._crop_to(values)
@@ -205,7 +198,7 @@ class FlexKernel(Kernel):
 
     @torch.no_grad()
     def constrain_(self) -> None:
-        """Keep the mask's centre in the kernel, and the mask wide enough to leave a pixel of it; look at the mask."""
+        """Keep the mask's centre in the kernel and the mask wide enough to leave a pixel; then `look`."""
         if not (mask := self._mask()):
             return
         mean, sigma = mask
@@ -217,20 +210,20 @@ class FlexKernel(Kernel):
             self._is_constrained = may_look(mask)
 
     def _smallest_sigma(self) -> list[float]:
-        """Of a mask that leaves a pixel wherever its centre is in the kernel; 0 without a threshold."""
+        """Sigma of the narrowest mask that always leaves a pixel, per dimension; 0 without a threshold."""
         if self.threshold == 0:
             return [0.0] * len(self.axes)
         return [NARROWEST * sigma for sigma in self._sigma_of_a_pixel(self.threshold)]
 
     def _sigma_of_a_pixel(self, threshold: float) -> list[float]:
-        """Of a mask that is over the threshold along a pixel's width, per dimension."""
+        """Sigma of a mask that is above the threshold over the width of one pixel, per dimension."""
         return [0.5 / axis.half / math.sqrt(-2 * math.log(threshold)) for axis in self.axes]
 
     # ---- frequencies
 
     @property
     def nyquist_frequency(self) -> float:
-        """The highest frequency that the grid can show (Eq. 24), in cycles per unit; the kernel spans two units."""
+        """The highest frequency that the grid can hold (Eq. 24), in cycles per unit; the kernel spans two units."""
         return min(axis.extent for axis in self.axes) / 4
 
     def highest_frequency(self) -> float | None:
@@ -244,7 +237,7 @@ class FlexKernel(Kernel):
         In cycles per unit; the kernel spans two units.
 
         Args:
-            mask: count what the mask adds.
+            mask: add the mask's frequency.
         """
         frequency = filter_frequencies(self.sine_weight.float(), self.gamma.float()).sum()
         return (frequency + self._mask_frequency()).item() if mask else frequency.item()
@@ -255,9 +248,9 @@ class FlexKernel(Kernel):
         return ENVELOPE_CUT / (2 * math.pi * mask[1].abs().max())
 
     def penalty(self) -> Tensor:
-        """By how much the kernel's filters exceed what the grid can show (Eq. 26, the paper's "together" form).
+        """By how much the filters' frequencies exceed the Nyquist frequency (Eq. 26, the paper's "together" form).
 
-        The sum over the MAGNet's filters of the squared excess of each over an equal part of the Nyquist frequency.
+        Each filter may use an equal part of the Nyquist frequency. The penalty is the sum of the squared excesses.
         """
         frequencies = filter_frequencies(self.sine_weight, self.gamma)
         if self.penalize_mask:
@@ -267,7 +260,7 @@ class FlexKernel(Kernel):
     # ---- resolution
 
     def sample_at(self, ratio: Fraction) -> None:
-        """Sample the kernel at `ratio` times the resolution that it was made for; see `FlexConv2d.at_resolution`."""
+        """Sample the kernel at `ratio` times its original resolution; see `FlexConv2d.at_resolution`."""
         self._set_ratio(ratio)
         self._crop = None
         self._look_again()
@@ -283,10 +276,10 @@ class FlexKernel(Kernel):
     @classmethod
     @torch.no_grad()
     def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
-        """A mask that leaves exactly the old kernels, and the best kernels in it.
+        """A mask that leaves the size of the old kernels, and the best kernels inside it.
 
-        Exact where the old kernels have no more than hidden_channels + 1 pixels; otherwise the best that so many
-        dimensions can do, as far as the filters reach them.
+        Exact if the old kernels have at most hidden_channels + 1 pixels; otherwise an approximation with as many
+        dimensions.
         """
         with torch.device("cpu"):  # whatever the default is
             for kernel, target in zip(kernels, targets, strict=True):
@@ -296,7 +289,7 @@ class FlexKernel(Kernel):
                 kernel._fit_magnet_(target)
 
     def _mask_out_(self, sizes: Sequence[int]) -> None:
-        """A centred mask that leaves so many pixels."""
+        """Set a centred mask that leaves `sizes` pixels."""
         if mask := self._mask():
             mean, sigma = mask
             a_pixel = self._sigma_of_a_pixel(self.threshold or THRESHOLD)
@@ -325,13 +318,13 @@ class FlexSpec(KernelSpec):
     Attributes:
         kernel_size: size of the whole kernel, before the mask, one int for all dimensions or one each.
         hidden_channels: H, of the MAGNet.
-        hidden_layers: of the MAGNet, which has one Gabor filter more.
+        hidden_layers: of the MAGNet; it has one Gabor filter more.
         input_scale: speed of the MAGNet's initial sines (appendix D.1).
-        mask: False leaves the mask out: CKConv. The settings that follow are then without effect.
-        initial_sigma: the mask's width at the start; half a kernel is 1 (appendix D.1). Where that is too narrow to
-            leave a pixel of the kernel, the mask starts as wide as `constrain_` keeps it.
-        threshold: where the mask is under it the kernel is zero (Fig. 7); 0 for no cropping.
-        penalize_mask: count the mask's frequency in the penalty (Eq. 26); off in the paper's experiments but one.
+        mask: False for no mask, as in CKConv; the settings below then have no effect.
+        initial_sigma: the mask's width at the start; half a kernel is 1 (appendix D.1). A mask too narrow to leave a
+            pixel starts at the smallest width that `constrain_` allows.
+        threshold: the kernel is zero where the mask is below it (Fig. 7); 0 for no cropping.
+        penalize_mask: add the mask's frequency in the penalty (Eq. 26); the paper does so in one experiment.
     """
 
     kernel: ClassVar[type[Kernel]] = FlexKernel

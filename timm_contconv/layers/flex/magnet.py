@@ -1,7 +1,7 @@
 """Multiplicative anisotropic Gabor networks (Romero et al. 2022, "FlexConv"): functions of controlled frequency.
 
 A MAGNet maps coordinates to channels. It multiplies linear functions of its hidden channels by Gabor filters of the
-coordinates, layer after layer, so it is a sum of products of Gabor filters, whose frequency its parameters tell.
+coordinates, layer after layer. So it is a sum of products of Gabor filters; its frequency follows from its parameters.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..core.arguments import check_counts
 
 __all__ = [
     "ENVELOPE_CUT",
+    "GABOR_PARAMETERS",
     "INPUT_SCALE",
     "MAGNET_PARAMETERS",
     "MAGNet",
@@ -28,16 +29,8 @@ __all__ = [
     "reset_magnet_",
 ]
 
-MAGNET_PARAMETERS = (
-    "sine_weight",
-    "sine_bias",
-    "mean",
-    "gamma",
-    "hidden_weight",
-    "hidden_bias",
-    "output_weight",
-    "output_bias",
-)
+GABOR_PARAMETERS = ("sine_weight", "sine_bias", "mean", "gamma")
+MAGNET_PARAMETERS = (*GABOR_PARAMETERS, "hidden_weight", "hidden_bias", "output_weight", "output_bias")
 INPUT_SCALE = 25.6  # appendix D.1
 
 GAMMA_CONCENTRATION = 6.0  # alpha of the released code; divided by the layer's number (section 3.2)
@@ -49,8 +42,8 @@ def gabor_filters(
 ) -> Tensor:
     """Anisotropic Gabor filters on a grid (Romero et al. 2022, Eq. 7).
 
-    The sine of a sum of two phases is a sum of two products, so that nothing but a matrix product of one-dimensional
-    factors is computed for every point of a two-dimensional grid.
+    The sine of a sum of two phases is a sum of two products. So a two-dimensional grid needs one matrix product of
+    one-dimensional factors.
 
     Args:
         sine_weight: (F, D) radians per unit of the coordinates.
@@ -109,15 +102,15 @@ def magnet_features(
 def filter_frequencies(sine_weight: Tensor, gamma: Tensor) -> Tensor:
     """An estimate of the highest frequency of each layer's Gabor filters (Romero et al. 2022, the summands of Eq. 21).
 
-    Signs of `sine_weight` and `gamma` do not matter: they do not change the spectrum. The narrower side of an envelope,
-    its larger gamma, is left out, as in Eq. 14: a filter that is much narrower along one axis exceeds the estimate.
+    The signs of `sine_weight` and `gamma` do not change it. As in Eq. 14, only the smaller gamma of an envelope counts,
+    so a filter that is much narrower along one axis exceeds the estimate.
 
     Args:
         sine_weight, gamma: (L, H, D).
 
     Returns:
-        (L,), in cycles per unit of the coordinates. Where envelopes are about as wide along both axes, their sum bounds
-        the MAGNet's frequency but for the tails of Gaussian spectra beyond two standard deviations.
+        (L,), in cycles per unit of the coordinates. For envelopes of similar width along both axes, their sum bounds
+        the MAGNet's frequency, except for the tails of Gaussian spectra beyond two standard deviations.
     """
     radians = sine_weight.abs().amax(-1) + ENVELOPE_CUT * gamma.abs().amin(-1)
     return radians.amax(-1) / (2 * math.pi)
@@ -152,7 +145,7 @@ def reset_magnet_(parameters: Mapping[str, Tensor], input_scale: float) -> None:
 
     Args:
         parameters: by the names and with the shapes of `magnet_shapes`.
-        input_scale: how fast the sines of the first filter are, times sqrt(filters).
+        input_scale: speed of the first filter's sines, times sqrt(filters).
     """
     sine_weight, gamma = parameters["sine_weight"], parameters["gamma"]
     layers, hidden, ndim = sine_weight.shape
@@ -174,12 +167,12 @@ class MAGNet(nn.Module):
         ndim: D, 1 or 2 coordinates.
         out_channels: N.
         hidden_channels: H, 32 in the paper.
-        hidden_layers: linear layers between filters, 3 in the paper; there is one Gabor filter more.
+        hidden_layers: linear layers between L = hidden_layers + 1 Gabor filters, 3 in the paper.
         input_scale: speed of the initial sines, 25.6 in the paper (appendix D.1).
         device, dtype: of the parameters.
 
     Parameters:
-        sine_weight, mean, gamma: (L, H, D), L = hidden_layers + 1.
+        sine_weight, mean, gamma: (L, H, D).
         sine_bias: (L, H).
         hidden_weight, hidden_bias: (L - 1, H, H) and (L - 1, H).
         output_weight, output_bias: (N, H) and (N,).
@@ -189,13 +182,7 @@ class MAGNet(nn.Module):
     """
 
     sine_weight: Tensor
-    sine_bias: Tensor
-    mean: Tensor
     gamma: Tensor
-    hidden_weight: Tensor
-    hidden_bias: Tensor
-    output_weight: Tensor
-    output_bias: Tensor
 
     def __init__(
         self,
@@ -225,10 +212,9 @@ class MAGNet(nn.Module):
         """D axes of a grid, (K_d,) each, to (N, *K)."""
         if len(coordinates) != self.ndim:
             raise ValueError(f"{len(coordinates)} coordinates: expected {self.ndim} tensors, one per dimension")
-        features = magnet_features(
-            self.sine_weight, self.sine_bias, self.mean, self.gamma, self.hidden_weight, self.hidden_bias, coordinates
-        )
-        out = torch.addmm(self.output_bias[:, None], self.output_weight, features)
+        values = {name: getattr(self, name) for name in MAGNET_PARAMETERS}
+        weight, bias = values.pop("output_weight"), values.pop("output_bias")
+        out = torch.addmm(bias[:, None], weight, magnet_features(**values, coordinates=coordinates))
         return out.reshape(-1, *(len(axis) for axis in coordinates))
 
     @torch.no_grad()

@@ -15,16 +15,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def at_resolution(model: Model, source: int, target: int) -> Model:
-    """Let a model that was trained at one resolution run at another, in place (Romero et al. 2022, Eq. 9).
+    """Adapt a model, in place, from the resolution of its training to another (Romero et al. 2022, Eq. 9).
 
-    Every FlexConv samples its kernel more (or less) densely and scales it, `FlexConv2d.at_resolution`. Other
-    convolutions stay as they are; if some see more than a pixel, a warning names them.
-
-    Parameters do not change: a saved model is rebuilt for the resolution that it was created for.
+    Every FlexConv samples its kernel at other steps and scales it, see `FlexConv2d.at_resolution`. Other convolutions
+    do not change; a warning names those with more than one pixel. Parameters do not change, so a saved model is rebuilt
+    for its original resolution.
 
     Args:
         model: a model that holds `FlexConv1d` or `FlexConv2d` layers.
-        source, target: sizes of the images, or lengths of the sequences, now and from now on.
+        source, target: sizes of the images, or lengths of the sequences, before and after the change.
 
     Returns:
         The model.
@@ -35,8 +34,8 @@ def at_resolution(model: Model, source: int, target: int) -> Model:
     layers = [module for module in model.modules() if isinstance(module, FlexConv)]
     if not layers:
         raise ValueError(
-            f"model: this {type(model).__name__} holds no FlexConv, whose kernels alone can be sampled anew;"
-            " tcc.patch(model, 'flex') puts them in, before training"
+            f"model: this {type(model).__name__} holds no FlexConv, the only layer that changes its resolution;"
+            " tcc.patch(model, 'flex') adds them, before training"
         )
     for layer in layers:
         layer.at_resolution(source, target)
