@@ -1,11 +1,11 @@
-# Each target works alone on a machine that has Python (3.11 or newer), make and a C++ compiler.
+# Each target works alone. It needs Python (3.11 or newer), make and a C++ compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test slow zoo check format wheel clean
 
-# The stamp is newer than pyproject.toml when the environment is up to date.
+# The environment is up to date if this file is newer than pyproject.toml.
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -15,14 +15,14 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/contconv demo
 
-# Two processes with one thread each: threads of concurrent processes wait for one another.
+# Two processes with one thread each; with more, they slow each other down.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
 
-# Every family of timm with every method: about an hour; writes docs/zoo.md.
+# Patch every family of timm with every method; takes about an hour, writes docs/zoo.md.
 zoo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.papers.zoo
 

@@ -1,13 +1,13 @@
-"""Train or fine-tune a model with continuous convolutions, in one file to read and to copy from.
+"""Train or fine-tune a model with continuous convolutions, in one file to read and to copy.
 
     python examples/finetune.py                                        # scikit-learn's digits, from scratch
-    python examples/finetune.py --resume                               # go on where it was interrupted
+    python examples/finetune.py --resume                               # continue after an interruption
     python examples/finetune.py --data /path/to/folders --model resnet18 --pretrained --patch genv
     tensorboard --logdir finetune_output
 
---data is a folder with `train/` and `validation/`, each with one folder of images per class. What the methods ask for
-is marked (1) to (3); the rest is an ordinary training loop with mixed precision, a moving average of the weights, and
-a checkpoint after every epoch, from which a resumed run comes to bitwise the same weights on the same CPU.
+--data is a folder with `train/` and `validation/`, each with one folder of images per class. Marks (1) to (3) show what
+the methods need. The rest is an ordinary training loop with mixed precision, a moving average of the weights, and a
+checkpoint after every epoch. On the same CPU, a resumed run gives bitwise the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AMP_DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16
 
 @dataclasses.dataclass
 class Training:
-    """Everything that changes while training; what a checkpoint has to hold."""
+    """Everything that changes during training. A checkpoint holds it."""
 
     model: nn.Module
     ema: ModelEmaV3
@@ -48,16 +48,16 @@ class Training:
     epoch: int = 0
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; an interruption leaves the one before it as it was."""
+        """Write a checkpoint. An interruption does not damage the previous one."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "scaler")}
         unfinished = path.with_suffix(".unfinished")
         torch.save({**parts, "epoch": self.epoch}, unfinished)
         os.replace(unfinished, path)
 
     def load(self, path: Path) -> None:
-        """Take everything from a checkpoint."""
+        """Load everything from a checkpoint."""
         if not path.is_file():
-            raise FileNotFoundError(f"--resume: there is no {path}; start without it")
+            raise FileNotFoundError(f"--resume: no checkpoint {path}; start without it")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         self.epoch = checkpoint.pop("epoch")
         for name, state in checkpoint.items():
@@ -66,10 +66,10 @@ class Training:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of images; scikit-learn's digits if not given")
+    parser.add_argument("--data", type=Path, help="folder of images; default: scikit-learn's digits")
     parser.add_argument("--model", default="test_convnext_dcls_gauss", help="any timm model")
     parser.add_argument("--pretrained", action="store_true", help="start from the model's released weights")
-    parser.add_argument("--patch", metavar="RECIPE", help="replace convolutions, starting from their kernels")
+    parser.add_argument("--patch", metavar="RECIPE", help="replace convolutions; starts from their kernels")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=4e-3)
@@ -77,17 +77,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--penalty", type=float, default=0.0, help="factor on tcc.penalty(model) in the loss")
     parser.add_argument("--amp", choices=AMP_DTYPES, default="none", help="mixed precision")
-    parser.add_argument("--ema-decay", type=float, default=0.99, help="of the moving average of the weights")
+    parser.add_argument("--ema-decay", type=float, default=0.99, help="decay of the moving average of the weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("finetune_output"))
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
     return parser.parse_args(arguments)
 
 
 def load_batches(arguments: argparse.Namespace, model: nn.Module) -> tuple[DataLoader, DataLoader]:
-    """Training and test batches, normalised, ready for `model`; the digits, or folders of images as timm reads them."""
+    """Normalised training and test batches for `model`: the digits, or folders of images as timm reads them."""
     if arguments.data is None:
         digits = load_digits()
         train = TensorDataset(digits.train_images, digits.train_labels)
@@ -124,7 +124,7 @@ def create_model(arguments: argparse.Namespace) -> nn.Module:
 def start(arguments: argparse.Namespace) -> Training:
     random_seed(arguments.seed)
     model = create_model(arguments)
-    # (1) Positions, widths and the like are not decayed, and learn as fast as their method's paper says.
+    # (1) Positions and widths have no weight decay, and the learning rate of their method's paper.
     groups = tcc.param_groups(model, arguments.lr, arguments.weight_decay, layer_decay=arguments.layer_decay)
     scaler = torch.amp.GradScaler(torch.device(arguments.device).type, enabled=arguments.amp == "float16")
     return Training(model, ModelEmaV3(model, decay=arguments.ema_decay), torch.optim.AdamW(groups), scaler)
@@ -135,7 +135,7 @@ def train_epoch(
 ) -> float:
     """One pass over the data; returns the mean loss."""
     model, dtype = training.model.train(), AMP_DTYPES[arguments.amp]
-    # The order and the augmentation follow from seed and epoch alone, so that a resumed run repeats them.
+    # Order and augmentation depend only on seed and epoch, so that a resumed run repeats them.
     random_seed(10_000 * arguments.seed + training.epoch)
     losses = []
     shown = track(batches, f"epoch {training.epoch + 1}", transient=True, disable=not sys.stdout.isatty())
@@ -164,7 +164,7 @@ def accuracy(model: nn.Module, batches: DataLoader, device: str) -> float:
 
 
 def log_geometry(writer: SummaryWriter, model: nn.Module, epoch: int) -> None:
-    """Where and how wide the kernels are: histograms, their spread, and a picture."""
+    """Log positions and widths: histograms, spread, and a picture."""
     layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
     geometry = {id(parameter) for layer in layers for parameter in layer.geometry.values()}
     for name, parameter in model.named_parameters():

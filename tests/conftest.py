@@ -1,17 +1,25 @@
 """What all tests share."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-os.environ["TIMM_CONTCONV_MEASURE"] = (
-    "0"  # read when the package is imported; tests of the engine measure when they say so
-)
+# Read when the package is imported: only tests of the engine measure, and none touches the user's cache.
+os.environ["TIMM_CONTCONV_MEASURE"] = "0"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of concurrent processes wait for one another
     torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One cache for all workers, so that the compiled loops are built once."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="timm_contconv.")
+        config.add_cleanup(folder.cleanup)
+        os.environ["TIMM_CONTCONV_CACHE"] = folder.name
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Where the package's data folders (patches, hub) are."""
+"""Paths of the package's data folders (patches, hub)."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ __all__ = ["data_folder"]
 
 
 def data_folder(name: str) -> Path:
-    """The folder `name` in the installed package's `data` or, in a checkout, beside the package.
+    """The folder `name`: in `data` of the installed package, or beside the package in a checkout.
 
     Raises:
         FileNotFoundError: the installation is incomplete.

@@ -175,7 +175,7 @@ def test_constraint_clips_radii_and_leaves_coordinates_free(min_radius):
         ({"coordinate_std": math.nan}, "coordinate_std=nan: expected"),
         ({"min_radius": 0}, "min_radius=0: expected at least 0.0001"),
         ({"initial_radius": 2.0}, "initial_radius=2.0: expected at most 1.0"),
-        ({"small_kernel": 4}, "small_kernel=4: expected at most the kernel_size (7, 7), and as even or odd"),
+        ({"small_kernel": 4}, "small_kernel=4: expected at most the kernel_size (7, 7), and odd or even as"),
         ({"small_kernel": 9}, "small_kernel=9: expected at most the kernel_size"),
     ],
 )

@@ -213,8 +213,7 @@ def test_points_are_exempt_from_weight_decay_and_constrained():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_whole_model_compiles_without_a_graph_break(training, x):
-    two_stages = {"depths": (1, 1), "dims": (8, 16), "kernel_sizes": (13, 11)}
-    model = small(**two_stages, drop_path_rate=0.0).train(training)
+    model = small(depths=(1,), dims=(8,), kernel_sizes=(13,), drop_path_rate=0.0).train(training)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
 

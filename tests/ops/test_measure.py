@@ -181,7 +181,13 @@ def plain(x=x, weight=weight):
 
 def python(code: str, **environment: str) -> str:
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", SETUP + code]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TIMM_CONTCONV_MEASURE": "1", **environment},
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
 

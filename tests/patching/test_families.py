@@ -18,12 +18,7 @@ TIMM = {
     "tf_mobilenetv3_small_minimal_100": DEPTHWISE + STRIDED,  # Conv2dSame
     "mixnet_s": ["smp"],  # MixedConv2d
     "xcit_nano_12_p16_224": ["dcls_gauss"],
-    "edgenext_xx_small": ["smp"],
-    "mobilevitv2_050": ["smp"],
     "regnetx_002": STRIDED,
-    "densenet121": ["genv"],
-    "hrnet_w18_small": ["genv"],
-    "res2net50_14w_8s": ["genv"],
     "dla34": ["cc"],
 }
 SETTINGS = {

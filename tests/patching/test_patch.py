@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 
 import pytest
 import timm
@@ -212,6 +213,15 @@ def test_progress_is_shown_where_it_is_asked_for(capsys):
     for progress in (True, False):
         tcc.patch(convnext(), "dcls", select="stages.0.*dw", kernel_count=2, progress=progress)
         assert ("fitting kernels" in capsys.readouterr().err) == progress
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["dcls", "dcls_triangle", "dcls_gauss", "smp"])
+def test_convnext_tiny_is_fitted_within_a_minute(recipe):
+    model = timm.create_model("convnext_tiny")
+    start = time.perf_counter()
+    tcc.patch(model, recipe)
+    assert time.perf_counter() - start < 60
 
 
 # Sharing

@@ -33,14 +33,14 @@ from .run import run_script
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Continuous convolutions for timm.")
-#: what is not a terminal (a file, a pipe) has no width of its own
+#: a file or a pipe has no width: 140 columns there
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @app.command("list")
 def list_models() -> None:
-    """List the recipes and the models that they are registered on."""
-    table = Table("recipe", "what it does", "registered models")
+    """List the recipes and their registered models."""
+    table = Table("recipe", "description", "registered models")
     for name in patching.list_patches():
         registered = [architecture.name for architecture in PATCHED.values() if architecture.recipe == name]
         table.add_row(name, patching.load_patch(name).description, "\n".join(registered))
@@ -64,20 +64,26 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, or a registered mod
 def patch(
     model: Annotated[str, typer.Argument(help="A timm model.")],
     recipe: Annotated[str, typer.Argument(help="A recipe, or the path of a .toml.")],
-    select: Annotated[list[str] | None, typer.Option(help="What to replace instead of the recipe's choice.")] = None,
+    select: Annotated[
+        list[str] | None, typer.Option(help="Convolutions to replace, instead of the recipe's choice.")
+    ] = None,
     min_kernel_size: Annotated[int | None, typer.Option(min=1, help="Leave out kernels smaller than this.")] = None,
-    init: Annotated[Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' does not.")] = "fit",
+    init: Annotated[
+        Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' from random ones.")
+    ] = "fit",
     pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained weights.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only print the plan: no weights are made or saved.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only print the plan; make and save no weights.")] = False,
     input_size: Annotated[
-        tuple[int, int, int] | None, typer.Option(help="Channels, height and width to count multiply-adds for.")
+        tuple[int, int, int] | None, typer.Option(help="Channels, height and width for counting multiply-adds.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Patch a timm model, print what changes, and save it where asked to."""
+    """Patch a timm model, print the changes, and save it with --save."""
     if dry_run and save is not None:
-        raise _refused(ValueError(f"--save {save}: not together with --dry-run, which saves nothing"))
+        raise _refused(
+            ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
+        )
     choice: dict[str, Any] = {"select": select, "min_kernel_size": min_kernel_size}
     try:
         if dry_run:
@@ -115,7 +121,9 @@ def run(
     context: typer.Context,
     script: Annotated[
         Path,
-        typer.Argument(metavar="SCRIPT", exists=True, dir_okay=False, help="As timm's train.py; its arguments follow."),
+        typer.Argument(
+            metavar="SCRIPT", exists=True, dir_okay=False, help="For example timm's train.py; its arguments follow."
+        ),
     ],
     position_lr_scale: Annotated[
         float | None,
@@ -125,12 +133,12 @@ def run(
         float, typer.Option(metavar="FACTOR", min=0, help="Add FACTOR * tcc.penalty(model) to the script's loss.")
     ] = 0.0,
     penalty_power: Annotated[
-        int, typer.Option(min=1, help="Raise the penalty to that power first (2 in the released DCLS code).")
+        int, typer.Option(min=1, help="Raise the penalty to this power first (released DCLS code: 2).")
     ] = 1,
 ) -> None:
     """Run a script with the plugin imported and the methods' constraints after each optimiser step.
 
-    Options go ahead of SCRIPT: everything after it is the script's own.
+    Options come before SCRIPT. Everything after SCRIPT goes to the script.
     """
     if position_lr_scale is not None and not 0 < position_lr_scale < math.inf:
         raise _refused(ValueError(f"--position-lr-scale={position_lr_scale}: expected more than 0, and finite"))
@@ -138,7 +146,7 @@ def run(
         raise _refused(ValueError(f"--penalty={penalty}: expected a finite number"))
     if penalty_power != 1 and not penalty:
         raise _refused(
-            ValueError(f"--penalty-power={penalty_power}: expected --penalty too, without which it is unused")
+            ValueError(f"--penalty-power={penalty_power}: expected --penalty too; the power is unused without it")
         )
     with training_hooks(position_lr_scale, penalty, penalty_power):
         status = run_script(script, context.args)
@@ -147,16 +155,18 @@ def run(
 
 @app.command()
 def publish(
-    folder: Annotated[Path, typer.Argument(help="A folder of hub/, as hub/convnext_tiny_dcls.zenodo_in1k.")],
-    file: Annotated[Path | None, typer.Option(help="The weights, instead of downloading them.")] = None,
-    repo_id: Annotated[str | None, typer.Option(help="Where to; your own USER/ARCHITECTURE.TAG if not given.")] = None,
+    folder: Annotated[Path, typer.Argument(help="A folder of hub/, such as hub/convnext_tiny_dcls.zenodo_in1k.")],
+    file: Annotated[Path | None, typer.Option(help="A file with the weights. Default: download them.")] = None,
+    repo_id: Annotated[
+        str | None, typer.Option(help="The repository. Default: USER/ARCHITECTURE.TAG of yours.")
+    ] = None,
     private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     create_pr: Annotated[bool, typer.Option(help="Propose the commit as a pull request.")] = False,
 ) -> None:
     """Load a weight of hub/, convert it, verify it, and publish it on the Hugging Face Hub.
 
-    The token is that of `hf auth login`, or HF_TOKEN.
+    The token comes from `hf auth login` or HF_TOKEN.
     """
     try:
         publish_command.run(
@@ -182,7 +192,7 @@ def _create(name: str, pretrained: bool) -> nn.Module:
         raise ValueError(f"MODEL={name!r}: timm has no such model; timm.list_models() lists all")
     try:
         return timm.create_model(name, pretrained=pretrained)
-    except RuntimeError as error:  # no such tag, or no weights
+    except RuntimeError as error:  # unknown tag, or no weights
         raise ValueError(f"MODEL={name!r}: {error}") from None
 
 
@@ -212,13 +222,13 @@ def _option(input_size: tuple[int, int, int]) -> str:
 
 @contextmanager
 def _writing(option: str, folder: Path) -> Iterator[None]:
-    """What goes wrong in writing to a folder is the fault of the option that named it."""
+    """Report errors in writing to a folder as errors of the option that named it."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         cause = getattr(error, "strerror", None)
-        said = str(error).removeprefix(f"folder={str(folder)!r}: ")
-        reason = f"can't be written: {cause}; choose another" if cause else said
+        text = str(error).removeprefix(f"folder={str(folder)!r}: ")
+        reason = f"can't be written: {cause}; choose another" if cause else text
         raise _refused(ValueError(f"{option} {folder}: {reason}")) from None
 
 

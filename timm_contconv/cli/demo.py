@@ -1,4 +1,4 @@
-"""`contconv demo`: the main job from one call to a folder that timm loads, on real images."""
+"""`contconv demo`: train, patch, merge, save and load, on real images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(console: Console, output: Path, epochs: int) -> None:
         epochs: passes over the training images, for each model.
 
     Raises:
-        OSError: the folder can't be written, or what is to be replaced there is not a saved model.
+        OSError: the folder can't be written, or holds something other than a saved model.
     """
     output.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
@@ -44,7 +44,8 @@ def run(console: Console, output: Path, epochs: int) -> None:
     _print_results(console, results)
     trained = models[PATCHED]
     _patch_by_hand(console)
-    _merge(console, trained, digits)
+    merged = patching.merge(trained.eval())
+    _print_difference(console, f"{PATCHED}, trained and merged", trained, merged, digits.test_images)
     _save_and_load(console, trained, digits, output / PATCHED)
     picture = figures.save_kernel_figure(trained, output / "kernels.png")
     console.print(f"learned kernels and the positions of their elements: {picture}")
@@ -76,22 +77,16 @@ def _print_results(console: Console, results: dict[str, TrainingResult]) -> None
 
 
 def _patch_by_hand(console: Console) -> None:
-    """One call on a model that nobody registered."""
+    """Patch a model that is not registered, and merge it."""
     model = timm.create_model("mobilenetv3_small_050", num_classes=10)
     patching.patch(model, "dcls_gauss", kernel_size=11)
-    table = patching.report(model)
+    report = patching.report(model)
     console.print(
-        f"mobilenetv3_small_050, patched by hand with dcls_gauss at 11×11: {len(table.rows)} rows in its report,"
-        f" {table.parameters_before:,} -> {table.parameters_after:,} parameters"
+        f"mobilenetv3_small_050, patched by hand with dcls_gauss at 11×11: {len(report.rows)} rows in its report,"
+        f" {report.parameters_before:,} -> {report.parameters_after:,} parameters"
     )
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     _print_difference(console, "patched by hand and merged", model.eval(), patching.merge(model), images)
-
-
-def _merge(console: Console, model: nn.Module, digits: Digits) -> None:
-    _print_difference(
-        console, f"{PATCHED}, trained and merged", model.eval(), patching.merge(model), digits.test_images
-    )
 
 
 @torch.no_grad()

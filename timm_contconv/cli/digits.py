@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as images, and a short training on them."""
+"""scikit-learn's handwritten digits as images, and short training on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Digits", "TrainingResult", "accuracy", "load_digits", "train_on_digi
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """1,797 real images of digits (scikit-learn), upsampled from 8 to 32 pixels; a fixed stratified split.
+    """1,797 real images of digits (scikit-learn), upsampled from 8 to 32 pixels, in a fixed stratified split.
 
     Attributes:
         train_images, test_images: (N, 3, 32, 32), grey as RGB, zero mean and unit variance over the training set.
@@ -33,7 +33,7 @@ class Digits:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """What a training reached.
+    """The result of a training.
 
     Attributes:
         accuracy: on the test split, 0 to 1.
@@ -47,7 +47,7 @@ class TrainingResult:
 
 
 def load_digits() -> Digits:
-    """Load the digits; a quarter of them is for testing."""
+    """Load the digits; a quarter of them is the test split."""
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 
@@ -78,9 +78,9 @@ def train_on_digits(
         digits: the data.
         epochs: passes over the training split.
         lr: largest learning rate of the weights.
-        weight_decay: of weights.
+        weight_decay: weight decay of the weights.
         batch_size: images per step.
-        seed: of the order and the shifts.
+        seed: seed of the order and the shifts.
         advance: called after every step, for a progress bar.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -108,7 +108,7 @@ def train_on_digits(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """Share of the test split that the model, in eval mode, gets right."""
+    """Fraction of the test split that the model classifies correctly in eval mode."""
     training = model.training
     model.eval()
     correct = int((model(digits.test_images).argmax(1) == digits.test_labels).sum())
@@ -118,13 +118,13 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
 
 def _warmup_cosine(step: int, steps: int, warmup: float = 0.1) -> float:
     progress = (step + 1) / steps
-    return (
-        progress / warmup if progress < warmup else 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-    )
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def _shift(images: Tensor, generator: torch.Generator, reach: int = 2) -> Tensor:
-    """Move a batch by a random number of pixels; what enters is background."""
+    """Shift a batch by a random number of pixels; new pixels are background."""
     dy, dx = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
     background = float(images.min())
     padded = F.pad(images, (reach, reach, reach, reach), value=background)

@@ -1,4 +1,4 @@
-"""`contconv publish`: a weight of hub/ to the Hugging Face Hub: load, convert, verify, upload, record."""
+"""`contconv publish`: load, convert and verify a weight of hub/, upload it to the Hugging Face Hub, record that."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..hub.weights import TRAINING, Publication, Weight, record_publication
 
 __all__ = ["run"]
 
-#: what timm and PyTorch raise for files that hold no weights
+#: errors of timm and PyTorch for files without weights
 READ_ERRORS = (AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
@@ -40,13 +40,13 @@ def run(
 
     Args:
         console: where to print.
-        folder: of hub/, with a weight.toml.
-        file: the weights, instead of downloading them; a pickle is loaded as weights only, without running code.
-        repo_id: where to; "USER/ARCHITECTURE.TAG" if None, for the user of the token.
-        private, revision, create_pr: as `push_to_hub`.
+        folder: a folder of hub/, with a weight.toml.
+        file: the weights; None downloads them. A pickle is loaded as weights only, without running code.
+        repo_id: the repository; None takes "USER/ARCHITECTURE.TAG" for the user of the token.
+        private, revision, create_pr: as in `push_to_hub`.
 
     Raises:
-        ValueError, OSError: what is wrong and what to do.
+        ValueError, OSError: the weight can't be loaded, verified or uploaded.
     """
     weight = Weight.load(folder)
     if repo_id is None:
@@ -77,7 +77,7 @@ def run(
 
 
 def _load(weight: Weight, folder: Path, file: Path | None) -> tuple[nn.Module, Path]:
-    """The model with its weights, and the file that they are from."""
+    """The model with its weights, and the file of the weights."""
     config = {"architecture": weight.architecture, "tag": weight.tag, **weight.timm_cfg(folder)}
     if file is None and "file" in config:
         file = Path(config["file"])
@@ -105,7 +105,7 @@ def _create(weight: Weight, config: dict[str, object]) -> nn.Module:
 
 
 def _provenance(weight: Weight, folder: Path, source: Path, digest: str) -> str:
-    """For the card: where the weights are from, who measured the results, how they were trained."""
+    """Text for the model card: source of the weights, who measured the results, training arguments."""
     origin = weight.pretrained_cfg.get("origin_url")
     where = weight.pretrained_cfg.get("url") or weight.source or f"hub/{folder.name}"
     paragraphs = [

@@ -1,4 +1,4 @@
-"""A script run as `python SCRIPT` runs it, with this package imported."""
+"""Running a script as `python SCRIPT` does, with this package imported."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def run_script(script: Path, arguments: Sequence[str] = ()) -> int | str | None:
 
     Args:
         script: a Python file.
-        arguments: its own, untouched.
+        arguments: the script's arguments.
 
     Returns:
-        What the script gave to `sys.exit`: None or 0 for success.
+        The script's argument of `sys.exit`; None or 0 for success.
     """
     argv, path = sys.argv, sys.path
     sys.argv = [str(script), *arguments]
-    sys.path = [str(script.resolve().parent), *sys.path[1:]]  # as python itself does: a script finds its neighbours
+    sys.path = [str(script.resolve().parent), *sys.path[1:]]  # as Python does: a script imports files beside it
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as error:

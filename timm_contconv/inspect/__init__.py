@@ -1,1 +1,1 @@
-"""Pictures of what a model's kernels have learned. Needs matplotlib (the extra `viz`)."""
+"""Pictures of a model's learned kernels. Needs matplotlib (the extra `viz`)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -18,41 +19,37 @@ if TYPE_CHECKING:
 __all__ = ["continuous_kernel_figure", "envelope_figure", "frequency_figure", "kernel_figure", "save_kernel_figure"]
 
 
+Layer = TypeVar("Layer", KernelConv, ContinuousConv2d)
+
+
 def kernel_figure(model: nn.Module, layers: int = 4, channels: int = 6) -> Figure:
-    """Draw constructed 2-D kernels, with the positions of their elements where the method has such.
+    """Draw the 2-D kernels of `KernelConv` layers, and the positions of their elements for DCLS.
 
     Args:
-        model: a model that holds constructed convolutions.
-        layers: rows of the picture: so many layers, evenly spread over the model.
-        channels: columns: the first so many output channels of each.
+        model: a model that holds such layers.
+        layers: rows of the picture, one per layer, evenly spread over the model.
+        channels: columns of the picture: the first output channels of each layer.
 
     Raises:
-        ValueError: the model holds no 2-D constructed convolution.
+        ValueError: the model holds no such layer.
     """
-    from matplotlib.figure import Figure
-
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, KernelConv) and m.ndim == 2]
-    if not found:
-        raise ValueError(f"model: this {type(model).__name__} holds no 2-D constructed convolution to draw")
-    count = min(layers, len(found))
-    rows = [found[index] for index in torch.linspace(0, len(found) - 1, count).round().int().tolist()]
-    columns = min(channels, min(layer.out_channels for _, layer in rows))
-    figure = Figure(figsize=(1.7 * columns, 1.9 * count), layout="constrained")
-    axes = figure.subplots(count, columns, squeeze=False)
-    for (name, layer), line in zip(rows, axes, strict=True):
+    _require(found, model, "2-D constructed convolution")
+    figure, rows = _kernel_grid(found, layers, channels)
+    for layer, line in rows:
         with torch.no_grad():
             kernels = layer.weight[:, 0].float().cpu()
         for channel, axis in enumerate(line):
             _draw_kernel(axis, kernels[channel])
             _draw_elements(axis, layer, channel)
-        line[0].set_title(name, loc="left", fontsize=8)
     return figure
 
 
 def save_kernel_figure(model: nn.Module, path: str | Path, layers: int = 4, channels: int = 6) -> Path:
-    """Write `kernel_figure` to a file, in the format that its suffix names.
+    """Write the picture of a model's kernels to a file, in the format of its suffix.
 
-    Of a model with envelopes, those; of one with CC layers, `continuous_kernel_figure`.
+    That is `continuous_kernel_figure` for a model with CC layers, `envelope_figure` for one that has envelopes and no
+    `KernelConv`, else `kernel_figure`.
     """
     constructed = any(isinstance(module, KernelConv) for module in model.modules())
     envelopes = any(isinstance(module, GaussianEnvelopeConv2d) for module in model.modules())
@@ -65,46 +62,38 @@ def save_kernel_figure(model: nn.Module, path: str | Path, layers: int = 4, chan
 
 
 def continuous_kernel_figure(model: nn.Module, layers: int = 4, channels: int = 6, samples: int = 200) -> Figure:
-    """Draw the continuous kernels of CC layers, sampled densely, as Shocher et al. 2020, Fig. 3.
+    """Draw finely sampled continuous kernels of CC layers, as Shocher et al. 2020, Fig. 3.
 
-    A pixel of a picture is a distance of a neighbour from a point on the projected grid, from half the support below
-    and right of it to half above and left, as the pixels of a kernel follow one another. Dots are where the layer's
-    `weight` samples it.
+    A pixel of a picture is the distance of a neighbour from a point on the projected grid, in the order of a kernel's
+    pixels: from half the support below and right of the point to half above and left. Dots show the distances at which
+    the layer's `weight` samples the kernel.
 
     Args:
-        model: a model that holds `ContinuousConv2d` layers, or one of these.
-        layers: rows of the picture: so many layers, evenly spread over the model.
-        channels: columns: the first so many output channels of each, for the first input channel.
-        samples: along each axis.
+        model: a `ContinuousConv2d`, or a model that holds some.
+        layers: rows of the picture, one per layer, evenly spread over the model.
+        channels: columns of the picture: the first output channels of each layer, for the first input channel.
+        samples: samples along each axis.
 
     Raises:
         ValueError: the model holds no `ContinuousConv2d`.
     """
-    from matplotlib.figure import Figure
-
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, ContinuousConv2d)]
-    if not found:
-        raise ValueError(f"model: this {type(model).__name__} holds no ContinuousConv2d to draw")
-    count = min(layers, len(found))
-    rows = [found[index] for index in torch.linspace(0, len(found) - 1, count).round().int().tolist()]
-    columns = min(channels, min(layer.out_channels for _, layer in rows))
-    figure = Figure(figsize=(1.7 * columns, 1.9 * count), layout="constrained")
-    axes = figure.subplots(count, columns, squeeze=False)
-    for (name, layer), line in zip(rows, axes, strict=True):
-        kernels, offsets = layer.sampled_kernel(samples, columns).float().cpu(), layer.weight_distances()
+    _require(found, model, "ContinuousConv2d")
+    figure, rows = _kernel_grid(found, layers, channels)
+    for layer, line in rows:
+        kernels, offsets = layer.sampled_kernel(samples, len(line)).float().cpu(), layer.weight_distances()
         for channel, axis in enumerate(line):
             _draw_kernel(axis, kernels[channel])
             dots = [(size / 2 - d) * samples / size - 0.5 for d, size in zip(offsets, layer.kernel_size, strict=True)]
             axis.plot(*torch.meshgrid(dots[1], dots[0], indexing="xy"), "k.", markersize=2.5)
-        line[0].set_title(name, loc="left", fontsize=8)
     return figure
 
 
 def envelope_figure(model: nn.Module) -> Figure:
     """Draw Gaussian envelopes as Kobayashi 2023, Fig. 4: sigma of every channel by layer, and filters as curves.
 
-    Layers whose kernel is 1x1, which in a ResNet lie on the identity path, have a colour of their own. The curves
-    are those of each layer's mean sigma (solid) and largest (dotted).
+    1x1 kernels, which lie on the identity path of a ResNet, have another colour. The curves are the filters of each
+    layer's mean sigma (solid) and largest sigma (dotted).
 
     Raises:
         ValueError: the model holds no `GaussianEnvelopeConv2d`.
@@ -112,8 +101,7 @@ def envelope_figure(model: nn.Module) -> Figure:
     from matplotlib.figure import Figure
 
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, GaussianEnvelopeConv2d)]
-    if not found:
-        raise ValueError(f"model: this {type(model).__name__} holds no GaussianEnvelopeConv2d to draw")
+    _require(found, model, "GaussianEnvelopeConv2d")
     figure = Figure(figsize=(6 + 0.6 * len(found), 4), layout="constrained")
     widths, curves = figure.subplots(1, 2, width_ratios=(1 + 0.2 * len(found), 2))
     for index, (name, layer) in enumerate(found):
@@ -129,10 +117,10 @@ def envelope_figure(model: nn.Module) -> Figure:
 
 
 def frequency_figure(model: nn.Module) -> Figure:
-    """Draw the highest frequency of every FlexConv beside what its grid can show (Romero et al. 2022, Eq. 22 and 24).
+    """Draw the highest frequency of every FlexConv and its grid's limit (Romero et al. 2022, Eq. 22 and 24).
 
-    Bars are the MAGNet's part and the mask's; a line marks the Nyquist frequency. In cycles per unit, of which a
-    kernel spans two: kernels that stay under the line can be sampled at higher resolutions without aliasing.
+    Bars are the parts of the MAGNet and of the mask; a line marks the Nyquist frequency. The unit is cycles per unit of
+    coordinate; a kernel spans two units. Kernels under the line can be sampled at higher resolutions without aliasing.
 
     Raises:
         ValueError: the model holds no FlexConv.
@@ -140,8 +128,7 @@ def frequency_figure(model: nn.Module) -> Figure:
     from matplotlib.figure import Figure
 
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, FlexConv1d | FlexConv2d)]
-    if not found:
-        raise ValueError(f"model: this {type(model).__name__} holds no FlexConv to draw")
+    _require(found, model, "FlexConv")
     figure = Figure(figsize=(2.5 + 0.35 * len(found), 3.5), layout="constrained")
     axis = figure.subplots()
     places = range(len(found))
@@ -157,8 +144,29 @@ def frequency_figure(model: nn.Module) -> Figure:
     return figure
 
 
+def _require(found: Sequence[tuple[str, nn.Module]], model: nn.Module, kind: str) -> None:
+    if not found:
+        raise ValueError(f"model: this {type(model).__name__} holds no {kind} to draw")
+
+
+def _kernel_grid(
+    found: Sequence[tuple[str, Layer]], layers: int, channels: int
+) -> tuple[Figure, list[tuple[Layer, Sequence[Axes]]]]:
+    """A figure with a row of axes for each of some layers, evenly spread, and (layer, row) for each."""
+    from matplotlib.figure import Figure
+
+    count = min(layers, len(found))
+    shown = [found[index] for index in torch.linspace(0, len(found) - 1, count).round().int().tolist()]
+    columns = min(channels, *(layer.out_channels for _, layer in shown))
+    figure = Figure(figsize=(1.7 * columns, 1.9 * count), layout="constrained")
+    axes = figure.subplots(count, columns, squeeze=False)
+    for (name, _), line in zip(shown, axes, strict=True):
+        line[0].set_title(name, loc="left", fontsize=8)
+    return figure, [(layer, line) for (_, layer), line in zip(shown, axes, strict=True)]
+
+
 def _draw_widths(axis: Axes, index: int, sigma: torch.Tensor, colour: str) -> None:
-    """One dot per channel, spread sideways so that they can be told apart."""
+    """One dot per channel, spread sideways so that dots do not overlap."""
     spread = torch.linspace(-0.25, 0.25, len(sigma)) if len(sigma) > 1 else torch.zeros(1)
     axis.plot(index + spread, sigma, ".", color=colour, markersize=3, alpha=0.5)
     axis.plot([index - 0.3, index + 0.3], [sigma.mean()] * 2, color="black", linewidth=1)

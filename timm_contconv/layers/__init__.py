@@ -1,4 +1,4 @@
-"""Convolution layers, one file or package per method; what they share is in `core`."""
+"""Convolution layers, one package per method; `core` holds what they share."""
 
 from .cc import ContinuousConv2d, InternalNet
 from .core.kernel import Kernel

@@ -1,7 +1,7 @@
 """CC-Net and its baseline: the classifiers of Shocher et al. 2020, "Verifying Shift-Equivariance".
 
-Eight convolutions and three fully connected layers, all with ReLUs. The baseline halves the image twice, in its second
-and its last convolution; CC-Net resizes a little in each layer from the second on, to the same size in the end. The
+Eight convolutions and three fully connected layers, all with ReLUs. The baseline halves the image in its second and
+its last convolution. CC-Net resizes a little in each layer from the second on; its last map has the same size. The
 paper gives neither widths nor kernel sizes.
 """
 
@@ -22,10 +22,10 @@ from .classifier import Classifier
 __all__ = ["CcNet", "CcNetHead", "CcNetLayer", "ccnet", "ccnet_baseline"]
 
 BASELINE_STRIDES = (1, 2, 1, 1, 1, 1, 1, 2)
-#: six layers that resize make the baseline's 1/4
+#: six layers resize; together they make the baseline's 1/4
 CC_SCALE = 0.25 ** (1 / 6)
 CC_SCALES = (None, *(CC_SCALE,) * 6, 1.0)
-# where the map is the image's size, half and a quarter of it
+# the last layers whose maps have the image's size, half of it, and a quarter of it
 BASELINE_FEATURES = (0, 6, 7)
 CC_FEATURES = (0, 3, 7)
 
@@ -66,8 +66,8 @@ class CcNetHead(nn.Module):
         pixels: of the map.
         hidden: units of the two layers.
         num_classes: outputs; 0 for none.
-        global_pool: "flatten" gives all pixels to the first layer, as in the paper; timm's poolings; "" for none, which
-            goes with num_classes=0.
+        global_pool: "flatten" gives all pixels to the first layer, as in the paper; a pooling of timm; "" for none,
+            with num_classes=0 only.
         drop_rate: dropout before the classifier.
     """
 
@@ -87,7 +87,7 @@ class CcNetHead(nn.Module):
         self.reset(num_classes, global_pool, **dd)
 
     def reset(self, num_classes: int, global_pool: str | None = None, **dd: Any) -> None:
-        """Another number of classes, and other pooling if given, which also makes the first layer anew."""
+        """Set the number of classes, and the pooling if given; the latter draws the first two layers again."""
         if global_pool is not None:
             self._reset_pool(global_pool, **dd)
         if num_classes and not self.global_pool:
@@ -123,7 +123,7 @@ class CcNet(Classifier):
     Args:
         in_chans: channels of the images.
         num_classes: outputs; 0 for none.
-        global_pool: "flatten" as in the paper, for images of `img_size`; with a pooling, for images of any size.
+        global_pool: "flatten" as in the paper, for images of `img_size` only; or a pooling, for images of any size.
         scales: of the layers; None for a plain convolution.
         strides: of the plain convolutions.
         features: indices of the three layers whose maps are intermediate features.
@@ -132,12 +132,11 @@ class CcNet(Classifier):
         kernel_size: of all convolutions.
         img_size: height and width of the images, multiples of 4.
         drop_rate: dropout before the classifier.
-        drop_path_rate: 0, as timm's train.py may give it: there is no residual path to drop.
+        drop_path_rate: only 0; timm's train.py may pass it, but there is no residual path to drop.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: img_size is not of multiples of 4, drop_path_rate is not 0, or the layers' settings differ in
-            number.
+        ValueError: img_size is no multiple of 4, drop_path_rate is not 0, or the layers' settings differ in number.
     """
 
     def __init__(
@@ -166,8 +165,7 @@ class CcNet(Classifier):
             raise ValueError(f"img_size={img_size}: expected multiples of 4")
         if drop_path_rate:
             raise ValueError(
-                f"drop_path_rate={drop_path_rate}: expected 0; CC-Net is a plain chain without residual paths to drop;"
-                " drop_rate is its dropout"
+                f"drop_path_rate={drop_path_rate}: expected 0; CC-Net has no residual paths to drop; use drop_rate"
             )
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
@@ -192,11 +190,6 @@ class CcNet(Classifier):
         """Regular expressions that group parameters by depth."""
         return {"stem": r"^layers\.0", "blocks": [(r"^layers\.(\d+)", None), (r"^head\.mlp", (99999,))]}
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the layers' activations again in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
@@ -209,7 +202,7 @@ class CcNet(Classifier):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """He et al. 2015, for ReLUs: there are no norms. A CC layer's kernel has the same variance as a plain one's."""
+    """He et al. 2015, because there are no norms. The kernels of CC layers get the variance of plain ones."""
     if isinstance(module, ContinuousConv2d):
         with torch.no_grad():
             module.net.weight.mul_(6**0.5)

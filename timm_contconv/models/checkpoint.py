@@ -1,4 +1,4 @@
-"""What the filters of the authors' checkpoints have in common: what a file holds, and whether it fits a model."""
+"""What the filters of the authors' checkpoints share: reading a file, and checking that it fits a model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["check_keys", "own_format", "unwrap"]
 
 
 def own_format(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint with the model's own keys: a filter function for timm's pretrained loading.
+    """A filter function for timm's pretrained loading: a checkpoint that has the model's own keys.
 
     Raises:
-        ValueError: keys are missing or left over; the message names them.
+        ValueError: as `check_keys`.
     """
     return check_keys(unwrap(state_dict), model)
 
 
 def unwrap(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by key: {"model": state_dict} is unwrapped, float8 becomes float32."""
+    """The tensors of a checkpoint by key, also from {"model": state_dict}; float8 becomes float32."""
     nested = state_dict.get("model")
     if isinstance(nested, Mapping):
         state_dict = nested
@@ -31,9 +31,9 @@ def unwrap(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_keys(native: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict with the model's keys, its first convolution turned to the model's number of channels.
+    """A state dict with the model's keys and its first convolution adapted to the model's input channels.
 
-    Keys of a classifier for another number of classes may differ; timm leaves them out.
+    A classifier for another number of classes may have other keys; timm does not load it.
 
     Raises:
         ValueError: keys are missing or left over; the message names them.
@@ -49,9 +49,9 @@ def check_keys(native: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
 
 
 def _with_input_channels(native: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Turn a replaced first convolution to the model's number of channels; timm turns plain ones only.
+    """Adapt a replaced first convolution to the model's input channels; timm adapts only plain ones.
 
-    Its weights are summed for one channel, else repeated and scaled, as timm does it; geometry is averaged or repeated.
+    As in timm, weights are summed for one channel, else repeated and scaled. Geometry is averaged or repeated.
     """
     names = get_model_traits(model).get("first_conv") or ()
     for name in (names,) if isinstance(names, str) else names:
@@ -77,7 +77,7 @@ def _in_channels(value: Tensor, axis: int, new: int, is_geometry: bool) -> Tenso
 
 
 def _adapted_keys(model: nn.Module) -> set[str]:
-    """Keys of the classifier where timm will leave it out, because the model has another number of classes."""
+    """Keys of the classifier if timm will not load it, because the model has another number of classes."""
     config = getattr(model, "pretrained_cfg", {})
     classifier = config.get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else classifier

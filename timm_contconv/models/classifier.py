@@ -1,4 +1,4 @@
-"""What the papers' own networks have in common: how timm asks a classifier for its head, parameters and features."""
+"""What the papers' own networks share: timm's methods for the head, the parameters and the features."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["Classifier"]
 class Classifier(nn.Module):
     """A network with features, (N, in_chans, H, W) to (N, num_features, H', W'), and a head on them.
 
-    A subclass sets `num_classes` and `head`, a module with `reset(num_classes, global_pool, ...)`, a last linear layer
-    `fc` and `forward(x, pre_logits)`, and defines `forward_features`. `feature_info` names modules of one
-    `nn.Sequential`, as "blocks.3"; `forward_stem` comes before it, `forward_norm` after it.
+    A subclass defines `forward_features`. It sets `num_classes` and `head`, a module with a last linear layer `fc`,
+    `reset(num_classes, global_pool, ...)` and `forward(x, pre_logits)`. `feature_info` names modules of one
+    `nn.Sequential`, such as "blocks.3"; `forward_stem` comes before it, `forward_norm` after it.
     """
 
     num_classes: int
@@ -36,13 +36,18 @@ class Classifier(nn.Module):
         return {name for name, parameter in self.named_parameters() if id(parameter) in geometry}
 
     @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the modules' activations again in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         classifier: nn.Module = self.head.fc
         return classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for another number of classes (0 for none), with other pooling if given."""
+        """Make a new classifier; `num_classes` is 0 for none, `global_pool` None for the present pooling."""
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
         self.num_classes = num_classes
 
@@ -51,11 +56,11 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
     def forward_stem(self, x: Tensor) -> Tensor:
-        """What precedes the modules that give features."""
+        """What runs before the modules that give features."""
         return x
 
     def forward_norm(self, x: Tensor) -> Tensor:
-        """What follows the last of the modules that give features."""
+        """What runs after the modules that give features."""
         return x
 
     def forward_intermediates(
@@ -71,14 +76,14 @@ class Classifier(nn.Module):
 
         Args:
             x: (N, in_chans, H, W).
-            indices: the last n features if an int, all if None, else those.
-            norm: apply the final norm, where there is one, to the features of the last module.
-            stop_early: leave out the modules after the last that is asked for.
+            indices: indices of the features, an int for the last n, or None for all.
+            norm: apply the final norm, if there is one, to the features of the last module.
+            stop_early: do not run the modules after the last requested one.
             output_fmt: only "NCHW".
             intermediates_only: return only the list.
 
         Returns:
-            The final features and a list of intermediate ones, (N, C, H', W') each, or the list.
+            The final features and a list of intermediate features, (N, C, H', W') each; or only the list.
 
         Raises:
             ValueError: output_fmt is not "NCHW".
@@ -102,7 +107,7 @@ class Classifier(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the given intermediate features do not need; returns their indices."""
+        """Remove the modules that the given features do not need; returns the indices of the features."""
         take, last_taken = feature_take_indices(len(self.feature_info), indices)
         name, last = self._feature_module(last_taken)
         modules = cast(nn.Sequential, getattr(self, name))
@@ -115,12 +120,12 @@ class Classifier(nn.Module):
         return take
 
     def _feature_module(self, index: int) -> tuple[str, int]:
-        """Name of the `nn.Sequential` and index in it of the module that gives a feature."""
+        """The `nn.Sequential`'s name and the index in it of the module that gives a feature."""
         name, position = self.feature_info[index]["module"].split(".")
         return name, int(position)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pooling and classifier, (N, num_features, H', W') to (N, num_classes), or pooling only."""
+        """Pooling and classifier, (N, num_features, H', W') to (N, num_classes); `pre_logits`: without classifier."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ __all__ = ["FlexTCN"]
 class FlexTCN(TCN):
     """Residual blocks of causal FlexConvs; the features of the last sample are classified.
 
-    The paper's FlexTCN-2, -4 and -6 have so many blocks. Kernels are as long as the sequence.
+    The paper's FlexTCN-2, -4 and -6 have 2, 4 and 6 blocks. Kernels are as long as the sequence.
 
     Args:
         in_channels: channels of the sequences.
         num_classes: outputs.
-        length: samples of a sequence, hence taps of the kernels before their masks.
+        length: samples of a sequence, and taps of the kernels before their masks.
         channels: width of the blocks.
-        blocks: their number.
+        blocks: number of blocks.
         dropout: probability in the blocks.
         flex_args: settings of the FlexConvs, as in `FlexSpec`; {"mask": False} makes it CKTCN.
         device, dtype: of the parameters.
@@ -50,5 +50,5 @@ class FlexTCN(TCN):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         conv = functools.partial(FlexConv1d, kernel_size=length, padding="causal", **(flex_args or {}), **dd)
         super().__init__(in_channels, num_classes, conv, channels, blocks, dropout, **dd)
-        nn.init.normal_(self.head.weight, std=0.01)  # as the released code
+        nn.init.normal_(self.head.weight, std=0.01)  # as in the released code
         nn.init.zeros_(self.head.bias)

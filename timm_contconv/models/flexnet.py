@@ -1,6 +1,6 @@
 """FlexNet: residual networks without pooling, whose convolutions learn their size (Romero et al. 2022, Fig. 10).
 
-Named by their blocks: the paper's FlexNet-16, which counts layers, is the one that it calls FlexNet-7 elsewhere.
+The names count blocks. The paper calls FlexNet-7 also FlexNet-16, which counts layers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class FlexStem(nn.Module):
         self.norm = nn.BatchNorm2d(out_chs, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # convolutions of so few channels take half the time there
+        if x.device.type == "cpu":  # channels-last halves the time there, with so few channels
             x = x.contiguous(memory_format=torch.channels_last)
         return self.norm(self.conv(x)).relu()
 
@@ -70,7 +70,7 @@ class FlexBlock(nn.Module):
     """Two FlexConvs, each with batch norm, beside a shortcut: (N, C_in, H, W) to (N, C_out, H, W).
 
     Args:
-        in_chs, out_chs: channels; where they differ the shortcut is a 1×1 convolution.
+        in_chs, out_chs: channels; if they differ, the shortcut is a 1×1 convolution.
         kernel_size: of the FlexConvs, before their masks.
         dropout: probability, after the first ReLU.
         drop_path: stochastic depth.
@@ -112,14 +112,14 @@ class FlexNet(Classifier):
         in_chans: channels of the images.
         num_classes: outputs of the head; 0 for none.
         global_pool: pooling before the head, as in timm; "" for none.
-        img_size: of the training images, an int or (height, width); kernels are as large, or one larger where that
-            is even. Images of other sizes are taken, too; `tcc.at_resolution` turns the kernels to another resolution.
+        img_size: pixels of the training images, an int or (height, width). Kernels have this size, plus one if it is
+            even. Other image sizes work too; `tcc.at_resolution` samples the kernels at another resolution.
         dim: channels of the stem.
         width_factors: channels of the blocks relative to the stem's.
         dropout: probability in the blocks.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
-        flex_args: settings of the FlexConvs by name, as in `FlexSpec` but for kernel_size; "compile" too.
+        flex_args: settings of the FlexConvs by name, as in `FlexSpec` without kernel_size, and "compile".
         device, dtype: of the parameters.
 
     Raises:
@@ -162,7 +162,7 @@ class FlexNet(Classifier):
         self._init_classifier()
 
     def _init_classifier(self) -> None:
-        if isinstance(self.head.fc, nn.Linear):  # as the released code
+        if isinstance(self.head.fc, nn.Linear):  # as in the released code
             nn.init.kaiming_normal_(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)
 
@@ -170,11 +170,6 @@ class FlexNet(Classifier):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters by depth."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the blocks' activations again in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
@@ -193,7 +188,7 @@ class FlexNet(Classifier):
 
 
 def _kernel_size(img_size: int | Sequence[int]) -> tuple[int, ...]:
-    """As large as the images, or one larger to be odd."""
+    """The size of the images, plus one if it is even."""
     sides = [as_int(side) or 0 for side in to_2tuple(img_size)]
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"img_size={img_size!r}: expected a positive int, in pixels, or two of them")
@@ -204,21 +199,19 @@ def _checked(flex_args: Mapping[str, Any]) -> Mapping[str, Any]:
     allowed = {*FlexSpec.model_fields, "compile"} - {"method", "kernel_size"}
     if not isinstance(flex_args, Mapping) or not allowed.issuperset(flex_args):
         raise ValueError(
-            f"flex_args={flex_args!r}: expected a dict of {', '.join(sorted(allowed))}; img_size gives the size of the"
-            " kernels"
+            f"flex_args={flex_args!r}: expected a dict of {', '.join(sorted(allowed))}; img_size gives the kernel size"
         )
     return flex_args
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The model's own keys, for a state dict of this network or a checkpoint that the authors released.
+    """A state dict of this network, or a checkpoint of the authors, with the model's keys.
 
-    The release's linear layers are 1×1 convolutions; the mean and the width of a mask stand in one tensor, the rows
-    first, as ours.
+    In the authors' files, linear layers are 1×1 convolutions, and one tensor holds the mean and the width of a mask,
+    rows first as here.
 
     Raises:
-        ValueError: keys are missing or left over; or the checkpoint's kernels are sampled at another resolution than
-            the model's.
+        ValueError: keys are missing or left over, or the checkpoint's kernels have another resolution than the model's.
     """
     native = unwrap(state_dict)
     if any(key.endswith(".mask_params") for key in native):
@@ -228,7 +221,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
 
 def _of_release(released: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     native: dict[str, Tensor] = {}
-    stacks: dict[str, list[Tensor]] = {}  # in the order of the keys, which is that of the layers
+    stacks: dict[str, list[Tensor]] = {}  # the keys have the order of the layers
     for key, value in released.items():
         renamed = key
         for pattern, replacement in RELEASED_KEYS:
@@ -255,17 +248,17 @@ def _in_our_shape(name: str, value: Tensor, model: nn.Module) -> Tensor:
 
 
 def _check_kernel_size(key: str, size: int, layer: Any) -> None:
-    """Refuse a checkpoint for another resolution: its parameters would fit, and give another function."""
+    """Refuse a checkpoint for another resolution. Its parameters would fit, but give another function."""
     own = layer.kernel_size[0]
     if size not in (0, own):  # 0: never run
         raise ValueError(
             f"{key}={size}: the checkpoint's kernels have {size} pixels, the model's {own};"
-            f" create the model with img_size={size - 1}, and turn it with tcc.at_resolution then"
+            f" create the model with img_size={size - 1}, then use tcc.at_resolution"
         )
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    """The authors' checkpoints are files of their repository: load one with pretrained_cfg_overlay={"file": path}."""
+    """The authors' repository holds the checkpoints: load one with pretrained_cfg_overlay={"file": path}."""
     return {
         "num_classes": 10, "input_size": (3, 32, 32), "pool_size": None,
         "crop_pct": 1.0, "interpolation": "bilinear",

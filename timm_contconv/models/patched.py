@@ -1,4 +1,4 @@
-"""timm's architectures with a patch: one entry point per recipe and model, and one for models patched by hand."""
+"""timm's architectures with a patch: an entry point per recipe and model, and one for models patched by hand."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timm.models import (
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    is_model,
-    model_entrypoint,
-    register_model,
-)
+from timm.models import generate_default_cfgs, get_pretrained_cfg, is_model, model_entrypoint, register_model
 from timm.models._features import FeatureGetterNet
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import Tensor, nn
@@ -58,7 +52,7 @@ def _build_base(base: str, spec: PatchSpec, name: str, base_args: Mapping[str, A
 def _build(
     name: str, base: str, spec: PatchSpec, pretrained: bool, base_args: Mapping[str, Any], **kwargs: Any
 ) -> nn.Module:
-    """Build through timm's machinery, which resolves the configuration, loads weights and wraps features."""
+    """Build with timm's builder, which resolves the configuration, loads weights and wraps feature extractors."""
     kwargs.setdefault("feature_cfg", _feature_cfg(base, base_args) if kwargs.get("features_only") else {})
     model = build_model_with_cfg(
         functools.partial(_build_base, base, spec, name, base_args),
@@ -73,9 +67,9 @@ def _build(
 
 
 def _name_first_conv(model: nn.Module) -> None:
-    """Let the model's configuration name a module whose weight is in the state dict, as timm's first_conv does.
+    """Set the configuration's `first_conv` to a module with a weight in the state dict, as timm expects.
 
-    The trait of that name keeps naming the layer, whose parameters `checkpoint.py` turns to other numbers of channels.
+    timm's trait `first_conv` still names the layer; `checkpoint.py` adapts its parameters to other input channels.
     """
     config = model.__dict__["pretrained_cfg"]
     names = config.get("first_conv") or ()
@@ -87,7 +81,7 @@ def _name_first_conv(model: nn.Module) -> None:
 
 
 def _feature_cfg(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
-    """How the base extracts features: from modules at its top or one Sequential deep, else from its forward."""
+    """timm's feature settings for the base. A FeatureGetterNet if features lie deeper than in one Sequential."""
     with torch.device("meta"), counted(LARGEST_ENTRIES, math.inf, f"{base}: has too many modules"):
         model = model_entrypoint(base)(pretrained=False, **base_args)
     modules = [item["module"] for item in model.feature_info]
@@ -108,7 +102,7 @@ def _entrypoint(architecture: PatchedArchitecture, spec: PatchSpec) -> Callable[
     create.__module__ = __name__
     create.__doc__ = f"""{architecture.base} with the recipe {architecture.recipe}: {spec.description}.
 
-    Takes the arguments of {architecture.base}, and `patch_args`: other values for the recipe's layer.
+    Takes the arguments of {architecture.base}, and `patch_args`: new values of the layer's settings.
     """
     return create
 
@@ -123,10 +117,10 @@ def contconv(
     """A timm model that was patched by hand, rebuilt from its saved configuration.
 
     Args:
-        pretrained: load the weights that the configuration comes with.
-        base: timm architecture that was patched.
-        base_args: arguments that it was created with.
-        patch: the patch, as `PatchSpec.to_dict()` gives it.
+        pretrained: load the weights that the configuration names.
+        base: the timm architecture that was patched.
+        base_args: its arguments.
+        patch: the patch, as from `PatchSpec.to_dict()`.
 
     Raises:
         ValueError: an argument is missing, unknown or out of range.
@@ -140,7 +134,7 @@ def contconv(
 
 
 def _checked_base(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
-    """The base's arguments, if it is a timm architecture and they describe no more than an architecture."""
+    """The base's arguments, after a check that base is a timm architecture and they describe only an architecture."""
     if not isinstance(base, str) or not is_model(base) or base == HAND_PATCHED:
         raise ValueError(f"base={base!r}: expected the name of a timm architecture")
     return check_arguments(base_args, "base_args")
@@ -150,7 +144,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     """A checkpoint of this package, or one of the released ConvNeXt-DCLS, with the model's keys.
 
     Raises:
-        ValueError: keys are missing or left over, or the blocks of a stage do not agree on their positions.
+        ValueError: keys are missing or left over, or blocks of a stage have different positions.
     """
     native = unwrap(state_dict)
     if any(key.endswith(".dwconv.P") for key in native):
@@ -159,12 +153,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 
 
 def _convnext_dcls_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename the keys of the released ConvNeXt-DCLS checkpoints; positions are stored once per stage.
+    """Rename the keys of the released ConvNeXt-DCLS checkpoints, and keep positions once per stage.
 
-    The release repeats a stage's positions in every block, (2, C, 1, m) with the row first, as ours.
+    The release repeats a stage's positions in every block, (2, C, 1, m), rows first as here.
 
     Raises:
-        ValueError: the blocks of a stage do not agree on their positions.
+        ValueError: blocks of a stage have different positions.
     """
     native: dict[str, Tensor] = {}
     shared = {key.split(".")[1]: key for key in model.state_dict() if key.endswith("dcls_geometry.position")}
@@ -196,7 +190,7 @@ def _untrained_cfg(base: str) -> PretrainedCfg:
 
 
 def _default_cfgs(architectures: Mapping[str, PatchedArchitecture]) -> dict[str, PretrainedCfg]:
-    """Configurations by "name" and "name.tag"; tags are the folders of hub/ that say where weights are."""
+    """Configurations by "name" and "name.tag". A tag is a folder of hub/, which says where the weights are."""
     configs = {name: _untrained_cfg(architecture.base) for name, architecture in architectures.items()}
     for folder, weight in packaged_weights():
         if weight.architecture in architectures:
@@ -205,7 +199,7 @@ def _default_cfgs(architectures: Mapping[str, PatchedArchitecture]) -> dict[str,
 
 
 def _only_by_tag(default: DefaultCfg) -> DefaultCfg:
-    """Weights for other classes than the architecture's 1000 are had by their tag alone, not by the bare name."""
+    """Weights for other than 1000 classes come last, so that the bare name does not load them."""
     tags = sorted(default.tags, key=lambda tag: default.cfgs[tag].num_classes != 1000)  # stable
     return dataclasses.replace(default, tags=deque(tags))
 

@@ -17,17 +17,17 @@ __all__ = ["SmpTCN"]
 class SmpTCN(TCN):
     """Residual blocks of causal SMP convolutions; the features of the last sample are classified.
 
-    FlexTCN's structure with SMP kernels that are as long as the sequence, 30 points each (section 4.2).
+    The structure is FlexTCN's. The SMP kernels are as long as the sequence, with 30 points each (section 4.2).
 
     Args:
         in_channels: channels of the sequences.
         num_classes: outputs.
-        length: samples of a sequence, hence taps of the kernels.
+        length: samples of a sequence, and taps of the kernels.
         channels: width of the blocks.
-        blocks: their number.
+        blocks: number of blocks.
         dropout: probability in the blocks.
         kernel_count: points per kernel.
-        initial_radius: default 4 / length, two samples.
+        initial_radius: None takes 4 / length, which is two samples.
         device, dtype: of the parameters.
 
     Raises:

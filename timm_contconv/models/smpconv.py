@@ -1,6 +1,6 @@
 """SMPConv-T and SMPConv-B: RepLKNet's structure with self-moving points (Kim and Park 2023, section 4.3).
 
-The large kernels of RepLKNet (Ding et al. 2022) are replaced by SMP kernels whose points the filters of a layer share.
+SMP kernels replace the large kernels of RepLKNet (Ding et al. 2022). The filters of a layer share their points.
 """
 
 from __future__ import annotations
@@ -11,12 +11,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    ClassifierHead,
-    ConvNormAct,
-    DropPath,
-    calculate_drop_path_rates,
-)
+from timm.layers import ClassifierHead, ConvNormAct, DropPath, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -42,7 +37,7 @@ _SMPCONV_KEYS = (
 )
 
 FFN_RATIO = 4
-# what the released ImageNet code does differently from the layer's defaults
+# settings of the released ImageNet code that differ from the layer's defaults
 IMAGENET_POINTS: dict[str, Any] = {
     "points": "layer", "normalize": False, "coordinate_std": 0.2, "min_radius": 1e-3,
 }  # fmt: skip
@@ -91,7 +86,7 @@ class SmpConvStage(nn.Module):
     """A transition (stages after the first), then pairs of a large-kernel block and a ConvFFN.
 
     Args:
-        in_chs, out_chs: channels; where they differ the stage starts with a transition of stride 2.
+        in_chs, out_chs: channels; if they differ, the stage starts with a transition of stride 2.
         kernel_size: of the SMP kernels, odd.
         drop_path_rates: one per pair.
     """
@@ -193,7 +188,6 @@ class SmpConvNet(Classifier):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the blocks' activations again in the backward pass instead of keeping them."""
         for stage in self.stages:
             assert isinstance(stage, SmpConvStage)
             stage.grad_checkpointing = enable
@@ -209,7 +203,6 @@ class SmpConvNet(Classifier):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the given intermediate features do not need; returns their indices."""
         stages = len(self.stages)
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_norm or len(self.stages) < stages:
@@ -243,10 +236,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 
 
 def _released_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the keys of the released SMPConv ImageNet checkpoints; turn their points to our axes.
+    """Rename the keys of the released SMPConv ImageNet checkpoints, and turn their points to this package's axes.
 
-    The release transposes its kernel and flips it along the rows: its point (p0, p1) lies at row -p1, column p0.
-    Its `kernel_coord`, the grid that the kernel is sampled on, is left out.
+    The release transposes its kernel and flips the rows: its point (p0, p1) lies at row -p1, column p0. Its
+    `kernel_coord`, the sampling grid, is not needed.
     """
     native: dict[str, Tensor] = {}
     for key, value in state_dict.items():

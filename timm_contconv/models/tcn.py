@@ -12,7 +12,7 @@ from ..layers.core.arguments import check_counts
 
 __all__ = ["TCN", "TemporalBlock"]
 
-#: a causal convolution with so many input and output channels
+#: makes a causal convolution from the numbers of input and output channels
 CausalConv = Callable[[int, int], nn.Module]
 
 
@@ -20,7 +20,7 @@ class TemporalBlock(nn.Module):
     """Two causal convolutions, each with batch norm, ReLU and dropout, beside a shortcut.
 
     Args:
-        in_channels, out_channels: channels; where they differ the shortcut is a 1×1 convolution.
+        in_channels, out_channels: channels; if they differ, the shortcut is a 1×1 convolution.
         conv: makes the convolutions.
         dropout: probability.
         device, dtype: of the other parameters.
@@ -61,7 +61,7 @@ class TCN(nn.Module):
         num_classes: outputs.
         conv: makes the convolutions.
         channels: width of the blocks.
-        blocks: their number.
+        blocks: number of blocks.
         dropout: probability in the blocks.
         device, dtype: of the other parameters.
 
@@ -93,7 +93,7 @@ class TCN(nn.Module):
         self.head = nn.Linear(channels, num_classes, **dd)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_channels, T) to (N, channels, T); what stands at a sample depends on it and earlier ones only."""
+        """(N, in_channels, T) to (N, channels, T); each sample depends only on itself and earlier ones."""
         return self.blocks(x)
 
     def forward(self, x: Tensor) -> Tensor:

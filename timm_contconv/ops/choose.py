@@ -137,7 +137,8 @@ def _decide(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> t
             _decisions.clear()
     finally:
         _lock.release()
-    return _fastest(_able(pass_, problem), times), bool(times)
+    # Also where nothing could be measured, because of a NaN: do not try at every call.
+    return _fastest(_able(pass_, problem), times), True
 
 
 def _able(pass_: str, problem: Problem) -> list[Algorithm]:

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import torch
@@ -14,9 +14,9 @@ from .problem import Problem
 
 __all__ = ["is_measuring", "is_recording", "measure", "measuring"]
 
-# A candidate that takes this many times as long as the best so far is not repeated; one image has to show it, where
-# a batch has several.
-_HOPELESS = 10
+# A candidate that takes this many times as long as the best so far, and a hiccup of the machine in seconds, is not
+# repeated; one image has to show it, where a batch has several.
+_HOPELESS, _HICCUP = 10, 0.01
 # Later rounds are for those within this factor of the best: at least so many rounds, more in these seconds.
 _CLOSE, _ROUNDS, _MOST_ROUNDS, _ROUND_SECONDS = 1.5, 4, 30, 0.02
 # Errors that a candidate may have, as a share of the sums that its results would be if no terms cancelled.
@@ -107,12 +107,21 @@ def _first(
     if problem.device.type != "cpu":
         algorithm.run(pass_, one, *images)  # compiles kernels
     if problem.batch > 1:
-        seconds = _timed(algorithm, pass_, one, images)[0]
-        if seconds < max(best, _ROUND_SECONDS):  # cheap enough to be told from a hiccup of the machine
-            seconds = min(seconds, _timed(algorithm, pass_, one, images)[0])
-        if seconds * problem.batch > _HOPELESS * best:
-            return seconds * problem.batch, None
+        seconds = problem.batch * min(_tries(algorithm, pass_, one, images, _HOPELESS * best / problem.batch))
+        if seconds > _HOPELESS * best:
+            return seconds, None
     return _timed(algorithm, pass_, problem, tensors)
+
+
+def _tries(
+    algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None], enough: float
+) -> Iterator[float]:
+    """Seconds of one run; of a few where the first was too slow by less than a hiccup of the machine."""
+    for _ in range(3):
+        seconds = _timed(algorithm, pass_, problem, tensors)[0]
+        yield seconds
+        if seconds <= enough or seconds > enough + _HICCUP:
+            return
 
 
 def _repeat(
@@ -123,17 +132,17 @@ def _repeat(
     times: dict[str, float],
 ) -> None:
     """Brings `times` down to the least of several runs in turn, for those that may win."""
-    start, within = time.perf_counter(), float(_HOPELESS)
+    start = time.perf_counter()
     for round_ in range(_MOST_ROUNDS):
         if round_ >= _ROUNDS and time.perf_counter() - start > _ROUND_SECONDS:
             return
         best = min(times.values(), default=0.0)
-        close = [a for a in algorithms if times[a.name] < within * best]
+        limit = _CLOSE * best if round_ else _HOPELESS * best + _HICCUP
+        close = [a for a in algorithms if times[a.name] < limit]
         if len(close) < 2:
             return
         for algorithm in close:
             times[algorithm.name] = min(times[algorithm.name], _timed(algorithm, pass_, problem, tensors)[0])
-        within = _CLOSE
 
 
 def _timed(

@@ -18,8 +18,8 @@ _FEWEST_TAPS = {1: 65, 2: 25, 3: 65}
 _FEWEST_DEPTHWISE_TAPS = {1: 7, 2: 9, 3: 65}
 # In exported graphs, which other programs read: there an operator of our own has to gain more.
 _FEWEST_TAPS_EXPORTED = 65
-# Products that compiled loops make in the time of an FFT per pixel and halving of a line. FFTs are faster where more are
-# to be made, and not worth a try where far fewer are; but without compiled loops they are, up to PyTorch's own.
+# Products that compiled loops make in the time of an FFT per pixel and halving of a line. FFTs are faster where more
+# are to be made, and not worth a try where far fewer are; but without compiled loops they are, up to PyTorch's own.
 _PRODUCTS, _FEWEST_PRODUCTS, _FEWEST_PRODUCTS_OF_PYTORCH = 40, 8, 2
 
 
@@ -50,7 +50,9 @@ def candidates(pass_: str, problem: Problem) -> list[Algorithm]:
 
 
 def _on_accelerator(problem: Problem) -> list[str]:
-    """PyTorch's own first: only measuring can know better."""
+    """PyTorch's own first: only measuring can know better, and on other accelerators than CUDA's nothing was tried."""
+    if problem.device.type != "cuda":
+        return ["pytorch"]
     names = ["pytorch", "channels_last", "triton"] if problem.is_depthwise else ["pytorch"]
     return [*names, "fft"] if math.prod(problem.kernel_size) > 81 else names
 
@@ -59,7 +61,8 @@ def _depthwise(pass_: str, problem: Problem) -> list[str]:
     """From the fastest of each on an AMD EPYC and an Intel Xeon with AVX-512 (torch 2.15, one and two threads)."""
     taps = math.prod(problem.kernel_size)
     names = ["direct", "channels_last", "pytorch"]
-    if problem.channels_last and taps < (25 if pass_ == "weight" else 49):
+    few = 25 if pass_ == "weight" else 81 if math.prod(problem.input_size) >= 56**2 else 49
+    if problem.channels_last and taps < few:
         # oneDNN has kernels for these, but none for the gradient of the input by itself.
         names = ["channels_last", "direct", "pytorch"] if pass_ == "input" else ["pytorch", "direct", "channels_last"]
     if pass_ == "weight" and taps >= 49:

@@ -1,4 +1,4 @@
-"""Copies of modules without their users' hooks, and hooks that move from one module to another."""
+"""Copies of modules without users' hooks; hooks handed from one module to another."""
 
 from __future__ import annotations
 
@@ -15,25 +15,22 @@ HOOKS = tuple(name for name in nn.Module().__dict__ if "_hook" in name)
 
 
 def with_hooks(old: nn.Module, new: Module) -> Module:
-    """Let the new module run the old one's hooks: the same dicts, so that handles still remove them."""
+    """Give a module the hooks of another. Both hold the same dicts, so that handles still remove the hooks."""
     for name in HOOKS:
         new.__dict__[name] = old.__dict__[name]
     return new
 
 
 def copy_without_hooks(module: Module) -> Module:
-    """A deep copy that runs no hook of the user's, and holds nothing that such a hook refers to.
+    """A deep copy without users' hooks and the objects that these refer to.
 
-    Hooks of PyTorch (weight norm) compute what a forward needs: they stay.
+    PyTorch's own hooks (weight norm) are kept: the forward needs them.
     """
     hooks = [table for m in module.modules() for name in HOOKS if isinstance(table := m.__dict__.get(name), dict)]
-    return copy.deepcopy(module, {id(table): _without_users(table) for table in hooks})
+    return copy.deepcopy(module, {id(table): _torch_hooks(table) for table in hooks})
 
 
-def _without_users(hooks: dict[int, Any]) -> dict[int, Any]:
-    kept = {key: hook for key, hook in hooks.items() if isinstance(hook, bool) or _is_needed(hook)}
-    return type(hooks)(kept)
-
-
-def _is_needed(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).partition(".")[0] == "torch"
+def _torch_hooks(hooks: dict[int, Any]) -> dict[int, Any]:
+    """The hooks that PyTorch registered, and flags, in a table of the same type."""
+    sources = {key: str(getattr(hook, "__module__", "")).partition(".")[0] for key, hook in hooks.items()}
+    return type(hooks)({k: hook for k, hook in hooks.items() if isinstance(hook, bool) or sources[k] == "torch"})

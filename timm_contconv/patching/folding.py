@@ -1,4 +1,4 @@
-"""Blocks that fold their branches for inference, as `timm.utils.reparameterize_model` asks them to."""
+"""Blocks that fold their branches for inference (`timm.utils.reparameterize_model`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METHODS = ("fuse", "reparameterize", "switch_to_deploy")
 
 
 def folding_blocks(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules around a layer that fold themselves, by name."""
+    """The blocks around a layer that fold themselves, each with its name."""
     path = name.split(".")[:-1]
     for depth in range(1, len(path) + 1):
         block = model.get_submodule(".".join(path[:depth]))
@@ -24,26 +24,26 @@ def folding_blocks(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module
 
 
 def fold_methods(block: nn.Module) -> list[str]:
-    """The names of a block's methods that fold it."""
+    """Names of the methods that fold a block."""
     found = {name: getattr(block, name, None) for name in METHODS}
     return [name for name, method in found.items() if callable(method) and not isinstance(method, nn.Module)]
 
 
 def folds_of_one_size(model: nn.Module, sizes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Blocks whose fold would be silently wrong once their convolutions have other kernel sizes, and why.
+    """Blocks whose fold would be silently wrong with other kernel sizes.
 
-    Such a block builds the folded convolution from a kernel size that it keeps for itself: it cuts larger kernels off
-    (LCNetV2), or pads too little for them (FastViT).
+    Such a block keeps the kernel size of the folded convolution in an attribute. It cuts larger kernels off (LCNetV2),
+    or pads too little for them (FastViT).
 
     Args:
         model: it is not changed.
-        sizes: the new kernel sizes, by the name of the convolution.
+        sizes: the new kernel sizes, by name of the convolution.
 
     Returns:
-        "attribute=value" by the block's name.
+        "attribute=value", by name of the block.
     """
     found = {}
-    known = [name for name, _ in model.named_modules() if name in sizes]  # not what the patch itself will put in
+    known = [name for name, _ in model.named_modules() if name in sizes]  # without those that the patch adds
     blocks = {path: block for name in known for path, block in folding_blocks(model, name)}
     for path, block in blocks.items():
         convs = {f"{path}.{name}": m for name, m in block.named_modules() if isinstance(m, _ConvNd)}
@@ -56,13 +56,12 @@ def folds_of_one_size(model: nn.Module, sizes: Mapping[str, Sequence[int]]) -> d
 
 
 def refusing_fold(block: nn.Module, size: str) -> dict[str, Callable[..., NoReturn]]:
-    """What to put in the place of the methods that fold a block, by their names."""
+    """Methods that raise an error, to replace those that fold a block, by name."""
     refuse = functools.partial(_refuse, type(block).__name__, size)
     return dict.fromkeys(fold_methods(block), refuse)
 
 
 def _refuse(block: str, size: str) -> NoReturn:
     raise RuntimeError(
-        f"{block}: folds kernels of {size} only, and its kernels have had another size since tcc.patch; use the model"
-        " unfolded"
+        f"{block}: folds kernels of {size} only, but tcc.patch gave it kernels of another size; use the model unfolded"
     )

@@ -42,32 +42,32 @@ def patch(
     progress: bool | None = None,
     **layer_overrides: Any,
 ) -> Model:
-    """Replace convolutions of a model, in place, by those of a method.
+    """Replace convolutions of a model by layers of a method, in place.
 
-    All or nothing: on any error the model is bit for bit what it was. Device, dtype, training mode, frozen
-    parameters and hooks of each convolution carry over to its replacement.
+    All or nothing: on any error the model is bit for bit what it was. Each layer keeps the device, dtype, training
+    mode, frozen parameters and hooks of its convolution.
 
     Args:
-        model: timm's, torchvision's, transformers', your own.
-        patch: a recipe's name, the path of a .toml, a dict, or a PatchSpec.
-        select: which convolutions, instead of the recipe's own choice: "depthwise", "strided", "all", globs of
-            module names ("stages.2.*"), predicates (name, convolution) -> bool, or a list of these; "!" excludes.
-            Only exclusions: the recipe's choice less these.
-        min_kernel_size: leave out convolutions whose kernel is smaller along every dimension, in pixels. Default:
-            as the recipe says, which is all.
-        init: "fit" starts from the kernels that are replaced: exactly, where the method can, else as near as it
-            gets (`tcc.report` tells how near). "random" draws all parameters as the method's paper does.
-        compile: "auto" compiles kernel construction on CUDA only; True, False.
-        progress: whether a progress bar shows the fit; None shows it on a terminal.
-        **layer_overrides: other values for settings of the recipe's layer, as `kernel_size=11`.
+        model: any model, of timm, torchvision, transformers or your own.
+        patch: name of a recipe, path of a .toml, a dict, or a PatchSpec.
+        select: the convolutions to replace: "depthwise", "strided", "all", globs of module names ("stages.2.*"),
+            predicates (name, convolution) -> bool, or a list of these; "!" excludes. A list of exclusions alone
+            reduces the recipe's choice. Default: the recipe's choice.
+        min_kernel_size: in pixels; leaves out convolutions whose kernel is smaller along every dimension. Default:
+            the recipe's value.
+        init: "fit" starts from the replaced kernels, as closely as the method can (`tcc.report` gives the errors);
+            "random" draws all parameters as the method's paper does.
+        compile: whether kernels are constructed through torch.compile: "auto" (on CUDA only), True or False.
+        progress: whether a progress bar shows the fit; None shows it on a terminal only.
+        **layer_overrides: new values of the layer's settings, such as `kernel_size=11`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: unknown recipe or setting, a value out of range, a selection that matches nothing or nothing
-            that the method can replace, a model that is patched already, compiled or scripted, an unknown init, or
-            "fit" for a model on the meta device.
+        ValueError: the recipe, a setting or init is unknown or out of range; the selection is empty, or the method
+            can replace none of it; the model is patched, compiled or scripted already; or init is "fit" and the
+            model is on the meta device.
         TypeError: model is not a module; patch, select or progress is of a wrong type.
     """
     check_init(init)
@@ -84,7 +84,7 @@ def patch(
 
 
 def _warn_of_half_frozen(plan: PatchPlan) -> None:
-    """Say where frozen convolutions will share geometry, that of the first of a group, with others that train."""
+    """Warn if frozen convolutions will share geometry with others that train. The first of a group decides."""
     for group in plan.groups:
         frozen = [name for name in group if not plan.convs[name].weight.requires_grad]
         if not 0 < len(frozen) < len(group):
@@ -93,17 +93,17 @@ def _warn_of_half_frozen(plan: PatchPlan) -> None:
         outcome = "is frozen for all of them" if group[0] in frozen else "trains, and changes the frozen kernels"
         warnings.warn(
             f"{', '.join(frozen)}: frozen, but {', '.join(training)} share(s) their geometry, which {outcome}; freeze"
-            " them all or none, or use the patch without `share`",
+            " all or none of them, or use the patch without `share`",
             UserWarning,
             stacklevel=3,
         )
 
 
-# ---- build and fit: new layers, on the side
+# ---- build and fit: the model is not changed
 
 
 def _build(plan: PatchPlan, compile: CompileMode) -> dict[str, ConvReplacement]:
-    """A layer for each convolution, by name, with random parameters."""
+    """A layer with random parameters for each convolution, by name."""
     layers = {}
     for name, conv in plan.convs.items():
         layers[name] = layer = plan.spec.layer_at(plan.stage_of[name]).build(conv, "random")
@@ -112,7 +112,7 @@ def _build(plan: PatchPlan, compile: CompileMode) -> dict[str, ConvReplacement]:
 
 
 def _fit(plan: PatchPlan, layers: Mapping[str, ConvReplacement], progress: bool | None) -> None:
-    """Let the layers reproduce the convolutions, group by group, with a progress bar."""
+    """Fit the layers to the convolutions, group by group, with a progress bar."""
     columns = (TextColumn("fitting kernels"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = not (sys.stderr.isatty() if progress is None else progress)
     with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
@@ -124,7 +124,7 @@ def _fit(plan: PatchPlan, layers: Mapping[str, ConvReplacement], progress: bool 
 
 
 def _carry_over(conv: PlainConv, layer: ConvReplacement) -> None:
-    """Training mode, frozen parameters and hooks."""
+    """Copy training mode, frozen parameters and hooks."""
     layer.train(conv.training)
     bias_trains = conv.bias is not None and conv.bias.requires_grad
     if not conv.weight.requires_grad:
@@ -174,14 +174,14 @@ def _record(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacem
 
 
 def _put_inside(module: nn.Module, prefix: str, layers: Mapping[str, ConvReplacement]) -> None:
-    """Replace convolutions of a module that is not in the model yet."""
+    """Replace convolutions inside a module that is not in the model yet; `prefix` is its future place."""
     for name, layer in layers.items():
         if name.startswith(prefix):
             module.set_submodule(name.removeprefix(prefix), layer)
 
 
 def _without_decay(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacement]) -> Any:
-    """What timm's optimiser factory asks a model for: names that are not decayed, with those of the geometry."""
+    """The model's `no_weight_decay`, which timm's optimiser factory calls, with the geometry's names added."""
     names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     for name, layer in layers.items():
         geometry = {id(parameter) for parameter in layer.geometry.values()}

@@ -1,15 +1,13 @@
-"""What a patch will do to a model, worked out without changing it."""
+"""PatchPlan: what a patch will do to a model."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -30,6 +28,7 @@ from .select import (
 )
 from .spec import PatchSpec, as_patch_spec
 from .stem_pool import Rewired, plan_stem_pool, with_changes
+from .tables import as_text
 
 __all__ = ["PatchPlan", "plan_patch"]
 
@@ -39,15 +38,15 @@ class PatchPlan:
     """What a patch will do. Prints as a table.
 
     Attributes:
-        spec: the patch, with everything filled in that depends on the model.
-        convs: the convolutions that are replaced, by module name, with the strides that they will have.
+        spec: the patch, completed with all settings that depend on the model.
+        convs: the convolutions to replace, by module name, with their strides after the patch.
         stage_of: the stage of each, counted from 0.
-        groups: names of convolutions whose layers share their geometry, group by group; all of them are there.
-        homes: where the geometry of each group of several is registered: (module name, attribute).
+        groups: all their names, grouped by the geometry that their layers will share.
+        homes: where the geometry of each shared group is registered: (module name, attribute).
         refused: selected convolutions that are not replaced, and why.
         rewired: other changes of the model.
-        unfoldable: blocks that will refuse to fold themselves, because they fold kernels of one size only, and that
-            size, by module name.
+        unfoldable: blocks that will refuse to fold themselves, by module name, with the only kernel size that they
+            fold.
     """
 
     spec: PatchSpec
@@ -61,7 +60,7 @@ class PatchPlan:
 
     @property
     def shared_groups(self) -> tuple[tuple[str, ...], ...]:
-        """The groups of several."""
+        """The groups of more than one convolution."""
         return tuple(group for group in self.groups if len(group) > 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +70,7 @@ class PatchPlan:
             "replaced": {name: self._settings(name) for name in self.convs},
             "groups": [list(group) for group in self.shared_groups],
             "refused": dict(self.refused),
-            "rewired": [f"{change.owner}.{change.attribute}".lstrip(".") for change in self.rewired],
+            "rewired": [change.name for change in self.rewired],
         }
 
     def _settings(self, name: str) -> dict[str, Any]:
@@ -88,15 +87,13 @@ class PatchPlan:
             table.add_row(name, f"{type(conv).__name__} {size}", settings, home_of.get(name, "its own"))
         for change in self.rewired:
             values = [type(v).__name__ if isinstance(v, nn.Module) else str(v) for v in (change.before, change.after)]
-            table.add_row(f"{change.owner}.{change.attribute}".lstrip("."), *values, "")
+            table.add_row(change.name, *values, "")
         for name, reason in self.refused.items():
             table.add_row(name, "refused", reason, "")
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        return as_text(self)
 
 
 def plan_patch(
@@ -107,7 +104,7 @@ def plan_patch(
     min_kernel_size: int | None = None,
     **layer_overrides: Any,
 ) -> PatchPlan:
-    """Work out what `tcc.patch` will do with these arguments; the model is not changed, and may be on the meta device.
+    """What `tcc.patch` will do with these arguments. The model is not changed, and may be on the meta device.
 
     Raises:
         TypeError, ValueError: as `tcc.patch`.
@@ -148,7 +145,7 @@ def _plan(model: nn.Module, spec: PatchSpec, selectors: Sequence[Selector]) -> P
 def _kernel_sizes(
     spec: PatchSpec, convs: Mapping[str, PlainConv], stage_of: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """The sizes of the kernels that will be constructed; empty for a method that constructs none."""
+    """Sizes of the dense kernels, by name; empty for a method that constructs no kernel."""
     layers = {name: spec.layer_at(stage_of[name]) for name in convs}
     return {
         name: layer.sizes(len(convs[name].kernel_size))
@@ -160,12 +157,12 @@ def _kernel_sizes(
 def _split(
     model: nn.Module, spec: PatchSpec, selected: Mapping[str, _ConvNd], stage_of: Mapping[str, int]
 ) -> tuple[dict[str, PlainConv], dict[str, str]]:
-    """The convolutions that can be replaced, and why the others can't be."""
+    """The convolutions that can be replaced, and the refusals of the others."""
     in_use = shared_refusals(model, selected)
     convs: dict[str, PlainConv] = {}
     refused: dict[str, str] = {}
     for name, conv in selected.items():
-        plain = cast(PlainConv, conv)  # `refusal` names what is not
+        plain = cast(PlainConv, conv)  # else `refusal` gives a reason
         reason = refusal(conv) or in_use.get(name) or spec.layer_at(stage_of[name]).refusal(plain)
         if reason is None:
             convs[name] = plain
@@ -183,8 +180,7 @@ def _require_patchable(model: nn.Module) -> None:
         raise ValueError(f"model: a compiled {type(inner).__name__}: patch the model, then compile it")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
-            "model: a ScriptModule runs TorchScript, not the modules in it; patch the model that it was made from,"
-            " then script that"
+            "model: a ScriptModule runs TorchScript, not the modules in it; patch the original model, then script it"
         )
     record = get_record(model)
     if record is not None:
@@ -202,7 +198,7 @@ def _require_patchable(model: nn.Module) -> None:
 
 
 def _recordable(selectors: Sequence[Selector], chosen: Iterable[str]) -> tuple[str, ...]:
-    """Selectors as they can be written to a file: predicates become the names that they chose."""
+    """Selectors that can be written to a file: the names that were chosen if there are predicates."""
     texts = [s for s in selectors if isinstance(s, str)]
     return tuple(texts) if len(texts) == len(selectors) else tuple(chosen)
 
@@ -231,10 +227,10 @@ def _homes(model: nn.Module, groups: Sequence[Sequence[str]], method: str) -> tu
 
 
 def _home(model: nn.Module, group: Sequence[str]) -> str:
-    """The innermost module that holds the whole group, so that FSDP has the geometry at hand for all of it.
+    """The innermost module that holds the whole group, so that FSDP gathers the geometry for all of it.
 
-    Not a container, which would run it as a layer, nor the model itself, of which feature extractors take only
-    parts: there the group's first layer holds it.
+    A container is left out, because it would run the geometry as a layer. The model itself is left out, because
+    feature extractors take only parts of it; the group's first layer holds the geometry then.
     """
     common: list[str] = []
     for step in zip(*(name.split(".") for name in group), strict=False):

@@ -1,4 +1,4 @@
-"""PatchRecord: what a patch did to a model, kept on the model."""
+"""PatchRecord: what a patch did to a model. The model keeps it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class PatchRecord:
     """What a patch did.
 
     Attributes:
-        spec: the patch, with everything filled in that was computed for this model.
-        replaced: the convolution that each replaced layer's name held, on the meta device (no weights).
+        spec: the patch, completed with all settings that depend on the model.
+        replaced: the replaced convolutions by module name, on the meta device (without weights).
         refused: selected convolutions that were not replaced, and why.
-        homes: modules that hold a shared geometry: (module name, attribute).
-        rewired: what else was changed in the model, with the old values.
-        unfoldable: blocks that refuse to fold themselves since.
-        fit_errors: relative error of each replaced kernel at the start, by name; empty for a random start.
-        no_weight_decay: what the model's own attribute of that name was; None if it had none.
-        architecture: the registered name that the model was built by; None for a model patched by hand.
+        homes: where each shared geometry is registered: (module name, attribute).
+        rewired: other changes of the model, with the old values.
+        unfoldable: names of blocks that now refuse to fold themselves.
+        fit_errors: relative error of each kernel at the start, by name; empty for a random start.
+        no_weight_decay: the model's own attribute of that name; None if it had none.
+        architecture: the registered name of the model; None for a model patched by hand.
     """
 
     spec: PatchSpec
@@ -48,7 +48,7 @@ class PatchRecord:
 
 
 def get_record(model: nn.Module) -> PatchRecord | None:
-    """The record of the patch on this model, None where there is none."""
+    """The record of the patch on this model; None if it is not patched."""
     return model.__dict__.get(RECORD)
 
 
@@ -56,39 +56,39 @@ def require_record(model: nn.Module) -> PatchRecord:
     """The record of the patch on this model.
 
     Raises:
-        ValueError: the model is not patched, or what the patch put there is gone.
+        ValueError: the model is not patched, or parts of the patch were removed since.
     """
     record = get_record(model)
     if record is None:
         raise ValueError(
             f"model: this {type(model).__name__} is not patched; tcc.patch(model, recipe) patches a model. A merged"
-            " one is plain PyTorch: save its state_dict(). A feature extractor or another wrapper around a patched"
-            " model has no record: pass the model itself"
+            " model is plain PyTorch: save its state_dict(). A wrapper around a patched model, such as a feature"
+            " extractor, has no record: pass the model itself"
         )
     gone = _gone(model, record)
     if gone:
         raise ValueError(
-            f"model: changed since it was patched: what the patch put at {', '.join(gone)} is there no more;"
-            " tcc.merge(model) and state_dict() still work"
+            f"model: changed since it was patched: the patch's modules at {', '.join(gone)} are gone; tcc.merge(model)"
+            " and state_dict() still work"
         )
     return record
 
 
 def _gone(model: nn.Module, record: PatchRecord) -> list[str]:
-    """Names of layers that the patch put in, and of modules that it changed, that the model no longer has."""
+    """Names of the patch's layers and changed modules that the model no longer has."""
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = [name for name in record.replaced if not isinstance(modules.get(name), ConvReplacement)]
-    owners = [f"{change.owner}.{change.attribute}" for change in record.rewired if change.owner not in modules]
+    owners = [change.name for change in record.rewired if change.owner not in modules]
     return [*layers, *owners]
 
 
 def set_architecture(model: nn.Module, name: str) -> None:
-    """Note the registered name that a patched model was built by."""
+    """Record the registered name of a patched model."""
     model.__dict__[RECORD] = dataclasses.replace(require_record(model), architecture=name)
 
 
 def remove_record(model: nn.Module, changes: Transaction) -> None:
-    """Take off what a patch put on a model besides its layers, as far as that is still there."""
+    """Remove what a patch put on a model besides its layers, if it is still there."""
     record = get_record(model)
     if record is None:
         return

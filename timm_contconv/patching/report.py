@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,23 +17,24 @@ from .folding import folding_blocks
 from .record import PatchRecord, require_record
 from .restore import merge, original_architecture
 from .stem_pool import Rewired
+from .tables import as_text
 
 __all__ = ["PatchReport", "PatchRow", "report"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PatchRow:
-    """One replaced convolution, one shared geometry, or one other module that the patch changed.
+    """One replaced convolution, one shared geometry, or one other changed module.
 
     Attributes:
         name: module name.
         before, after: the layers, as text.
-        parameters_before, parameters_after: numbers of parameters; a shared geometry counts in its own row.
+        parameters_before, parameters_after: numbers of parameters; a shared geometry is counted in its own row.
         multiply_adds_before, multiply_adds_after: for one sample; None without an input size.
         receptive_field_before, receptive_field_after: pixels of the input that an output depends on, per spatial
-            dimension; None where there is no convolution.
-        max_frequency: the highest frequency of the kernel in cycles per pixel, of which pixels can show 0.5; None
-            where a method's kernels are not band-limited.
+            dimension; None if there is no convolution.
+        max_frequency: the highest frequency of the kernel, in cycles per pixel (pixels can represent up to 0.5); None
+            if the method's kernels are not band-limited.
         fit_error: ||new kernel - old kernel|| / ||old kernel|| at the start; None for a random start.
     """
 
@@ -58,13 +57,13 @@ class PatchReport:
 
     Attributes:
         patch: the patch, as plain values.
-        rows: one per replaced convolution, per shared geometry and per other module that the patch changed.
+        rows: one per replaced convolution, shared geometry and other changed module.
         refused: selected convolutions that were not replaced, and why.
-        notes: what is to be known of the model around its new layers.
+        notes: warnings about the modules around the new layers.
         parameters_before, parameters_after: of the whole model.
         multiply_adds_before, multiply_adds_after: of the whole model for one sample; None without an input size.
-        multiply_adds_published: multiply_adds_after as the method's paper counts, where fewer are needed here.
-        input_size: (channels, *size) that multiply-adds were counted for.
+        multiply_adds_published: multiply_adds_after as the method's paper counts; more if this package needs fewer.
+        input_size: (channels, *size) for multiply-adds.
     """
 
     patch: dict[str, Any]
@@ -115,19 +114,16 @@ class PatchReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        return as_text(self)
 
 
 def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchReport:
     """What the patch on a model changed.
 
     Args:
-        model: a patched model; neither it nor its hooks are run, and it is not changed.
-        input_size: (channels, *size) of one sample, for multiply-adds; these are of the model as it was built, without
-            scales that were set on layers later. Default: that of the model's
-            `pretrained_cfg`; without one, multiply-adds are left out.
+        model: a patched model; it is not changed, and neither it nor its hooks run.
+        input_size: (channels, *size) of one sample, for multiply-adds. They are counted without scales that were set
+            on layers later. Default: the size in the model's `pretrained_cfg`; without one, no multiply-adds.
 
     Raises:
         ValueError: the model is not patched, or its layers were exchanged since.
@@ -145,7 +141,8 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
     rows = [_row(model, record, n, existed.get(n), old_outputs.get(n), outputs.get(n)) for n in record.replaced]
     rows += [_home_row(model, record, home, attribute) for home, attribute in record.homes]
     rows += [_module_row(model, change) for change in record.rewired if change.is_module]
-    spared = sum(_spared(model.get_submodule(name), output) for name, output in outputs.items())
+    layers = {name: _layer(model, name) for name in outputs}
+    spared = sum(layers[n].published_multiply_adds(size) - layers[n].multiply_adds(size) for n, size in outputs.items())
     return PatchReport(
         patch=record.spec.to_dict(),
         rows=tuple(rows),
@@ -161,7 +158,7 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
 
 
 def _as_built(shadow: nn.Module) -> nn.Module:
-    """With the layers' own settings, of which the sizes are known to fit."""
+    """Give the layers the settings that they were built with. Their sizes fit; later ones may not."""
     for module in shadow.modules():
         if isinstance(module, ConvReplacement):
             module.reset_setting()
@@ -171,7 +168,7 @@ def _as_built(shadow: nn.Module) -> nn.Module:
 def _count_multiply_adds(
     shadow: nn.Module, input_size: Sequence[int] | None, names: Iterable[str]
 ) -> tuple[int | None, dict[str, tuple[int, ...]]]:
-    """Multiply-adds of a model on the meta device, and the output size of the named modules."""
+    """Multiply-adds of a model on the meta device, and output sizes of the named modules."""
     if input_size is None:
         return None, {}
     outputs: dict[str, tuple[int, ...]] = {}
@@ -180,14 +177,8 @@ def _count_multiply_adds(
         module.register_forward_hook(lambda _, __, y, name=name: outputs.__setitem__(name, tuple(y.shape[2:])))
     sample = torch.empty(1, *input_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow.requires_grad_(False).eval().float()(sample)  # one dtype: recorded convolutions keep that of patching
+        shadow.requires_grad_(False).eval().float()(sample)  # recorded convolutions may have another dtype
     return counter.get_total_flops() // 2, outputs
-
-
-def _spared(layer: nn.Module, output: tuple[int, ...]) -> int:
-    """Multiply-adds that a layer's paper counts and this implementation does without."""
-    assert isinstance(layer, ConvReplacement)
-    return layer.published_multiply_adds(output) - layer.multiply_adds(output)
 
 
 def _row(
@@ -200,7 +191,7 @@ def _row(
 ) -> PatchRow:
     layer = _layer(model, name)
     homes = [getattr(model.get_submodule(home), attribute) for home, attribute in record.homes]
-    shared = {id(parameter) for home in homes for parameter in home.parameters()}  # counted in rows of their own
+    shared = {id(parameter) for home in homes for parameter in home.parameters()}  # counted in their own rows
     weights = 0 if conv is None else sum(p.numel() for key, p in conv.named_parameters() if key == "weight")
     pixels = None if old_output is None else torch.Size(old_output).numel()
     return PatchRow(
@@ -239,9 +230,9 @@ def _home_row(model: nn.Module, record: PatchRecord, home: str, attribute: str) 
 def _module_row(model: nn.Module, change: Rewired) -> PatchRow:
     module = getattr(model.get_submodule(change.owner), change.attribute)
     before = "" if change.before is None else type(change.before).__name__
-    inside = [layer for layer in module.modules() if isinstance(layer, ConvReplacement)]  # with rows of their own
+    inside = [layer for layer in module.modules() if isinstance(layer, ConvReplacement)]  # counted in their own rows
     own = sum(p.numel() for p in module.parameters()) - sum(p.numel() for m in inside for p in m.parameters())
-    return PatchRow(f"{change.owner}.{change.attribute}".lstrip("."), before, type(module).__name__, 0, own)
+    return PatchRow(change.name, before, type(module).__name__, 0, own)
 
 
 def _describe(layer: nn.Module) -> str:
@@ -251,20 +242,18 @@ def _describe(layer: nn.Module) -> str:
 
 
 def _notes(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """What is to be known of the model around its new layers."""
+    """Warnings about the modules around the new layers."""
     folding = {type(block).__name__ for name in names for _, block in folding_blocks(model, name)}
     if not folding:
         return ()
     return (
-        f"{', '.join(sorted(folding))}: such blocks fold their branches for inference"
+        f"{', '.join(sorted(folding))}: these blocks fold their branches for inference"
         " (timm.utils.reparameterize_model), which may fail with the new layers: merge, or use the model unfolded",
     )
 
 
 def _change(before: int | None, after: int | None) -> str:
-    if before is None or after is None:
-        return ""
-    return f"{_short(before)} -> {_short(after)}"
+    return "" if before is None or after is None else f"{_short(before)} -> {_short(after)}"
 
 
 def _sizes_change(before: tuple[int, ...] | None, after: tuple[int, ...] | None) -> str:

@@ -25,16 +25,16 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
 
     Args:
         model: a patched model, or any model that holds layers of this package.
-        inplace: change `model` itself, rather than a copy.
-        dense: one convolution for each layer, also where several with smaller kernels do the same with less work;
-            the output may then differ at the borders of images, as the layer's `to_dense_conv` says.
+        inplace: change `model` itself instead of a copy.
+        dense: give one convolution for each layer, even if several with smaller kernels do the same with less work.
+            The output may then differ at the borders of images; see the layer's `to_dense_conv`.
 
     Returns:
         The model without layers of this package.
 
     Raises:
-        ValueError: the model holds no such layer, or one without a plain convolution, as of scale 0.7; nothing is
-            changed then.
+        ValueError: the model holds no such layer, or holds one that equals no plain convolution, such as a CC layer
+            of scale 0.7; nothing is changed then.
     """
     if not any(isinstance(module, ConvReplacement) for module in model.modules()):
         raise ValueError(f"model: this {type(model).__name__} holds no layer of timm_contconv: nothing to merge")
@@ -56,16 +56,16 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
 
 
 def unpatch(model: Model) -> Model:
-    """Give a patched model its original architecture back, in place.
+    """Restore the original architecture of a patched model, in place.
 
-    Each convolution gets the constructed kernel, cropped to its own size.
+    Each convolution gets the dense kernel, cropped to the original size.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model is not patched, its layers were exchanged since, or a constructed kernel reaches beyond
-            the original size; the message names those layers. The model is then unchanged.
+        ValueError: the model is not patched, its layers were exchanged since, or a dense kernel reaches beyond the
+            original size; the message names the layers, and the model is not changed.
     """
     record = require_record(model)
     restored: dict[str, nn.Module] = {}
@@ -80,16 +80,15 @@ def unpatch(model: Model) -> Model:
             restored[name] = with_hooks(layer, conv)
     if too_large:
         raise ValueError(
-            "these constructed kernels reach beyond the original size: "
-            + ", ".join(too_large)
-            + "; tcc.merge(model) keeps their full size"
+            f"these dense kernels reach beyond the original size: {', '.join(too_large)}; tcc.merge(model) keeps their"
+            " full size"
         )
     _take_back(model, record, restored)
     return model
 
 
 def original_architecture(model: nn.Module) -> nn.Module:
-    """A copy of a patched model as it was before the patch, on the meta device: without weights or users' hooks.
+    """The model before its patch: a copy on the meta device, without weights and users' hooks.
 
     Raises:
         ValueError: the model is not patched, or its layers were exchanged since.
@@ -101,7 +100,7 @@ def original_architecture(model: nn.Module) -> nn.Module:
 
 
 def _take_back(model: nn.Module, record: PatchRecord, convs: Mapping[str, nn.Module]) -> None:
-    """Put convolutions in the place of the layers of these names, and undo everything else that the patch did."""
+    """Replace the named layers by convolutions, and undo all other changes of the patch."""
     changes = Transaction()
     changes.replace(model, {id(model.get_submodule(name)): conv for name, conv in convs.items()})
     for change in reversed(record.rewired):
@@ -116,7 +115,7 @@ def _take_back(model: nn.Module, record: PatchRecord, convs: Mapping[str, nn.Mod
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Say which layer an error is about."""
+    """Add the layer's name to a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -124,7 +123,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _outermost_layers(model: nn.Module) -> dict[str, ConvReplacement]:
-    """Layers of this package by name, without those that are part of another one."""
+    """Layers of this package by name, without those inside another layer."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ConvReplacement)}
     parts = {id(part) for layer in layers.values() for part in layer.modules() if part is not layer}
     return {name: layer for name, layer in layers.items() if id(layer) not in parts}

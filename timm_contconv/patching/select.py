@@ -1,20 +1,20 @@
-"""Which convolutions of a model a patch replaces."""
+"""Selecting the convolutions of a model that a patch replaces."""
 
 from __future__ import annotations
 
 import fnmatch
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+
+from .tables import as_text
 
 __all__ = [
     "Selector",
@@ -54,17 +54,17 @@ def find_convolutions(model: nn.Module) -> dict[str, _ConvNd]:
 def select_convolutions(
     convolutions: Mapping[str, _ConvNd], selectors: Sequence[Selector], min_kernel_size: int = 1
 ) -> dict[str, _ConvNd]:
-    """The convolutions that any selector names, less those that a "!" selector names.
+    """The convolutions that a selector matches, without those that a "!" selector matches.
 
     Args:
         convolutions: by module name.
         selectors: "depthwise" (one input channel per group, kernel larger than 1), "strided" (a stride above 1),
             "all", globs over module names, and predicates (name, convolution) -> bool.
-        min_kernel_size: convolutions whose kernel is smaller along every dimension are left out.
+        min_kernel_size: in pixels; convolutions whose kernel is smaller along every dimension are left out.
 
     Raises:
         TypeError: a selector is neither a string nor callable.
-        ValueError: nothing is selected; the message lists what there is.
+        ValueError: nothing is selected; the message lists the model's convolutions.
     """
     included = [s for s in selectors if not _is_exclusion(s)]
     excluded = [s[1:] for s in selectors if isinstance(s, str) and _is_exclusion(s)]
@@ -82,7 +82,7 @@ def select_convolutions(
 def combined_selectors(
     recipe: tuple[Selector, ...], select: Selector | Sequence[Selector] | None
 ) -> tuple[Selector, ...]:
-    """What a caller's `select` means beside a recipe's: it replaces it, or takes exclusions away from it.
+    """The selectors of a recipe and a caller: the caller's replace the recipe's. Exclusions alone are added to them.
 
     Raises:
         TypeError: select is neither a selector nor a sequence of them.
@@ -107,7 +107,7 @@ def _is_exclusion(selector: Selector) -> bool:
 
 
 def refusal(conv: _ConvNd) -> str | None:
-    """Why no method can stand in for this module; None if nothing speaks against it."""
+    """Why no method can replace this convolution; None if one may."""
     if conv.transposed:
         return "transposed convolution"
     if parametrize.is_parametrized(conv) or "weight" not in conv._parameters:
@@ -122,7 +122,7 @@ def refusal(conv: _ConvNd) -> str | None:
 
 
 def shared_refusals(model: nn.Module, convolutions: Mapping[str, _ConvNd]) -> dict[str, str]:
-    """Those convolutions that something else in the model depends on, and what."""
+    """Refusals of convolutions that other parts of the model use, by name."""
     users: dict[int, list[str]] = {}
     references: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -132,7 +132,7 @@ def shared_refusals(model: nn.Module, convolutions: Mapping[str, _ConvNd]) -> di
     found: dict[str, str] = {}
     for name, conv in convolutions.items():
         if id(conv) in references:
-            found[name] = f"{references[id(conv)]!r} holds it too, which is neither a submodule nor a ModuleList"
+            found[name] = f"{references[id(conv)]!r} holds it too, outside of the model's submodules"
         for key, parameter in conv._parameters.items():
             others = [user for user in users.get(id(parameter), ()) if parameter is not None and user != name]
             if others:
@@ -141,7 +141,7 @@ def shared_refusals(model: nn.Module, convolutions: Mapping[str, _ConvNd]) -> di
 
 
 def _references(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Convolutions that a module holds other than as submodules, and the attribute that does."""
+    """Convolutions that a module holds outside of its submodules, each with the attribute's name."""
     for key, value in vars(module).items():
         if key == "_modules":
             continue
@@ -152,8 +152,8 @@ def _references(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def stages(model: nn.Module, names: Sequence[str]) -> list[int]:
     """The stage of each named module.
 
-    A stage ends with one of the modules in timm's `feature_info`; a model that has none is one stage. timm's feature
-    extractors name them with "_" for ".".
+    A stage ends with a module of timm's `feature_info`; a model without it is one stage. timm's feature extractors
+    write "_" for "." in the names.
     """
     info = getattr(model, "feature_info", None) or []
     order = {name: index for index, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
@@ -164,7 +164,7 @@ def stages(model: nn.Module, names: Sequence[str]) -> list[int]:
 
 
 def _known(name: str, order: Mapping[str, int]) -> str:
-    """The module itself, or for one that a patch will add, the module that will hold it."""
+    """The module's own name; for a module that a patch will add, the name of its parent."""
     while name not in order:
         name = name.rpartition(".")[0]
     return name
@@ -181,7 +181,7 @@ def _matches(selector: Selector, name: str, conv: _ConvNd) -> bool:
 
 
 def _describe(convolutions: Mapping[str, _ConvNd], shown: int = 20) -> str:
-    """What there is to select, as text: the presets with their counts and a table of names."""
+    """The convolutions as text: counts of the presets, and a table of names."""
     if not convolutions:
         return "The model has no convolution."
     counts = ", ".join(f"{p!r} ({sum(map(rule, convolutions.values()))})" for p, rule in PRESETS.items())
@@ -190,9 +190,6 @@ def _describe(convolutions: Mapping[str, _ConvNd], shown: int = 20) -> str:
         presets = ", ".join(preset for preset, rule in PRESETS.items() if preset != "all" and rule(conv))
         sizes = ("×".join(map(str, size)) for size in (conv.kernel_size, conv.stride))
         table.add_row(name, f"{conv.in_channels} -> {conv.out_channels}", *sizes, str(conv.groups), presets)
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    lines = [line.rstrip() for line in as_text(table, width=120).splitlines() if line.strip()]
     more = [f"  ... and {len(convolutions) - shown} more"] if len(convolutions) > shown else []
     return "\n".join([f"There are: {counts}; by name or glob:", *lines, *more])

@@ -43,18 +43,18 @@ def _layer_spec(value: Any) -> Any:
 
 
 class PatchSpec(BaseModel):
-    """What a patch does to a model: which convolutions it replaces, with what, and what they share.
+    """What a patch does to a model: the convolutions that it replaces, the new layers, and what they share.
 
     Attributes:
-        layer: settings of the method, discriminated by `method`.
+        layer: settings of the method that `method` names.
         by_stage: settings of the layer that differ by stage of the model: one table per stage, in order; the last
-            one holds for all stages after it.
-        select: which convolutions: "depthwise", "strided", "all", or globs of module names; "!" excludes.
-        min_kernel_size: convolutions whose kernel is smaller than this along every dimension are left out.
+            table holds for all later stages.
+        select: the convolutions to replace: "depthwise", "strided", "all", or globs of module names; "!" excludes.
+        min_kernel_size: in pixels; convolutions whose kernel is smaller along every dimension are left out.
         share: "stage" gives layers of a stage with the same parameter shapes one set of positions and widths.
-        stem_pool: "to_stage" takes the max-pool out of a ResNet's stem; its first stage strides instead.
-        description: one line for people.
-        models: timm architectures that this recipe is registered on, as `{architecture}_{recipe}`.
+        stem_pool: "to_stage" removes the max-pool of a ResNet's stem; the first stage strides instead.
+        description: one line for users.
+        models: timm architectures to register this recipe on, as `{architecture}_{recipe}`.
 
     Raises:
         ValueError: a field is unknown, missing or out of range; the message names it.
@@ -87,7 +87,7 @@ class PatchSpec(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "patch") -> Self:
-        """Validate a mapping that came from `source` (named in the error).
+        """Validate a mapping. Errors name its `source`.
 
         Raises:
             ValueError: names the key, the value and what is allowed.
@@ -98,7 +98,7 @@ class PatchSpec(BaseModel):
             raise ValueError(_explain(error, source)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` gives the spec back."""
+        """Plain values for JSON; `from_dict` is the inverse."""
         unset = {key for key, empty in (("models", ()), ("min_kernel_size", 1)) if getattr(self, key) == empty}
         return self.model_dump(mode="json", exclude_none=True, exclude=unset)
 
@@ -107,7 +107,7 @@ class PatchSpec(BaseModel):
         return tomli_w.dumps(self.to_dict())
 
     def with_layer(self, **changes: Any) -> Self:
-        """The same patch with other settings of its layer, the same in all stages.
+        """The same patch with other settings of its layer, equal in all stages.
 
         Raises:
             ValueError: as `from_dict`.
@@ -120,17 +120,17 @@ class PatchSpec(BaseModel):
 
 
 def list_patches() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the package's recipes."""
     return sorted(path.stem for path in data_folder("patches").glob("*.toml"))
 
 
 def load_patch(name_or_path: str | Path) -> PatchSpec:
-    """Read a recipe, by the name of one that comes with the package or by the path of a .toml file.
+    """Read a recipe of the package by name, or a .toml file by path.
 
     Raises:
-        ValueError: no such recipe (the message names the nearest), or its content is wrong (it names file, line
-            and key).
-        FileNotFoundError: no such file.
+        ValueError: the recipe does not exist (the message names similar ones), or its content is wrong (the message
+            names file, line and key).
+        FileNotFoundError: the file does not exist.
     """
     if str(name_or_path) in list_patches():
         path = data_folder("patches") / f"{name_or_path}.toml"
@@ -154,10 +154,10 @@ def load_patch(name_or_path: str | Path) -> PatchSpec:
 
 
 def as_patch_spec(patch: str | Path | Mapping[str, Any] | PatchSpec) -> PatchSpec:
-    """The spec that a recipe's name, a path, a mapping or a spec stands for.
+    """The spec of a recipe's name, a path, a mapping or a spec.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: patch is none of these.
         ValueError: as `load_patch` and `PatchSpec.from_dict`.
     """
     if isinstance(patch, PatchSpec):
@@ -170,13 +170,13 @@ def as_patch_spec(patch: str | Path | Mapping[str, Any] | PatchSpec) -> PatchSpe
 
 
 def _with_settings(layer: LayerSpec, settings: Mapping[str, Any], place: str) -> LayerSpec:
-    """`layer` with other settings, of the same method.
+    """`layer` with other settings; the method stays the same.
 
     Raises:
         ValueError: a setting is unknown or out of range; the message starts with `place`.
     """
     if "method" in settings:
-        raise ValueError(f"{place}: method is the same in all stages")
+        raise ValueError(f"{place}: method={settings['method']!r}: expected no method; it is the same in all stages")
     try:
         return type(layer).model_validate({**layer.model_dump(), **settings})
     except ValidationError as error:
@@ -184,12 +184,12 @@ def _with_settings(layer: LayerSpec, settings: Mapping[str, Any], place: str) ->
 
 
 def _explain(error: ValidationError, source: str, text: str | None = None, whole: str = "patch") -> str:
-    """One line per mistake: source, line (where there is a text), key, value, what is allowed."""
+    """One line per mistake: source, line (of `text`, if given), key, value, what is allowed."""
     lines = []
     for item in error.errors():
         key = str(item["loc"][-1]) if item["loc"] else ""
-        place = f"{source}:{_line_of(text, key)}: " if text and key else f"{source}: "
-        lines.append(explain(item, place, whole))
+        line = f":{_line_of(text, key)}" if text and key else ""
+        lines.append(explain(item, f"{source}{line}: ", whole))
     return "\n".join(lines)
 
 

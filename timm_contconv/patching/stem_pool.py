@@ -1,4 +1,4 @@
-"""Moving a network's downsampling from its stem's pooling into a stage, where convolutions do it."""
+"""Moving downsampling from the max-pool of a network's stem to the convolutions of its first stage."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Rewired", "plan_stem_pool", "with_changes"]
 
 @dataclass(frozen=True)
 class Rewired:
-    """An attribute of a module that a patch changes besides replacing convolutions.
+    """A change of a module's attribute, other than the replacement of a convolution.
 
     Attributes:
-        owner: name of the module that has it; "" is the model itself.
-        attribute: its name there.
+        owner: name of the module; "" is the model itself.
+        attribute: name of the attribute.
         before, after: its values: modules, strides, or None.
     """
 
@@ -30,20 +30,25 @@ class Rewired:
     after: Any
 
     @property
+    def name(self) -> str:
+        """Name of the attribute, from the model down."""
+        return f"{self.owner}.{self.attribute}".lstrip(".")
+
+    @property
     def is_module(self) -> bool:
-        """Whether a module is exchanged, put in or taken out."""
+        """Whether a module is exchanged, added or removed."""
         return self.before is None or isinstance(self.before, nn.Module)
 
     def without_after(self) -> Rewired:
-        """For a record: what is there now stands in the model itself."""
+        """A copy for a record: the model itself holds the value after the change."""
         return replace(self, after=None)
 
 
 def plan_stem_pool(model: nn.Module) -> tuple[Rewired, ...]:
-    """Take the max-pool out of a residual network's stem; its first stage strides instead (Kobayashi 2023, Fig. 5c).
+    """Remove the max-pool of a residual network's stem; the first stage strides instead (Kobayashi 2023, Fig. 5c).
 
-    The first block of the stage strides where that of the next stage does: in one convolution of its residual path,
-    and in the 1x1 convolution of its shortcut, which is added if there is none.
+    The first block strides in the same places as the first block of the next stage: in one convolution of its
+    residual path, and in the 1x1 convolution of its shortcut. A missing shortcut is added.
 
     Args:
         model: a network with `maxpool`, `layer1` and `layer2`, as timm's and torchvision's ResNets; it is not changed.
@@ -52,7 +57,7 @@ def plan_stem_pool(model: nn.Module) -> tuple[Rewired, ...]:
         The changes that are needed.
 
     Raises:
-        ValueError: the model is built in another way.
+        ValueError: the model has another structure.
     """
     pool, block, example = _stem_pool(model), *(_first_block(model, stage) for stage in ("layer1", "layer2"))
     stride = pool.stride if isinstance(pool.stride, tuple) else (pool.stride, pool.stride)
@@ -70,7 +75,7 @@ def plan_stem_pool(model: nn.Module) -> tuple[Rewired, ...]:
 
 
 def with_changes(convolutions: Mapping[str, _ConvNd], rewired: Sequence[Rewired]) -> dict[str, _ConvNd]:
-    """The convolutions of a model as they will be after the changes; the given ones are not changed.
+    """The convolutions that a model will have after the changes. The given ones are not changed.
 
     Args:
         convolutions: by module name, in the model's order.
@@ -106,23 +111,23 @@ def _first_block(model: nn.Module, stage: str) -> nn.Module:
 
 
 def _strided_convolution(model: nn.Module, block: nn.Module) -> str:
-    """Name within a block of the convolution that strides in its residual path."""
+    """Name, inside a block, of the strided convolution of the residual path."""
     strided = [n for n, m in block.named_modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
     residual = [name for name in strided if not name.startswith("downsample.")]
     if len(residual) != 1 or "downsample.0" not in strided:
-        raise _refusal(model, "its blocks don't stride in one convolution and in that of the shortcut")
+        raise _refusal(model, "its blocks don't stride in one convolution and in the shortcut's")
     return residual[0]
 
 
 def _shortcut(block: nn.Module, example: nn.Module, stride: tuple[int, int]) -> nn.Sequential:
-    """A 1x1 convolution and a norm, as in the example's shortcut, between the channels that go in and out."""
+    """A 1x1 convolution and a norm, as in the example's shortcut, for the channels of `block`."""
     first = next(module for module in block.modules() if isinstance(module, nn.Conv2d))
     settings: dict[str, Any] = {"device": first.weight.device, "dtype": first.weight.dtype}
     out_channels = example.get_submodule("downsample.0").in_channels
     norm = example.get_submodule("downsample.1")
     assert isinstance(out_channels, int)
     devices = [first.weight.device] if first.weight.is_cuda else []
-    with torch.random.fork_rng(devices):  # a plan leaves the random state as it was
+    with torch.random.fork_rng(devices):  # a plan does not change the random state
         conv = nn.Conv2d(first.in_channels, out_channels, 1, stride, bias=False, **settings)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, type(norm)(out_channels, **settings)).train(block.training)

@@ -1,4 +1,4 @@
-"""Changes of a model's modules that are made together or not at all."""
+"""Transaction: changes of a model's modules that are all made, or none."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _ABSENT = object()
 
 
 class Transaction:
-    """Assignments in a list. What can fail is done before; `apply` makes them all, or leaves the model as it was.
+    """A list of assignments. `apply` makes all of them, or leaves the model as it was.
 
-    Modules keep children and attributes in dicts, so every assignment is one of an item of a dict.
+    Modules keep children and attributes in dicts, so each assignment sets or removes an item of a dict.
     """
 
     def __init__(self) -> None:
         self._changes: list[tuple[dict[str, Any], str, Any]] = []
 
     def set(self, owner: nn.Module, name: str, value: Any) -> None:
-        """Give a module another child or attribute."""
+        """Set a child or an attribute of a module."""
         if isinstance(value, nn.Module):
             self._remove_from(owner.__dict__, name)
             self._changes.append((owner._modules, name, value))
@@ -34,16 +34,16 @@ class Transaction:
             self._changes.append((owner.__dict__, name, value))
 
     def remove(self, owner: nn.Module, name: str) -> None:
-        """Take a child or an attribute off a module, if it is there."""
+        """Remove a child or an attribute of a module, if it is there."""
         self._remove_from(owner._modules, name)
         self._remove_from(owner.__dict__, name)
 
     def replace(self, model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-        """Put modules in the place of others, wherever the model refers to those.
+        """Replace modules wherever the model holds them.
 
         Args:
-            model: holds the modules.
-            replacements: by the `id` of the module that is replaced.
+            model: the model.
+            replacements: the new modules, by `id` of the old module.
         """
         for parent in model.modules():
             for name, child in parent._modules.items():
@@ -55,10 +55,10 @@ class Transaction:
             self._changes.append((table, name, _ABSENT))
 
     def apply(self) -> None:
-        """Make all changes. An interrupt waits until they are made, and then undoes them.
+        """Make all changes. Ctrl-C waits until they are made, and then undoes them.
 
         Raises:
-            BaseException: whatever went wrong; nothing is changed then.
+            BaseException: what went wrong; nothing is changed then.
         """
         tables = {id(table): table for table, _, _ in self._changes}
         before = {key: dict(table) for key, table in tables.items()}
@@ -76,7 +76,7 @@ class Transaction:
 
 
 def _restore(table: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Give a dict its old items, in their old order; at no time does it lack one of them for long."""
+    """Give a dict its old items in their old order. An item is missing only for a moment."""
     if table.keys() == before.keys():
         table.update(before)
         return
@@ -89,7 +89,7 @@ def _restore(table: dict[str, Any], before: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Let Ctrl-C take effect at the end of the block. Other threads than the main one are not interrupted."""
+    """Delay Ctrl-C until the end of the block. Only the main thread receives it."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is None or threading.current_thread() is not threading.main_thread():
         yield

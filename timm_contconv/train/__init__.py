@@ -1,4 +1,4 @@
-"""What the methods ask of a training loop: parameter groups, penalties, constraints."""
+"""What the methods need in a training loop: parameter groups, penalties, constraints."""
 
 from .constraints import constrain_, penalty
 from .groups import param_groups

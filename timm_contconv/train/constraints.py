@@ -16,21 +16,21 @@ __all__ = ["constrain_", "constrain_layers_", "mean_penalty", "penalty"]
 def penalty(model: nn.Module) -> Tensor:
     """The methods' regularisers, a scalar to add to the loss with a factor of your choice.
 
-    For DCLS, how close a kernel's elements are to one another (0 to 1); the released training code adds its square
-    from epoch 20 on. For FlexConv, by how much a kernel's filters exceed the frequency that its grid can show (Eq. 26
-    of its paper), in squared cycles per unit; the released code adds 0.1 times the sum over layers. Under FSDP2 the
-    parameters are gathered for it.
+    DCLS: how close the elements of a kernel are to each other, from 0 to 1; the released training code adds its square
+    from epoch 20 on. FlexConv: how far a kernel's frequencies exceed the Nyquist frequency of its grid, in squared
+    cycles per unit (Romero et al. 2022, Eq. 26); the released code adds 0.1 times the sum over layers. FSDP2 gathers
+    the parameters for this.
 
     Returns:
-        The mean over the layers that have a regulariser; 0 where none has.
+        The mean over the layers that have a regulariser; 0 if there are none.
     """
     return mean_penalty(_layers(model))
 
 
 def constrain_(model: nn.Module) -> None:
-    """Clamp, in place, the parameters that a method keeps in a range. Call it after each optimiser step.
+    """Clamp the parameters that a method keeps in a range, in place. Call it after each optimiser step.
 
-    Under DDP every process clamps equal parameters; under FSDP2 they are gathered, clamped and cut up again.
+    Under DDP every process clamps equal parameters. Under FSDP2 they are gathered, clamped and sharded again.
     """
     constrain_layers_(_layers(model))
 

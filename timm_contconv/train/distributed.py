@@ -1,4 +1,4 @@
-"""Whole parameters where FSDP2 (`fully_shard`) keeps shards of them."""
+"""Whole parameters of layers that FSDP2 (`fully_shard`) has sharded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["edit_whole_parameters", "whole_parameters"]
 
 @contextlib.contextmanager
 def whole_parameters(layers: Sequence[ConvReplacement]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Let layers compute with whole geometry parameters; gradients flow on into the shards.
+    """Gather sharded geometry parameters, so that layers compute with whole ones; gradients flow into the shards.
 
-    A method's formula reads a parameter as a whole: a shard of DCLS positions holds some of the axes only. What is
-    whole already is left as it is. Every process of the job has to come here with the same layers.
+    A method's formula needs the whole parameter: a shard of DCLS positions holds only some of the axes. Every process
+    of the job has to call this with the same layers.
 
     Args:
-        layers: the parameters of the modules that own their geometry, and the geometry that they share, are gathered.
+        layers: the layers whose geometry, own or shared, is gathered.
 
     Yields:
         (shard, whole parameter), each once.
@@ -46,10 +46,7 @@ def whole_parameters(layers: Sequence[ConvReplacement]) -> Iterator[list[tuple[T
 
 @contextlib.contextmanager
 def edit_whole_parameters(layers: Sequence[ConvReplacement]) -> Iterator[None]:
-    """Let layers change whole parameters in place; what they hold at the end is what the shards hold.
-
-    As `whole_parameters` otherwise.
-    """
+    """Like `whole_parameters`, for changes in place: at the end the values are copied into the shards."""
     with torch.no_grad(), whole_parameters(layers) as gathered:
         yield
         for shard, whole in gathered:
@@ -65,7 +62,7 @@ def _is_shard(parameter: nn.Parameter) -> bool:
 
 
 def _shard_like(whole: Tensor, shard: Tensor) -> Tensor:
-    """Cut a tensor, equal on all processes, as another is cut; nothing is sent."""
+    """Shard a tensor, equal on all processes, like `shard`; nothing is sent."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)  # type: ignore[attr-defined]

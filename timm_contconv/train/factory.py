@@ -18,10 +18,10 @@ FUNCTIONS = ("param_groups_weight_decay", "param_groups_layer_decay")
 
 
 def scale_positions(lr_scale: float) -> Callable[[], None]:
-    """Let timm's optimiser factory give geometry parameters groups of their own, without weight decay.
+    """Make timm's optimiser factory put geometry parameters into separate groups, without weight decay.
 
-    Their lr_scale is `lr_scale` times that of the other parameters of the same layer (1 without layer decay). timm's
-    schedulers multiply the learning rate by it.
+    The lr_scale of such a group is `lr_scale` times that of the layer's other parameters (1 without layer decay).
+    timm's schedulers multiply the learning rate by it.
 
     Args:
         lr_scale: more than 0; 5 for DCLS (Khalfaoui-Hassani et al. 2023, Appendix C).

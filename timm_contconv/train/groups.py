@@ -24,32 +24,32 @@ def param_groups(
     layer_decay: float | None = None,
     position_lr_scale: float | None = None,
 ) -> list[Group]:
-    """Parameter groups as timm's optimiser factory makes them, with what the methods' papers ask for.
+    """Parameter groups as timm's optimiser factory makes them, with the settings of the methods' papers.
 
-    No weight decay on biases, one-dimensional parameters, what `model.no_weight_decay()` names, and geometry
-    parameters (positions, widths, radii, masks), whose learning rate is relative to that of the weights.
+    Biases, one-dimensional parameters, the names of `model.no_weight_decay()` and geometry parameters (positions,
+    widths, radii, masks) have no weight decay. Geometry has its own learning rate.
 
     Args:
-        model: any model; each trainable parameter is in exactly one group. Of a part of a model, one that holds the
-            geometry that its layers share.
+        model: any model; each trainable parameter is in exactly one group. A part of a model must hold the geometry
+            that its layers share.
         lr: learning rate of the weights.
-        weight_decay: of the parameters that are decayed.
-        layer_decay: the learning rate of a layer relative to that of the next, as `timm.optim` has it. Geometry
-            that several layers share goes with the last of them.
-        position_lr_scale: learning rate of the geometry relative to that of the weights of the same layer; None
-            takes each method's own (five for DCLS).
+        weight_decay: weight decay of all other parameters.
+        layer_decay: learning rate of a layer relative to the next layer's, as in `timm.optim`. Shared geometry belongs
+            to the last of its layers.
+        position_lr_scale: learning rate of the geometry relative to the weights of the same layer; None takes each
+            method's own (5 for DCLS).
 
     Returns:
         Groups {"params", "param_names", "lr", "weight_decay", "lr_scale"}. timm's schedulers multiply lr by
         lr_scale; with another scheduler, do so yourself: `for g in groups: g["lr"] *= g.pop("lr_scale")`.
 
     Raises:
-        ValueError: a number is out of range, or layers of the model train geometry that is registered outside of it.
+        ValueError: a number is out of range, or the model's layers train geometry that is registered outside of it.
     """
     _require_rates(lr=lr, weight_decay=weight_decay, layer_decay=1.0 if layer_decay is None else layer_decay)
     if position_lr_scale is not None and not (_is_rate(position_lr_scale) and position_lr_scale > 0):
         raise ValueError(
-            f"position_lr_scale={position_lr_scale!r}: expected more than 0, and finite; freeze positions with"
+            f"position_lr_scale={position_lr_scale!r}: expected more than 0, and finite; to freeze positions, call"
             " requires_grad_(False)"
         )
     _require_geometry(model)
@@ -78,15 +78,15 @@ def _require_rates(**rates: float) -> None:
 
 
 def _is_rate(value: Any) -> bool:
-    """Whether this is a number, finite and not negative."""
+    """Whether this is a finite number of at least 0."""
     try:
         return bool(0 <= value < math.inf)
-    except (RuntimeError, TypeError):  # a text; a tensor of several values
+    except (RuntimeError, TypeError):  # a string; a tensor with several values
         return False
 
 
 def _require_geometry(model: nn.Module) -> None:
-    """Refuse a part of a model whose layers share trainable geometry with the rest, which registers it."""
+    """Refuse a part of a model if trainable geometry of its layers is registered outside of it."""
     registered = {id(parameter) for parameter in model.parameters()}
     orphans = [
         name or type(layer).__name__
@@ -97,19 +97,19 @@ def _require_geometry(model: nn.Module) -> None:
     if orphans:
         shown = ", ".join(orphans[:5]) + (f" and {len(orphans) - 5} more" if len(orphans) > 5 else "")
         raise ValueError(
-            f"model: {shown}: the geometry of these layers is shared, and registered outside of this"
-            f" {type(model).__name__}, whose parameters() and state_dict() lack it; pass its parent, or freeze the"
-            " geometry with requires_grad_(False)"
+            f"model: {shown}: these layers share geometry that is registered outside of this {type(model).__name__}, so"
+            " its parameters() and state_dict() lack it; pass its parent, or freeze the geometry with"
+            " requires_grad_(False)"
         )
 
 
 def split_geometry(groups: Iterable[Group], model: nn.Module, lr_scale: float | None = None) -> list[Group]:
-    """Take the geometry parameters out of groups, into groups without weight decay and with their own lr_scale.
+    """Move geometry parameters into separate groups, without weight decay and with their own lr_scale.
 
     Args:
-        groups: groups of the model's parameters; other keys than "params", "weight_decay" and "lr_scale" are kept.
+        groups: groups of the model's parameters; all keys are kept.
         model: the model.
-        lr_scale: factor on the groups' own lr_scale; None takes each method's `geometry_lr_scale`.
+        lr_scale: factor on the lr_scale of a group; None takes each method's `geometry_lr_scale`.
 
     Returns:
         New groups; each parameter is in exactly one, as before.
@@ -139,9 +139,9 @@ def split_geometry(groups: Iterable[Group], model: nn.Module, lr_scale: float | 
 
 
 def _scale_of_users(groups: Sequence[Group], layers: Iterable[ConvReplacement]) -> Mapping[int, float]:
-    """The largest lr_scale of the layers that use a geometry, by parameter.
+    """The largest lr_scale among the layers that use a geometry, by id of the parameter.
 
-    Shared geometry is registered where no `group_matcher` looks for it, which would give it the scale of the head.
+    No `group_matcher` knows the names of shared geometry: timm gives it the scale of the head.
     """
     geometry = {id(parameter) for layer in layers for parameter in layer.geometry.values()}
     scales = {

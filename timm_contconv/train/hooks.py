@@ -1,4 +1,4 @@
-"""Constraints and penalties at every optimiser step of a script that knows of neither."""
+"""Constraints and penalties at every optimiser step of an unmodified script."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _IN_FORCE = threading.Lock()
 def training_hooks(
     position_lr_scale: float | None = None, penalty_factor: float = 0.0, penalty_power: int = 1
 ) -> Iterator[None]:
-    """At every optimiser step within, constrain the layers, and penalise them if asked for (`StepHooks`).
+    """Constrain the layers, and penalise them on request, at every optimiser step inside this block (`StepHooks`).
 
     Args:
-        position_lr_scale: learning rate of positions, widths, radii and masks relative to that of the weights, for
-            optimisers made by `timm.optim.create_optimizer_v2`; None leaves it to timm, which knows of none.
-        penalty_factor, penalty_power: what is added to a loss is factor * tcc.penalty(model) ** power.
+        position_lr_scale: learning rate of positions, widths, radii and masks relative to the weights', for optimisers
+            made by `timm.optim.create_optimizer_v2`; None gives them the same rate.
+        penalty_factor, penalty_power: the loss grows by factor * tcc.penalty(model) ** power.
 
     Raises:
         ValueError: an argument is out of range, or a power is given without a factor.
-        RuntimeError: such a block is in force already.
+        RuntimeError: another such block is active.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_the_only_block())
-        # Layer decay alone needs the factory's groups too: timm does not see which layers share geometry.
+        # Also without position_lr_scale: layer decay needs these groups, because timm does not know shared geometry.
         stack.callback(scale_positions(1.0 if position_lr_scale is None else position_lr_scale))
         hooks = StepHooks(penalty_factor, penalty_power, position_lr_scale)
         stack.callback(hooks.remove)
@@ -53,8 +53,8 @@ def training_hooks(
 def _the_only_block() -> Iterator[None]:
     if not _IN_FORCE.acquire(blocking=False):
         raise RuntimeError(
-            "training_hooks: its hooks are in force already, by another training_hooks or by contconv run, and a second"
-            " time would penalise twice; leave this one out, and give its arguments to the other"
+            "training_hooks: its hooks are in force already, by another training_hooks or by contconv run; a second"
+            " block would penalise twice: remove this one, and give its arguments to the other"
         )
     try:
         yield
@@ -65,22 +65,22 @@ def _the_only_block() -> Iterator[None]:
 class StepHooks:
     """Hooks on every optimiser of this process, from now until `remove()`.
 
-    They touch the layers of which the optimiser steps a parameter, and no others: not those of an EMA copy or of a
-    teacher. After a step the layers are constrained. Ahead of it, the gradient of the penalty is added to the
-    parameters' gradients, at full precision, whatever the script did to its loss:
+    They act only on layers that have a parameter in the optimiser, not on those of an EMA copy or a teacher. After a
+    step the layers are constrained. Before it, the penalty's gradient is added to the parameters' gradients, at full
+    precision:
 
-    - once a step, also where gradients are accumulated over several batches, and where one optimiser steps inside of
-      another's step, as in ZeroRedundancyOptimizer;
-    - after `GradScaler` has taken its scale off, or multiplied by it where a fused optimiser does that itself;
+    - once per step, also with gradient accumulation, and with an optimiser that steps inside another one
+      (ZeroRedundancyOptimizer);
+    - after `GradScaler` has removed its scale, or multiplied by the scale if a fused optimiser removes it;
     - after the processes of a job have averaged their gradients: each adds the same, so their parameters stay equal;
-    - after gradient clipping, which is about the loss of the script alone.
+    - after gradient clipping, which sees only the loss of the script.
 
     A step that `GradScaler` skips adds and constrains nothing.
 
     Args:
-        penalty_factor: on `tcc.penalty` of the layers that are stepped; 0 for none.
-        penalty_power: the power of it that is added: 2 is what the released DCLS training code adds.
-        position_lr_scale: what `scale_positions` put into timm's factory; each optimiser is checked to have it.
+        penalty_factor: factor on `tcc.penalty` of the stepped layers; 0 for no penalty.
+        penalty_power: power of the penalty; the released DCLS training code uses 2.
+        position_lr_scale: the scale that each optimiser must have from `scale_positions`; None checks nothing.
 
     Raises:
         ValueError: an argument is out of range, or a power is given without a factor.
@@ -96,12 +96,12 @@ class StepHooks:
         if penalty_power != 1 and not penalty_factor:
             raise ValueError(
                 f"penalty_power={penalty_power}: expected 1 with penalty_factor=0, which adds no penalty; give a factor"
-                " (contconv run: --penalty), or leave the power out (--penalty-power)"
+                " (contconv run: --penalty), or omit the power (--penalty-power)"
             )
         self.penalty_factor = penalty_factor
         self.penalty_power = penalty_power
         self.position_lr_scale = position_lr_scale
-        #: whether an optimiser has stepped layers, and whether these had a penalty
+        #: whether an optimiser has stepped layers, and layers with a penalty
         self.stepped = self.penalised = False
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._handles = (
@@ -110,13 +110,13 @@ class StepHooks:
         )
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if _is_inside_another_step():
-            return  # the hook of the outer step has done it, with all of the parameters
+            return  # the outer step's hook has done it for all parameters
         layers = stepped_layers(optimizer)
         if not layers:
             return
@@ -137,9 +137,9 @@ class StepHooks:
 
 
 def _is_inside_another_step() -> bool:
-    """Whether the optimiser step whose hook calls this runs inside of another one.
+    """Whether the optimiser step whose hook calls this runs inside another step.
 
-    It is read off the stack, where a step that raised is no longer: a note of what was begun would outlive it.
+    The call stack tells: a step that raised an error has left it. A flag could stay set.
     """
     step = sys._getframe(2)  # PyTorch's wrapper around every optimiser's step, which calls the hooks
     outer = step.f_back
@@ -149,15 +149,15 @@ def _is_inside_another_step() -> bool:
 
 
 def _warn_if_unused(hooks: StepHooks) -> None:
-    """Say what was asked for and did nothing."""
+    """Warn about options that had no effect."""
     if hooks.position_lr_scale is not None and not hooks.stepped:
-        warnings.warn("--position-lr-scale: had no effect, no optimiser stepped a layer of this package", stacklevel=4)
+        warnings.warn("--position-lr-scale: had no effect: no optimiser stepped a layer of this package", stacklevel=4)
     if hooks.penalty_factor and not hooks.penalised:
-        warnings.warn("--penalty: had no effect, no optimiser stepped a layer whose method has one", stacklevel=4)
+        warnings.warn("--penalty: had no effect: no optimiser stepped a layer with a penalty", stacklevel=4)
 
 
 def stepped_layers(optimizer: Optimizer) -> list[ConvReplacement]:
-    """The layers of which the optimiser steps a parameter, in the same order on every process."""
+    """The layers that have a parameter in the optimiser, in the same order on every process."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [
         layer
@@ -167,17 +167,17 @@ def stepped_layers(optimizer: Optimizer) -> list[ConvReplacement]:
 
 
 def add_penalty_gradient(optimizer: Optimizer, layers: Sequence[ConvReplacement], factor: float, power: int) -> bool:
-    """Add the gradient of factor * (mean penalty of the layers) ** power to those of the optimiser's parameters.
+    """Add the gradient of factor * (mean penalty of the layers) ** power to the gradients of the parameters.
 
     Returns:
-        False where there is no such gradient: no layer has a penalty, or its parameters are frozen.
+        False if there is none: no layer has a penalty, or its parameters are frozen.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     with torch.enable_grad():
         value = factor * mean_penalty(layers) ** power
     if not value.requires_grad:
         return False
-    scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves it on an optimiser that unscales for itself
+    scale = getattr(optimizer, "grad_scale", None)  # GradScaler sets it on an optimiser that removes the scale
     for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
         if gradient is None:
             continue
@@ -188,10 +188,10 @@ def add_penalty_gradient(optimizer: Optimizer, layers: Sequence[ConvReplacement]
 
 
 def _require_position_groups(optimizer: Optimizer, layers: Sequence[ConvReplacement]) -> bool:
-    """Check that the geometry's learning rate is scaled; False where rates of 0 can't tell yet.
+    """Check that the geometry's learning rate is scaled; False if all rates are still 0.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not scaled.
     """
     geometry = {id(parameter) for layer in layers for parameter in layer.geometry.values()}
     for group in optimizer.param_groups:
@@ -205,6 +205,6 @@ def _require_position_groups(optimizer: Optimizer, layers: Sequence[ConvReplacem
     if max(rates) > (1 + 1e-6) * min(rates):
         raise ValueError(
             "--position-lr-scale: the learning rates of this optimiser's groups are not one rate times their"
-            " lr_scale; a scheduler of timm makes them so (train.py: --sched cosine or another)"
+            " lr_scale; a scheduler of timm makes them so (train.py: --sched cosine, for example)"
         )
     return max(rates) > 0

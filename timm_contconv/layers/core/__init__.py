@@ -2,8 +2,8 @@
 
 - `replacement`: ConvReplacement, what patching, training and saving may ask of every layer
 - `kernel`, `kernel_conv`: Kernel, parameters in and dense kernel out; KernelConv1d, 2d and 3d, which convolve with it
-- `geometry`: parameters that say where a kernel reaches, and how layers share them
-- `spec`: LayerSpec and KernelSpec, the settings of a method, and `METHODS`, all of them by name
+- `geometry`: parameters that say where a kernel reaches; layers can share them
+- `spec`: LayerSpec and KernelSpec, the settings of a method; `METHODS`, all specs by name
 - `kept`: a kernel that is kept outside training
 - `compilation`, `tracing`: kernels under torch.compile, layers under torch.fx
 - `plain`, `padding`: plain convolutions, and padding that they can't do

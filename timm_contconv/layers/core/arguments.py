@@ -1,4 +1,7 @@
-"""Checks of arguments that layers share with PyTorch's convolutions."""
+"""Checks of arguments that layers share with PyTorch's convolutions.
+
+Every check raises a ValueError that names the argument, its value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -41,16 +44,12 @@ def _as_strict_int(value: Any) -> int:
     return number
 
 
-#: an int of any library, as a setting: no bool, no text, no float
+#: a setting that takes an int of any library, and no bool, text or float
 Int = Annotated[int, BeforeValidator(_as_strict_int)]
 
 
 def check_counts(**counts: int) -> None:
-    """Refuse numbers of things that are not positive ints.
-
-    Raises:
-        ValueError: names the argument, its value and what is allowed.
-    """
+    """Check that all values are positive ints."""
     for name, value in counts.items():
         number = as_int(value)
         if number is None or number < 1:
@@ -58,12 +57,7 @@ def check_counts(**counts: int) -> None:
 
 
 def check_channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:
-    """Python's ints for numbers of channels and of groups.
-
-    Raises:
-        ValueError: `groups` does not divide them, or one is not a positive int; names argument, value and what is
-            allowed.
-    """
+    """The numbers of channels and groups as Python's ints. `groups` has to divide both numbers of channels."""
     check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
         if value % groups:
@@ -72,11 +66,7 @@ def check_channels(in_channels: int, out_channels: int, groups: int) -> tuple[in
 
 
 def per_dimension(name: str, value: int | Sequence[int], ndim: int, minimum: int) -> tuple[int, ...]:
-    """An argument of a convolution as one int for each of its spatial dimensions.
-
-    Raises:
-        ValueError: names the argument, its value and what is allowed.
-    """
+    """An argument of a convolution as one int for each of its spatial dimensions."""
     given = value if isinstance(value, Sequence) else (value,) * ndim
     values = tuple(v for v in map(as_int, given) if v is not None and minimum <= v <= LARGEST_SIZE)
     if not len(values) == len(given) == ndim:
@@ -86,28 +76,20 @@ def per_dimension(name: str, value: int | Sequence[int], ndim: int, minimum: int
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
-    """Return a text that is one of those allowed.
-
-    Raises:
-        ValueError: names the argument, its value and what is allowed.
-    """
+    """Return the value if it is allowed."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
     return value
 
 
 def check_padding(padding: int | Sequence[int] | str, ndim: int, padding_mode: str) -> tuple[int, ...] | str:
-    """Padding in pixels, one int for each spatial dimension, "same", or in 1-D "causal".
-
-    Raises:
-        ValueError: names the argument, its value and what is allowed.
-    """
+    """Padding in pixels, one int for each spatial dimension, or "same", or in 1-D "causal"."""
     if not isinstance(padding, str):
         return per_dimension("padding", padding, ndim, minimum=0)
     if padding == "valid":
         return (0,) * ndim
     if padding == "causal" and ndim == 1 and padding_mode != "zeros":
-        raise ValueError(f"padding_mode={padding_mode!r}: expected 'zeros'; causal padding has no other")
+        raise ValueError(f"padding_mode={padding_mode!r}: expected 'zeros'; causal padding allows no other mode")
     if padding == "same" or (padding == "causal" and ndim == 1):
         return padding
     allowed = "'same', 'valid'" + (" or 'causal'" if ndim == 1 else "")

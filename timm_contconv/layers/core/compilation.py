@@ -35,14 +35,14 @@ def check_compile_mode(mode: CompileMode) -> CompileMode:
 def construct(
     function: Callable[..., Tensor], inputs: Mapping[str, Tensor], dtype: torch.dtype, mode: CompileMode
 ) -> Tensor:
-    """Call a kernel function in the precision of kernel construction, through torch.compile if that is wanted.
+    """Call a kernel function in float32 (float64 if `dtype` is float64), through torch.compile if `mode` says so.
 
-    Inside of an outer torch.compile, that compilation covers the construction already.
+    Inside an outer torch.compile the function is called directly, and compiled with the rest.
 
     Args:
-        function: a function of a module, or a `functools.partial` of one with hashable keywords.
+        function: a module-level function, or a `functools.partial` of one with hashable keywords.
         inputs: its tensors, by argument name.
-        dtype: of the parameters. The function is computed in float32, or in float64 if dtype is float64.
+        dtype: of the parameters.
         mode: "auto" compiles on CUDA only.
 
     Returns:
@@ -66,12 +66,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
 
 
 def _construct_compiled(function: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    """Call a kernel function through torch.compile; stay eager, with one warning, where no compiler works.
-
-    Args:
-        function: a module-level function, or a `functools.partial` of one with hashable keywords.
-        inputs: its tensors, by argument name.
-    """
+    """Call a kernel function through torch.compile. If no compiler works, warn once and stay eager."""
     global _compiler_works
     if not _compiler_works:
         return function(**inputs)
@@ -93,9 +88,9 @@ def _construct_compiled(function: Callable[..., Tensor], inputs: Mapping[str, Te
 
 
 def _as_operand(value: Tensor) -> Tensor:
-    """The value as compiled code takes it for any layer, in training and evaluation, without compiling anew.
+    """A view of the value that requires a gradient: one form for all layers, in training and evaluation.
 
-    A view, since torch.compile takes the shapes of parameters for fixed; always with a gradient.
+    torch.compile would treat the shape of a parameter as fixed, and compile again for a value without a gradient.
     """
     operand = value if value.requires_grad else value.detach().requires_grad_()
     return operand.view_as(operand)
@@ -108,7 +103,7 @@ def _compiled(function: Callable[..., Tensor], static: tuple[tuple[str, Any], ..
     def construct(**inputs: Tensor) -> Tensor:
         return function(**inputs, **dict(static))
 
-    # torch.compile files its results under the code object, a limited number for each: every size gets its own
+    # torch.compile stores a limited number of results per code object, so every size gets a code object of its own
     own = types.FunctionType(
         construct.__code__.replace(), construct.__globals__, function.__name__, None, construct.__closure__
     )

@@ -1,4 +1,4 @@
-"""Geometry: the parameters that say where a kernel reaches, and how several layers share one set of them."""
+"""Geometry: the parameters that say where a kernel reaches. Several layers can share one set of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["GeometryOwner", "share_geometry"]
 
 
 class GeometryOwner(nn.Module):
-    """A module that reads geometry parameters: its own, or a set that it shares with others.
+    """A module with geometry parameters: its own, or a set that it shares with others.
 
     A subclass registers the parameters under `geometry_names` and reads them from `geometry`.
     """
@@ -37,12 +37,10 @@ class GeometryOwner(nn.Module):
 def share_geometry(owners: Sequence[GeometryOwner]) -> nn.ParameterDict:
     """Let several modules use one set of geometry parameters, that of the first.
 
-    The owners hold references to the set.
-
     Returns:
-        The set. The caller registers it once, on a module that should hold all the owners: so it stands once in
-        `state_dict()` and `parameters()`, and wrappers that manage parameters by module (FSDP) have it at hand whenever
-        one of the owners runs.
+        The set. The owners only refer to it. The caller registers it on a module that holds all the owners. Then it is
+        in `state_dict()` and `parameters()` once, and FSDP, which gathers parameters by module, has it when an owner
+        runs.
 
     Raises:
         ValueError: the owners' parameter shapes differ; then nothing is changed.

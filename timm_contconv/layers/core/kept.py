@@ -1,4 +1,4 @@
-"""What is computed from parameters outside training, kept on the CPU for as long as their values are the same."""
+"""A value that is computed from parameters outside training. The CPU keeps it while the parameters stay equal."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ class _Entry(Generic[Value]):
 
 
 class Kept(Generic[Value]):
-    """The last value that was computed, with copies of the parameters that it was computed from.
+    """The last computed value, with copies of the parameters that it was computed from.
 
-    Values are compared, because edits through `.data`, views and communication buffers leave no other trace. That is
-    a matter of microseconds on the CPU. An accelerator would have to be waited for, so nothing is kept there.
-    Several threads may use one object: each reads the entry once, and replaces it as a whole. The value itself is not
-    guarded: who hands it out to others hands out a copy.
+    Parameters are compared by value, because edits through `.data`, views and communication buffers leave no other
+    trace. On the CPU this takes microseconds. On an accelerator it would wait for the device, so nothing is kept there.
+    Several threads may use one object: each reads the entry once, and replaces it as a whole. The value is shared, so
+    a caller that passes it on to users has to copy it.
     """
 
     def __init__(self) -> None:
         self._entry: _Entry[Value] | None = None
 
     def get(self, inputs: Sequence[Tensor], compute: Callable[[], Value], key: Hashable = None) -> Value:
-        """The kept value if it is of these inputs and this key; otherwise a new one, which is kept if that is allowed.
+        """The kept value if inputs and key are those it was computed from; otherwise a new one, kept where allowed.
 
         Args:
             inputs: the parameters that the value is a function of.
             compute: computes the value.
-            key: what else the value depends on.
+            key: anything else that the value depends on.
         """
         if not _may_keep(inputs):
             return compute()
         entry = self._entry
         if entry is None or entry.key != key or not _are_equal(entry.inputs, inputs):
-            with torch.inference_mode(False), torch.no_grad():  # serves later calls with gradients of the input too
-                # copies first: if another thread changes a parameter meanwhile, the next call computes anew
+            with torch.inference_mode(False), torch.no_grad():  # later calls may need the input's gradient
+                # copies first: if another thread changes a parameter meanwhile, the next call computes again
                 copies = tuple(tensor.detach().clone() for tensor in inputs)
                 self._entry = entry = _Entry(key, copies, compute())
         return entry.value
 
     def drop(self) -> None:
-        """Free the memory of what is kept."""
+        """Free the memory of the kept value."""
         self._entry = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept[Value]:
@@ -77,7 +77,7 @@ def _may_keep(inputs: Sequence[Tensor]) -> bool:
 
 
 def may_look(values: Iterable[Any]) -> bool:
-    """Whether values can be read here: they can't be while they are traced, transformed or captured, or on meta."""
+    """Whether values can be read here: not on the meta device, nor while they are traced, transformed or captured."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or _is_recorded():
         return False
     is_cuda = False
@@ -89,7 +89,7 @@ def may_look(values: Iterable[Any]) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether operators are recorded, or run on fake tensors."""
+    """Whether operators are traced, or run on fake tensors."""
     modes = torch._C._TorchDispatchModeKey
     return torch._C._len_torch_dispatch_stack() > 0 and any(
         torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)

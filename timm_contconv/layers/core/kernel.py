@@ -22,8 +22,8 @@ class Kernel(GeometryOwner, ABC):
     """A dense kernel as a function of parameters.
 
     A subclass registers its parameters, names those that are geometry in `geometry_names`, and gives a pure function
-    of them. This class constructs: in float32 (float64 for float64 parameters), also under autocast, cast to the
-    parameters' dtype afterwards.
+    of them. This class calls the function in float32 (float64 for float64 parameters), also under autocast, and casts
+    the kernel to the parameters' dtype.
 
     Args:
         out_channels: C_out.
@@ -44,7 +44,7 @@ class Kernel(GeometryOwner, ABC):
     def function(self) -> Callable[..., Tensor]:
         """A pure function of `inputs()`, by name, that returns the dense kernel (C_out, C_in/groups, *kernel_size).
 
-        A function of a module, or a `functools.partial` of one with hashable keywords: torch.compile takes it.
+        It is a module-level function, or a `functools.partial` of one with hashable keywords, for torch.compile.
         """
 
     @abstractmethod
@@ -52,12 +52,12 @@ class Kernel(GeometryOwner, ABC):
         """Draw all parameters anew, as the method's paper does."""
 
     def sources(self) -> dict[str, Tensor]:
-        """The parameters that the kernel is constructed from, by name; shared ones included."""
+        """The parameters that the kernel is constructed from, by name, including shared ones."""
         own = {name: value for name, value in self._parameters.items() if value is not None}
         return {**own, **self.geometry}
 
     def inputs(self) -> dict[str, Tensor]:
-        """What `function()` takes, by name: the parameters, unless a kernel needs more."""
+        """The arguments of `function()`, by name: the parameters, unless a kernel needs more."""
         return self.sources()
 
     def forward(self) -> Tensor:
@@ -66,20 +66,20 @@ class Kernel(GeometryOwner, ABC):
 
     @property
     def margins(self) -> Margins | None:
-        """Borders that are known to be zero and left out by `forward`; None for none."""
+        """Borders that are known to be zero, which `forward` leaves out; None if there are none."""
         return None
 
     def look(self) -> None:
-        """Read what `margins` depends on from the parameters' values."""
+        """Update `margins` from the parameters' values."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters, hence of the dense kernel."""
+        """The dtype of the parameters and of the dense kernel."""
         return next(self.parameters()).dtype
 
     @property
     def bias_bound(self) -> float:
-        """The bias of a convolution with this kernel starts uniform between this number and its negative."""
+        """The bias of a convolution with this kernel starts uniform in [-bias_bound, bias_bound]."""
         return 0.0
 
     @classmethod
@@ -88,8 +88,8 @@ class Kernel(GeometryOwner, ABC):
         """Let kernels reproduce others, in place, as well as they can. Deterministic; exact where that is possible.
 
         Args:
-            kernels: kernels of one geometry, shared where there are several.
-            targets: (C_out, C_in/groups, *size) kernels of one size, at most kernel_size, that lie about the centre.
+            kernels: kernels of one geometry; several share it.
+            targets: (C_out, C_in/groups, *size) kernels of one size, at most kernel_size, with the same centre.
         """
 
     def constrain_(self) -> None:
@@ -100,7 +100,7 @@ class Kernel(GeometryOwner, ABC):
         return None
 
     def summary(self) -> str:
-        """What a report says of the kernel after its size."""
+        """What a report says about the kernel after its size."""
         return ""
 
     def highest_frequency(self) -> float | None:

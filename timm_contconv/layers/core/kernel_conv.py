@@ -1,4 +1,4 @@
-"""KernelConv1d, 2d and 3d: everything that `nn.Conv1d`, 2d and 3d are, with a weight that a kernel constructs."""
+"""KernelConv1d, 2d and 3d: like `nn.Conv1d`, 2d and 3d, with a weight that a kernel constructs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from .geometry import GeometryOwner
 from .kept import Kept
 from .kernel import Kernel, Margins
 from .padding import pad_image, sides_of
-from .plain import (
-    PlainConv,
-    copy_bias_,
-    kernels_inside,
-    plain_arguments,
-    plain_conv,
-    require_weights,
-)
+from .plain import PlainConv, copy_bias_, kernels_inside, plain_arguments, plain_conv, require_weights
 from .replacement import ConvReplacement
 from .spec import KernelSpec
 from .tracing import as_node, is_traced
@@ -39,9 +32,9 @@ class KernelConv(ConvReplacement):
         kernel_size: size of the constructed kernel, in pixels; an int or one per spatial dimension.
         stride: step of the convolution, in pixels.
         padding: pixels added on both sides, "valid" (none), "same" (the output has ceil(input / stride) pixels; for
-            stride 1 this is PyTorch's "same", for larger strides timm's `Conv2dSame`), or in 1-D "causal" (zeros ahead
-            of the sequence, so that output i depends on inputs 0..i). Default: 0, unless the layer says otherwise.
-        dilation: only 1; a larger kernel_size serves the same purpose.
+            stride 1 this is PyTorch's "same", for larger strides timm's `Conv2dSame`), or in 1-D "causal" (zeros before
+            the sequence, so that output i depends on inputs 0..i). Default: 0, unless the layer says otherwise.
+        dilation: only 1; use a larger kernel_size instead.
         groups: blocked connections from input to output channels.
         bias: adds a learnable bias of shape (C_out,).
         padding_mode: "zeros", "reflect", "replicate" or "circular".
@@ -59,7 +52,7 @@ class KernelConv(ConvReplacement):
         ValueError: an argument is out of range; the message names it, its value and what is allowed.
     """
 
-    #: what `**settings` are fields of; None for a layer that takes any spec
+    #: `**settings` are fields of this class; None for a layer that takes any spec
     spec_class: ClassVar[type[KernelSpec] | None] = None
     default_padding: ClassVar[int | str] = 0
 
@@ -85,9 +78,7 @@ class KernelConv(ConvReplacement):
         padding = self.default_padding if padding is None else padding
         self._set_arguments(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         if max(self.dilation) > 1:
-            raise ValueError(
-                f"dilation={dilation!r}: expected 1; a constructed kernel reaches further with a larger kernel_size"
-            )
+            raise ValueError(f"dilation={dilation!r}: expected 1; use a larger kernel_size to reach further")
         self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
         if spec is None:
             spec = self._spec_of(settings)
@@ -110,7 +101,7 @@ class KernelConv(ConvReplacement):
     def _spec_of(self, settings: dict[str, Any]) -> KernelSpec:
         if self.spec_class is None:
             raise TypeError(f"spec=None: expected the settings of a kernel; {type(self).__name__} has none of its own")
-        spec = self.spec_class.of(kernel_size=1, **settings)  # its limit is for strangers' specifications
+        spec = self.spec_class.of(kernel_size=1, **settings)  # the spec's limit on sizes is for strangers' files
         return spec.model_copy(update={"kernel_size": self.kernel_size})
 
     @torch.no_grad()
@@ -124,24 +115,23 @@ class KernelConv(ConvReplacement):
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel, (C_out, C_in/groups, *kernel_size): what `nn.Conv2d.weight` would hold.
+        """The dense kernel, (C_out, C_in/groups, *kernel_size), as `nn.Conv2d.weight` would hold it; differentiable.
 
-        Differentiable, and the caller's own: an edit of it does not change the layer. On the CPU, outside training and
-        without gradients, the kernel is constructed once and kept for as long as the parameters have the values that
-        it was constructed from; otherwise every access constructs it.
+        An edit of it does not change the layer. On the CPU, outside training and without gradients, the kernel is
+        constructed once, and again when the parameters' values have changed. Otherwise every access constructs it.
         """
         kernel, margins = self._cropped_kernel()
         whole = kernel if margins is None else pad_image(kernel, margins, "zeros")
         return whole if whole.requires_grad else whole.clone()
 
     def _cropped_kernel(self) -> tuple[Tensor, Margins | None]:
-        """The dense kernel less its margins, and these."""
+        """The dense kernel without its margins, and the margins."""
         if self.training:
             return self.kernel(), self.kernel.margins
         return self._kept.get(tuple(self.kernel.sources().values()), self._look_and_construct)
 
     def _look_and_construct(self) -> tuple[Tensor, Margins | None]:
-        if next(self.kernel.parameters()).device.type == "cpu":  # an accelerator would have to be waited for
+        if next(self.kernel.parameters()).device.type == "cpu":  # on an accelerator it would wait for the device
             self.kernel.look()
         return self.kernel(), self.kernel.margins
 
@@ -168,7 +158,7 @@ class KernelConv(ConvReplacement):
         return convolve(x, kernel, self.bias, self.stride, padding, self.groups)
 
     def _pad(self, x: Tensor, margins: Margins | None) -> tuple[Tensor, tuple[int, ...]]:
-        """Pad what the convolution itself can't: other modes than zeros, uneven sides; return what is left to it."""
+        """Pad where the convolution can't (modes other than zeros, uneven sides); return x and the padding left."""
         sides = sides_of(self.padding, self.kernel_size, self.stride, x.shape[-self.ndim :])
         cut = margins or ((0, 0),) * self.ndim
         if self.padding_mode != "zeros":
@@ -201,7 +191,7 @@ class KernelConv(ConvReplacement):
     def to_conv(self) -> nn.Module:
         """The plain convolution (`nn.Conv1d/2d/3d`, or timm's `Conv2dSame`) with the same output.
 
-        Its kernel is cropped where the borders are zero. After an `nn.ConstantPad1d` if the padding is causal.
+        Zero borders of its kernel are cut off. With causal padding an `nn.ConstantPad1d` comes before it.
         """
         self.kernel.look()
         cut = self.kernel.margins or ((0, 0),) * self.ndim
@@ -221,9 +211,9 @@ class KernelConv(ConvReplacement):
         return conv
 
     def _even_cut(self, cut: Margins) -> tuple[str | tuple[int, ...], list[int]]:
-        """The padding that is left, and what is cut off on both sides, of a plain convolution with this kernel."""
+        """The padding of a plain convolution with this kernel, and the pixels cut off on both sides, per dimension."""
         if self.padding == "same":
-            even = [0 if max(self.stride) > 1 else min(side) for side in cut]  # a stride pads by the image's size
+            even = [0 if max(self.stride) > 1 else min(side) for side in cut]  # with a stride it depends on the image
             return "same", even
         assert not isinstance(self.padding, str)
         even = [min(*side, p) for side, p in zip(cut, self.padding, strict=True)]
@@ -244,12 +234,11 @@ class KernelConv(ConvReplacement):
         return self.kernel.highest_frequency()
 
     def receptive_field(self) -> tuple[int, ...]:
-        """Pixels of the kernel that are convolved with."""
+        """Size of the kernel without its margins."""
         cut = self.kernel.margins or ((0, 0),) * self.ndim
         return tuple(size - sum(side) for size, side in zip(self.kernel_size, cut, strict=True))
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
-        """Multiply-adds of the convolution for one sample with an output of `output_size` pixels."""
         channels = self.out_channels * self.in_channels // self.groups
         return math.prod(output_size) * channels * math.prod(self.receptive_field())
 

@@ -1,8 +1,8 @@
 """Separable least squares: kernels that are linear in their weights and smooth in their geometry.
 
 For a given geometry (positions, widths, radii) the best weights solve small linear systems, so only the geometry is
-searched. At the best weights the gradient of the error in the geometry is that of the error with the weights held
-still (Golub and Pereyra 1973, "The differentiation of pseudo-inverses and nonlinear least squares problems").
+searched. At the best weights, the gradient of the error by the geometry is the one for constant weights (Golub and
+Pereyra 1973, "The differentiation of pseudo-inverses and nonlinear least squares problems").
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NormalEquations = Callable[[Geometry], tuple[Tensor, Tensor]]
 
 STEPS = 150
 LARGEST_STEP = 0.15  # pixels
-RIDGE = 1e-9  # relative to the mean of the Gram matrix's diagonal: elements may lie on one another
+RIDGE = 1e-9  # relative to the mean of the Gram matrix's diagonal: two elements may be at the same place
 LARGEST_TENSOR = 1 << 24  # numbers
 CLOSE_ENOUGH = 1e-6  # relative error
 
@@ -48,14 +48,14 @@ def fit_separately(
     units: Mapping[str, float],
     numbers: int,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Geometry and weights of B separate problems, as many at once as memory should hold.
+    """Geometry and weights of B separate problems, solved in parts that fit into memory.
 
     Args:
         equations: (targets of some problems, their geometry) -> their normal equations.
         targets: (B, n, ...).
         start: geometry to begin with, (B, m, ...) each.
         units: as in `refine`.
-        numbers: how many the largest tensor of one problem has.
+        numbers: size of the largest tensor of one problem.
 
     Returns:
         The geometry, (B, m, ...) each, and the weights, (B, m, n).
@@ -74,7 +74,7 @@ def fit_separately(
 
 
 def refine(equations: NormalEquations, start: Geometry, energy: float, units: Mapping[str, float]) -> Geometry:
-    """Improve a geometry by steps of Adam, the weights solved anew at each; the best geometry met is returned.
+    """Improve a geometry with Adam. Every step solves for the weights again.
 
     Args:
         equations: the normal equations at a geometry.
@@ -83,7 +83,7 @@ def refine(equations: NormalEquations, start: Geometry, energy: float, units: Ma
         units: by name, the change of a value that corresponds to a pixel.
 
     Returns:
-        Like start; at least as good.
+        The best geometry found, shaped like start.
     """
     variables = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.Adam([{"params": [v], "lr": LARGEST_STEP * units[k]} for k, v in variables.items()])
@@ -110,12 +110,12 @@ def refine(equations: NormalEquations, start: Geometry, energy: float, units: Ma
 
 
 def pixels_by_energy(targets: Tensor, ndim: int, count: int) -> Tensor:
-    """Pixels where elements start: those that matter most in the targets, then the nearest to the centre.
+    """Pixels where elements start: those with the most energy in the targets, then the nearest to the centre.
 
     Args:
         targets: (B, n, *size), size of ndim dimensions.
         ndim: number of spatial dimensions.
-        count: m; beyond the number of pixels they are taken again from the start.
+        count: m; if there are fewer pixels, they repeat.
 
     Returns:
         (B, m, ndim) pixel indices.

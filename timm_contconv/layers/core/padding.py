@@ -1,4 +1,4 @@
-"""Padding of images ahead of a convolution, where the convolution itself can't do it."""
+"""Padding of images before a convolution, for paddings that the convolution can't do."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def sides_of(
     """Pixels before and after an image of `size`, per spatial dimension, that a padding stands for.
 
     Args:
-        padding: one int per dimension, "same" (so that the output has ceil(size / stride) pixels) or "causal" (all
-            ahead of the first sample).
+        padding: one int per dimension, "same" (the output has ceil(size / stride) pixels) or "causal" (all before the
+            first sample).
         kernel_size, stride, size: one int per dimension.
     """
     if padding == "causal":
@@ -37,7 +37,7 @@ def same_sides(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
 
 
 def pad_image(x: Tensor, sides: Sequence[tuple[int, int]], padding_mode: str) -> Tensor:
-    """Pixels before and after each spatial dimension of x, (..., *size); a negative number of them cuts.
+    """Add pixels before and after each spatial dimension of x, (..., *size); negative numbers cut pixels off.
 
     Args:
         padding_mode: "zeros", "reflect", "replicate" or "circular".

@@ -1,4 +1,4 @@
-"""Plain convolutions: their types, how one is built, and kernels of one size put into another about the same centre."""
+"""Plain convolutions: their types, how one is built, and kernels in another size with the same centre."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "PlainConv",
     "centred",
     "copy_bias_",
+    "has_same_padding",
     "kernel_in_size",
     "kernels_inside",
     "margin",
@@ -28,6 +29,11 @@ PlainConv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 CONVOLUTIONS: dict[int, type[PlainConv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NEGLIGIBLE = 1e-5  # part of a kernel's mass that may be cut off
+
+
+def has_same_padding(conv: PlainConv) -> bool:
+    """Whether the padding of a convolution is "same", PyTorch's or timm's."""
+    return isinstance(conv, Conv2dSame) or conv.padding == "same"
 
 
 def plain_conv(
@@ -49,8 +55,7 @@ def plain_conv(
             `Conv2dSame`.
 
     Raises:
-        ValueError: padding="same" with a stride where there is no such convolution: in 1-D and 3-D, and with a
-            padding_mode other than zeros.
+        ValueError: padding="same" with a stride, in 1-D or 3-D or with a padding_mode other than zeros.
     """
     ndim = weight.ndim - 2
     channels, size = (weight.shape[1] * groups, weight.shape[0]), tuple(weight.shape[2:])
@@ -74,13 +79,13 @@ def plain_conv(
 def plain_arguments(conv: PlainConv, kernel_size: Sequence[int]) -> dict[str, Any]:
     """Constructor arguments of a layer with another kernel size that stands in for `conv`.
 
-    The padding grows with the kernel, so that the output keeps its size and its place.
+    The padding grows with the kernel, so that size and position of the output stay the same.
 
     Raises:
-        ValueError: a kernel of this size can't be centred where the old one was.
+        ValueError: a kernel of this size can't have the centre of the old one.
     """
     padding: str | tuple[int, ...]
-    if isinstance(conv, Conv2dSame) or conv.padding == "same":
+    if has_same_padding(conv):
         padding = "same"
     else:
         old: Sequence[int] = (0,) * len(kernel_size) if isinstance(conv.padding, str) else conv.padding
@@ -107,7 +112,7 @@ def plain_arguments(conv: PlainConv, kernel_size: Sequence[int]) -> dict[str, An
 
 
 def require_weights(convs: Iterable[PlainConv]) -> None:
-    """Refuse convolutions whose kernels have no values to start from.
+    """Refuse convolutions whose kernels have no values to fit.
 
     Raises:
         ValueError: a kernel is on the meta device, or holds NaN or infinity.
@@ -126,21 +131,21 @@ def require_weights(convs: Iterable[PlainConv]) -> None:
 
 @torch.no_grad()
 def copy_bias_(bias: Tensor | None, conv: PlainConv) -> None:
-    """Give a layer the bias of a convolution, where both have one."""
+    """Copy the bias of a convolution to a layer, if both have one."""
     if conv.bias is not None and bias is not None:
         bias.copy_(conv.bias)
 
 
 def margin(small: int, large: int) -> int:
-    """Pixels of a larger kernel before a smaller one about the same centre; negative if the "larger" is smaller.
+    """Pixels of a larger kernel before a smaller one with the same centre; negative if the "larger" is smaller.
 
-    The centre of an even kernel is where "same" padding has it.
+    The centre of an even kernel is the one of "same" padding.
     """
     return (large - 1) // 2 - (small - 1) // 2
 
 
 def centred(kernel: Tensor, size: Sequence[int]) -> Tensor:
-    """A kernel about the same centre in another size: zeros are added around it, or its rim is cut off.
+    """A kernel in another size with the same centre: zeros are added around it, or its borders are cut off.
 
     Args:
         kernel: (..., *K).
@@ -156,14 +161,14 @@ def centred(kernel: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def kernels_inside(convs: Sequence[PlainConv], size: Sequence[int]) -> list[Tensor]:
-    """The parts of convolutions' kernels that lie inside of `size`, all in the size that the largest needs."""
+    """The parts of convolutions' kernels that lie inside `size`, all in the size of the largest."""
     sizes = [max(conv.kernel_size[d] for conv in convs) for d in range(len(size))]
     common = [min(old, new) for old, new in zip(sizes, size, strict=True)]
     return [centred(conv.weight.detach(), common) for conv in convs]
 
 
 def kernel_in_size(kernel: Tensor, size: Sequence[int]) -> Tensor | None:
-    """The kernel in another size, (..., *size); None if more than 1e-5 of its mass lies outside of it."""
+    """The kernel in another size, (..., *size); None if more than 1e-5 of its mass lies outside."""
     cropped = centred(kernel, size)
     mass = kernel.abs().sum(dtype=torch.float64)
     outside = mass - cropped.abs().sum(dtype=torch.float64)
@@ -172,7 +177,7 @@ def kernel_in_size(kernel: Tensor, size: Sequence[int]) -> Tensor | None:
 
 @torch.no_grad()
 def relative_error(kernel: Tensor, target: Tensor) -> float:
-    """||kernel - target|| / ||target|| in float64, both about one centre in the larger of the two sizes."""
+    """||kernel - target|| / ||target|| in float64, both with one centre in the larger of the two sizes."""
     size = [max(a, b) for a, b in zip(kernel.shape[2:], target.shape[2:], strict=True)]
     wanted = centred(target.double(), size)
     distance = torch.linalg.vector_norm(centred(kernel.double(), size) - wanted)

@@ -17,27 +17,29 @@ from .compilation import CompileMode
 from .geometry import GeometryOwner
 from .plain import PlainConv, kernel_in_size, relative_error
 
-__all__ = ["ConvReplacement", "Init", "check_init", "live_layers"]
+__all__ = ["CONV_ATTRIBUTES", "ConvReplacement", "Init", "check_init", "live_layers"]
 
 Init = Literal["fit", "random"]
 
+#: attributes of `nn.Conv2d` that other code reads; `bias` comes on top
+CONV_ATTRIBUTES = (
+    *("in_channels", "out_channels", "kernel_size", "stride"),
+    *("padding", "dilation", "groups", "padding_mode"),
+)
+
 
 def check_init(init: str) -> None:
-    """Refuse an init that does not exist.
-
-    Raises:
-        ValueError: names what is allowed.
-    """
+    """Raise a ValueError unless init is "fit" or "random"."""
     if init not in ("fit", "random"):
         raise ValueError(f"init={init!r}: expected 'fit' (start from the replaced kernel) or 'random'")
 
 
 @register_notrace_module
 class ConvReplacement(nn.Module, ABC):
-    """A layer that can stand where a plain convolution stood.
+    """A layer that can replace a plain convolution.
 
-    It has the attributes of `nn.Conv2d` that other code reads (`in_channels` to `padding_mode`, `bias`); `weight` only
-    if its kernel is the whole operation.
+    It has the attributes of `nn.Conv2d` that other code reads (`in_channels` to `padding_mode`, `bias`). It has
+    `weight` only if its kernel is the whole operation.
     """
 
     #: name of the method, as in recipes
@@ -65,11 +67,7 @@ class ConvReplacement(nn.Module, ABC):
         groups: int,
         padding_mode: str,
     ) -> None:
-        """Check and keep the arguments that the layer shares with `nn.Conv2d`.
-
-        Raises:
-            ValueError: an argument is out of range; the message names it, its value and what is allowed.
-        """
+        """Check the arguments that the layer shares with `nn.Conv2d`, and set them as attributes."""
         self.in_channels, self.out_channels, self.groups = check_channels(in_channels, out_channels, groups)
         self.kernel_size = per_dimension("kernel_size", kernel_size, self.ndim, minimum=1)
         self.stride = per_dimension("stride", stride, self.ndim, minimum=1)
@@ -83,7 +81,7 @@ class ConvReplacement(nn.Module, ABC):
         _LIVE[next(_CREATED)] = layer
         return layer
 
-    # ---- where its parameters are
+    # ---- geometry
 
     @property
     @abstractmethod
@@ -92,7 +90,7 @@ class ConvReplacement(nn.Module, ABC):
 
     @property
     def geometry(self) -> dict[str, nn.Parameter]:
-        """The parameters that say where a kernel reaches, by name. They are never decayed; layers may share them."""
+        """The geometry parameters, by name. They have no weight decay; layers may share them."""
         return self.geometry_owner.geometry
 
     # ---- in place of a convolution, and back
@@ -107,8 +105,7 @@ class ConvReplacement(nn.Module, ABC):
             init: "fit" reproduces the kernel of `conv` as well as the layer can, "random" draws all parameters.
 
         Raises:
-            ValueError: init is another; the settings do not go with this convolution, or it has no weights to fit
-                (meta device).
+            ValueError: another init, settings that this convolution does not allow, or no values to fit (meta device).
         """
         check_init(init)
         layer = cls.in_place_of(conv, spec)
@@ -129,7 +126,7 @@ class ConvReplacement(nn.Module, ABC):
         Deterministic, and exact where the method can be exact.
 
         Args:
-            layers: layers of one geometry, shared where there are several, each made by `in_place_of`.
+            layers: layers of one geometry, each made by `in_place_of`; several share it.
             convs: the convolution that each stands in for.
         """
 
@@ -138,7 +135,7 @@ class ConvReplacement(nn.Module, ABC):
         """Plain PyTorch modules with the same output."""
 
     def to_dense_conv(self) -> nn.Module:
-        """One plain convolution, also where `to_conv` gives several; it may differ at the borders of images."""
+        """One plain convolution, even if `to_conv` gives several. Its output may differ at the borders of images."""
         return self.to_conv()
 
     def to_conv_like(self, conv: PlainConv) -> PlainConv | None:
@@ -185,9 +182,9 @@ class ConvReplacement(nn.Module, ABC):
         return self.kernel_size
 
     def highest_frequency(self) -> float | None:
-        """The highest frequency of the kernel in cycles per pixel, of which pixels can show 0.5.
+        """The highest frequency of the kernel in cycles per pixel; pixels can represent up to 0.5.
 
-        None for a method whose kernels are not band-limited, or without values.
+        None if the method's kernels are not band-limited, or have no values (meta device).
         """
         return None
 
@@ -196,21 +193,21 @@ class ConvReplacement(nn.Module, ABC):
         """Multiply-adds for one sample with an output of `output_size` pixels."""
 
     def published_multiply_adds(self, output_size: Sequence[int]) -> int:
-        """`multiply_adds` as the method's paper counts, where this implementation needs fewer."""
+        """`multiply_adds` as the method's paper counts; this implementation may need fewer."""
         return self.multiply_adds(output_size)
 
     # ---- saving and copying
 
     def unsaved_setting(self) -> str | None:
-        """What was set on the layer after it was built, which a saved model does not hold; None if nothing was."""
+        """A setting that was changed after the layer was built, and that a saved model loses; None if there is none."""
         return None
 
     def reset_setting(self) -> None:
-        """Undo what `unsaved_setting` names, where it keeps the layer from being merged."""
+        """Undo what `unsaved_setting` names, if it prevents merging the layer."""
 
     def _replicate_for_data_parallel(self) -> Self:
         raise NotImplementedError(
-            f"{type(self).__name__}: nn.DataParallel does not copy parameters that layers construct kernels from; use"
+            f"{type(self).__name__}: nn.DataParallel does not copy the parameters of constructed kernels; use"
             " DistributedDataParallel, or tcc.merge(model) to evaluate"
         )
 
@@ -220,5 +217,5 @@ _LIVE: weakref.WeakValueDictionary[int, ConvReplacement] = weakref.WeakValueDict
 
 
 def live_layers() -> list[ConvReplacement]:
-    """Every complete layer of this process, in order of creation: the same on every process of a distributed job."""
+    """Every complete layer of this process, in order of creation, which is the same in all processes of a job."""
     return [layer for layer in _LIVE.values() if getattr(layer, "geometry", None) is not None]

@@ -1,4 +1,4 @@
-"""LayerSpec: the settings of one method, as they stand in constructors, recipes and configuration files."""
+"""LayerSpec: the settings of one method, in constructors, recipes and configuration files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .replacement import ConvReplacement, Init
 
 __all__ = ["LARGEST_KERNEL", "METHODS", "KernelSize", "KernelSpec", "LayerSpec", "explain"]
 
-#: pixels of a kernel along a dimension that a specification may ask for: it may be a stranger's
+#: the largest kernel size that a spec may ask for, in pixels; specs also come from strangers
 LARGEST_KERNEL = 255
 
 #: the spec of every method, by the method's name
@@ -34,9 +34,9 @@ KernelSize = Annotated[int | tuple[int, ...], BeforeValidator(_check_kernel_size
 
 
 class LayerSpec(BaseModel):
-    """What a method needs to know to stand in for a convolution. One subclass per method, beside its layers.
+    """Settings with which a method stands in for a convolution. One subclass per method, beside its layers.
 
-    A subclass with a default for `method` is known by that name to recipes and saved models.
+    Recipes and saved models know a subclass by its default for `method`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,7 +54,7 @@ class LayerSpec(BaseModel):
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
-        """The spec of these settings.
+        """The spec with these settings.
 
         Raises:
             ValueError: a setting is unknown or out of range; the message names it, its value and what is allowed.
@@ -70,10 +70,17 @@ class LayerSpec(BaseModel):
             return f"{self.method} has no {len(conv.kernel_size)}-D layer"
         if max(conv.dilation) > 1:
             return f"dilation {conv.dilation}: only 1 can be replaced"
+        try:
+            self.check_conv(conv)
+        except ValueError as error:
+            return str(error)
         return None
 
+    def check_conv(self, conv: PlainConv) -> None:
+        """Raise a ValueError if a condition of this method's own keeps it from standing in for `conv`."""
+
     def resolve(self, groups: Sequence[Sequence[PlainConv]]) -> Self:
-        """Fill in what depends on the whole model.
+        """The spec with the settings that depend on the whole model filled in.
 
         Args:
             groups: the convolutions to replace; those of one inner sequence will share their geometry.
@@ -98,35 +105,17 @@ class KernelSpec(LayerSpec):
     kernel_size: KernelSize
 
     def sizes(self, ndim: int) -> tuple[int, ...]:
-        """kernel_size, one int per dimension.
-
-        Raises:
-            ValueError: it has another number of them.
-        """
+        """kernel_size, one int per dimension; a ValueError if it has another number of them."""
         sizes = (self.kernel_size,) * ndim if isinstance(self.kernel_size, int) else self.kernel_size
         if len(sizes) != ndim:
             raise ValueError(f"kernel_size={self.kernel_size}: expected an int, or {ndim} of them, one per dimension")
         return sizes
 
-    def refusal(self, conv: PlainConv) -> str | None:
-        reason = super().refusal(conv)
-        if reason is None:
-            try:
-                self.check_kernel(conv, self.sizes(len(conv.kernel_size)))
-            except ValueError as error:
-                return str(error)
-        return reason
-
-    def check_kernel(self, conv: PlainConv, sizes: tuple[int, ...]) -> None:
-        """Refuse a convolution in which a kernel of these sizes has no place.
-
-        Raises:
-            ValueError: names the setting.
-        """
-        plain_arguments(conv, sizes)
+    def check_conv(self, conv: PlainConv) -> None:
+        plain_arguments(conv, self.sizes(len(conv.kernel_size)))
 
 
-#: what is allowed, by pydantic's name of the mistake
+#: what is allowed, by pydantic's name of the error
 _ALLOWED = {
     "greater_than_equal": "expected at least {ge}",
     "greater_than": "expected more than {gt}",
@@ -144,12 +133,12 @@ _ALLOWED = {
 
 
 def explain(item: Mapping[str, Any], place: str = "", whole: str = "layer") -> str:
-    """One line for one mistake that pydantic found: where, name, value, what is allowed.
+    """One line for one error that pydantic found: place, name, value, what is allowed.
 
     Args:
         item: one of `ValidationError.errors()`.
-        place: what the line starts with, as "recipe.toml:3: ".
-        whole: what the fields belong to, for a field that is unknown.
+        place: start of the line, as "recipe.toml:3: ".
+        whole: what an unknown field would belong to.
     """
     location = [str(part) for part in item["loc"]]
     name = ".".join(location)

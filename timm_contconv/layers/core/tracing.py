@@ -1,4 +1,4 @@
-"""Layers under torch.fx: each stays one node of the graph, with its parameters and its construction inside."""
+"""Layers under torch.fx: each layer is one node of the graph, which includes the construction of its kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def as_node(layer: nn.Module, x: Any, **arguments: Any) -> Tensor:
     """The call of a layer as a node of the graph that is being traced.
 
     Raises:
-        ValueError: the layer itself is what is traced.
+        ValueError: the layer is the root of the trace.
     """
     if layer is x.tracer.root:
         raise ValueError(

@@ -9,19 +9,19 @@ __all__ = ["DclsConv1d", "DclsConv2d", "DclsConv3d"]
 
 
 class DclsConv1d(KernelConv1d):
-    """`nn.Conv1d` with a `DclsKernel`: takes the arguments of `KernelConv1d`, and the settings of `DclsSpec`."""
+    """`nn.Conv1d` with a `DclsKernel`: takes the arguments of `KernelConv1d` and the settings of `DclsSpec`."""
 
     spec_class = DclsSpec
 
 
 class DclsConv2d(KernelConv2d):
-    """`nn.Conv2d` with a `DclsKernel`: takes the arguments of `KernelConv2d`, and the settings of `DclsSpec`."""
+    """`nn.Conv2d` with a `DclsKernel`: takes the arguments of `KernelConv2d` and the settings of `DclsSpec`."""
 
     spec_class = DclsSpec
 
 
 class DclsConv3d(KernelConv3d):
-    """`nn.Conv3d` with a `DclsKernel`: takes the arguments of `KernelConv3d`, and the settings of `DclsSpec`."""
+    """`nn.Conv3d` with a `DclsKernel`: takes the arguments of `KernelConv3d` and the settings of `DclsSpec`."""
 
     spec_class = DclsSpec
 

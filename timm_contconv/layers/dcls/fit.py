@@ -1,4 +1,4 @@
-"""Elements whose kernels come near given ones."""
+"""Elements whose kernels approximate given kernels."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from .formula import FACTORS, Interpolation, outer
 __all__ = ["INITIAL_SIGMA", "fit_elements"]
 
 INITIAL_SIGMA = {"triangle": 0.0, "gauss": 0.23}  # Appendix C
-SMALLEST_START_SIGMA = 0.1  # of a fit: at 0 an element on a pixel reaches no other, and has no gradient
+SMALLEST_START_SIGMA = 0.1  # a fit starts wider than 0: there an element on a pixel has no gradient
 
 
 def fit_elements(
     targets: Tensor, kernel_size: Sequence[int], count: int, interpolation: Interpolation
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Positions and widths common to n kernels, and weights for each, that come near the kernels in least squares.
+    """Positions and widths common to n kernels, and weights for each, that approximate the kernels in least squares.
 
-    Elements start on the pixels that matter most, which is exact for "bilinear" where there are enough of them.
+    Elements start on the pixels with the most energy. For "bilinear" with enough elements this is exact.
 
     Args:
         targets: (B, n, *size); each of the B problems has elements of its own.
-        kernel_size: D ints, at least the targets' size; the targets lie at its centre.
+        kernel_size: D ints, at least the targets' size, with the same centre.
         count: m elements.
         interpolation: "bilinear", "triangle" or "gauss".
 
     Returns:
-        {"position": (B, m, D), for "triangle" and "gauss" also "sigma"}, and weights (B, m, n), all float64 on the
-        CPU.
+        {"position": (B, m, D)}, for "triangle" and "gauss" also "sigma", and weights (B, m, n); float64 on the CPU.
     """
     targets = targets.detach().double().cpu()
     margins = [margin(old, new) for old, new in zip(targets.shape[2:], kernel_size, strict=True)]

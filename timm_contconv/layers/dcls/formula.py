@@ -26,13 +26,13 @@ __all__ = [
 ]
 
 Interpolation = Literal["bilinear", "triangle", "gauss"]
-#: factors (..., m, K_d) along every axis, and the normalisation (..., m) of Eq. 11; None without one
+#: factors (..., m, K_d) along every axis, and the normalisation (..., m) of Eq. 11, or None
 Factors = tuple[list[Tensor], Tensor | None]
 
 TRIANGLE_MIN_WIDTH = 1.0  # sigma_0 of Eq. 9
 GAUSS_MIN_WIDTH = 0.27  # sigma_0 of Eq. 10
 NORMALIZATION_EPS = 1e-7  # epsilon of Eq. 11
-NEGLIGIBLE = 1e-12  # a factor of at most this is 0, so that kernels hold no subnormal numbers, which are slow on CPUs
+NEGLIGIBLE = 1e-12  # smaller factors become 0: kernels must not hold subnormal numbers, which are slow on CPUs
 
 
 def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -44,7 +44,7 @@ def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]
         kernel_size: D ints.
 
     Returns:
-        (C_out, C_in/groups, *kernel_size) kernel. What lies outside of the kernel is lost.
+        (C_out, C_in/groups, *kernel_size) kernel. Parts of elements outside the kernel are cut off.
     """
     return _sum_of_products(weight, *bilinear_factors(position, kernel_size))
 
@@ -53,10 +53,8 @@ def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size
     """Dense DCLS kernel with triangle interpolation (Khalfaoui-Hassani et al. 2023, Eq. 9 and 11).
 
     Args:
-        weight: (C_out, C_in/groups, m) element weights.
-        position: (D, C_out, C_in/groups, m) element positions, in pixels from the kernel centre K // 2.
+        weight, position, kernel_size: as for `bilinear_kernel`.
         sigma: like position; an element reaches 1 + |sigma| pixels to either side.
-        kernel_size: D ints.
 
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
@@ -68,10 +66,8 @@ def gauss_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: S
     """Dense DCLS kernel with Gaussian interpolation (Khalfaoui-Hassani et al. 2023, Eq. 10 and 11).
 
     Args:
-        weight: (C_out, C_in/groups, m) element weights.
-        position: (D, C_out, C_in/groups, m) element positions, in pixels from the kernel centre K // 2.
+        weight, position, kernel_size: as for `bilinear_kernel`.
         sigma: like position; the effective width is 0.27 + |sigma| pixels.
-        kernel_size: D ints.
 
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
@@ -80,7 +76,7 @@ def gauss_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: S
 
 
 def repulsion(position: Tensor) -> Tensor:
-    """How close the elements of a kernel are to one another, 0 to 1 (released ConvNeXt-dcls training code).
+    """How close the elements of a kernel are to each other, 0 to 1 (released ConvNeXt-dcls training code).
 
     Args:
         position: (D, C_out, C_in/groups, m) element positions, in pixels.
@@ -95,12 +91,12 @@ def repulsion(position: Tensor) -> Tensor:
 
 
 def bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
-    """How far every element reaches every pixel along every axis."""
+    """Influence of every element on every pixel along every axis."""
     return [_hat(_distance(position[d], size)) for d, size in enumerate(kernel_size)], None
 
 
 def triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
-    """As `bilinear_factors`, with the normalisation of Eq. 11."""
+    """As `bilinear_factors`, with the normalisation of Eq. 11; also for `gauss_factors`."""
     widths = TRIANGLE_MIN_WIDTH + sigma.abs()
     factors = [
         (widths[d].unsqueeze(-1) - _distance(position[d], size).abs()).relu() for d, size in enumerate(kernel_size)
@@ -109,7 +105,6 @@ def triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]
 
 
 def gauss_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
-    """As `triangle_factors`."""
     widths = GAUSS_MIN_WIDTH + sigma.abs()
     bell = _bell if is_transformed() else _Bell.apply
     factors = [bell(position[d], widths[d], size) for d, size in enumerate(kernel_size)]
@@ -117,31 +112,31 @@ def gauss_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -
 
 
 def _distance(position: Tensor, size: int) -> Tensor:
-    """Signed distance of every pixel of an axis, `size` of them, to every element: (..., m, size)."""
+    """Signed distance from every element (..., m) to every pixel of an axis of `size` pixels: (..., m, size)."""
     pixels = torch.arange(size, device=position.device, dtype=position.dtype) - size // 2
     return pixels - position.unsqueeze(-1)
 
 
 def _hat(distance: Tensor) -> Tensor:
-    """max(0, 1 - |distance|) with the right-hand derivative in the position at its kinks.
+    """max(0, 1 - |distance|) with the right-hand derivative by the position at its kinks.
 
-    The derivative of abs() and relu() is 0 there, so an element on a whole pixel would never move. NaN stays NaN, so
-    that errors are seen.
+    PyTorch's derivatives of abs() and relu() are 0 there, so an element on a whole pixel would never move. NaN stays
+    NaN, so that errors are seen.
     """
     hat = torch.where(distance > 0, 1 - distance, 1 + distance)
     return torch.where((distance <= -1) | (distance > 1), 0, hat)
 
 
 def _bell(position: Tensor, width: Tensor, size: int) -> Tensor:
-    """exp(-(distance / width)^2 / 2), 0 where that is negligible: (..., m) twice to (..., m, size)."""
+    """exp(-(distance / width)^2 / 2), negligible values set to 0: position and width (..., m) to (..., m, size)."""
     return F.threshold(torch.exp(-0.5 * (_distance(position, size) / width.unsqueeze(-1)).square()), NEGLIGIBLE, 0)
 
 
 class _Bell(torch.autograd.Function):
-    """`_bell` with a gradient that takes a third of the passes over memory that autograd takes.
+    """`_bell` with a gradient that passes over memory a third as often as autograd's.
 
-    With g = exp(-t^2 / 2), t = distance / width: dg/dposition = g t / width and dg/dwidth = g t^2 / width. The
-    backward uses differentiable operators on the inputs and the output, so derivatives of any order are right.
+    With g = exp(-t^2 / 2), t = distance / width: dg/dposition = g t / width and dg/dwidth = g t^2 / width. `backward`
+    uses differentiable operators, so derivatives of any order are right.
     """
 
     @staticmethod
@@ -170,9 +165,7 @@ def _mass(factors: Sequence[Tensor]) -> Tensor:
 
 
 def _sum_of_products(weight: Tensor, factors: Sequence[Tensor], mass: Tensor | None) -> Tensor:
-    """Sum over the elements k of weight_k / mass_k times the outer product of its factors.
-
-    A matrix product over k: no tensor of kernel size x count is built.
+    """Sum over the elements k of weight_k / mass_k times the outer product of its factors, as one matrix product.
 
     Args:
         weight: (..., m).

@@ -58,7 +58,7 @@ class DclsKernel(Kernel):
         self.interpolation = spec.interpolation
         self.position_dims = check_position_dims(spec.position_dims, len(self.kernel_size))
         self.moving = tuple(self.kernel_size[d] for d in self.position_dims)
-        dense = [k for d, k in enumerate(self.kernel_size) if d not in self.position_dims]
+        dense = (k for d, k in enumerate(self.kernel_size) if d not in self.position_dims)
         shape = (out_channels, in_channels, *dense, self.kernel_count)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.geometry_names = ("position",) if self.interpolation == "bilinear" else ("position", "sigma")
@@ -104,7 +104,7 @@ class DclsKernel(Kernel):
     @classmethod
     @torch.no_grad()
     def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
-        """Exact for "bilinear" with an element per pixel of the old kernel, else the least squares found."""
+        """Exact for "bilinear" with an element per pixel of the old kernel, otherwise a least squares fit."""
         first = kernels[0]
         ndim = len(first.moving)
         moving_last = torch.stack([first._moving_last(target) for target in targets], -ndim - 1)
@@ -118,7 +118,7 @@ class DclsKernel(Kernel):
             kernel.weight.copy_(weight[..., index].view_as(kernel.weight))
 
     def _moving_last(self, kernel: Tensor) -> Tensor:
-        """A kernel with its full size along the dense axes: (C_out, C_in/groups, *dense sizes, *moving sizes)."""
+        """A kernel in full size along the dense axes: (C_out, C_in/groups, *dense sizes, *moving sizes)."""
         sizes = [k if d in self.position_dims else self.kernel_size[d] for d, k in enumerate(kernel.shape[2:])]
         ends = tuple(range(-len(self.position_dims), 0))
         return centred(kernel, sizes).movedim(tuple(2 + d for d in self.position_dims), ends)
@@ -139,8 +139,8 @@ class DclsSpec(KernelSpec):
         interpolation: "bilinear", "triangle" or "gauss".
         kernel_count: m, elements per kernel, at least 1. In a patch None means the parameter rule of Appendix C: the
             largest number for which the model has no more parameters than before.
-        position_dims: spatial dimensions along which elements move; None means all. Along the others the kernel is
-            dense: every one of its pixels there has `kernel_count` elements of its own.
+        position_dims: spatial dimensions along which elements move; None means all. Along the others, every pixel of
+            the kernel has `kernel_count` elements of its own.
     """
 
     kernel: ClassVar[type[Kernel]] = DclsKernel
@@ -151,7 +151,7 @@ class DclsSpec(KernelSpec):
     position_dims: tuple[Annotated[Int, Field(ge=0, le=2)], ...] | None = None
 
     def resolve(self, groups: Sequence[Sequence[PlainConv]]) -> Self:
-        """Compute kernel_count by the parameter rule of Appendix C, positions and widths counted once a group."""
+        """Compute kernel_count by the parameter rule of Appendix C; a group's positions and widths count once."""
         if self.kernel_count is not None:
             return self
         available = sum(conv.weight.numel() for group in groups for conv in group)
@@ -175,17 +175,13 @@ class DclsSpec(KernelSpec):
 def _partly_dense_kernel(
     function: Callable[..., Tensor], kernel_size: Sequence[int], position_dims: Sequence[int], **inputs: Tensor
 ) -> Tensor:
-    """A kernel whose elements move along `position_dims` only: the dense dimensions act as more channels."""
+    """A kernel whose elements move along `position_dims` only; the other dimensions are treated as channels."""
     kernel = function(**inputs, kernel_size=kernel_size)
     return kernel.movedim(tuple(range(-len(position_dims), 0)), tuple(2 + d for d in position_dims))
 
 
 def check_position_dims(dims: Sequence[int] | None, ndim: int) -> tuple[int, ...]:
-    """Dimensions along which elements move; all of `ndim` for None.
-
-    Raises:
-        ValueError: they are not ascending dimensions of the kernel.
-    """
+    """Dimensions along which elements move, all for None; a ValueError unless they ascend within the kernel's."""
     if dims is None:
         return tuple(range(ndim))
     if not dims or sorted(set(dims)) != list(dims) or dims[0] < 0 or dims[-1] >= ndim:

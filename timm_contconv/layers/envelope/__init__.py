@@ -1,12 +1,12 @@
 """Convolution with a learned Gaussian envelope (Kobayashi 2023): downsampling with a learned receptive field.
 
-gaussian.py: the filter as a function of its width.
-smoothing.py: images smoothed with it, and the gradients of that.
-spec.py: the settings.
-layer.py: the layer.
-merge.py: the smoothing as plain convolutions, or folded into a larger kernel.
-cost.py: multiply-adds.
-model_wide.py: all envelopes of a model: how wide they are, and smaller filters.
+- gaussian.py: the filter as a function of its width.
+- smoothing.py: the smoothing of images, and its gradients.
+- spec.py: the settings.
+- layer.py: the layer.
+- merge.py: the smoothing as plain convolutions, or folded into a larger kernel.
+- cost.py: multiply-adds.
+- model_wide.py: all envelopes of a model: their widths, and smaller filters.
 """
 
 from .gaussian import envelope_filter

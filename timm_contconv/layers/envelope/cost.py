@@ -1,4 +1,4 @@
-"""Multiply-adds of a separable smoothing ahead of a convolution."""
+"""Multiply-adds of a separable smoothing before a convolution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["largest_input", "smoothing_multiply_adds"]
 def smoothing_multiply_adds(size: Sequence[int], channels: int, taps: int, stride: Sequence[int]) -> int:
     """Multiply-adds of the two passes of `smooth` over one image, (C, *size).
 
-    Without a stride they are the paper's 2 k_g C H W (Kobayashi 2023, section 3.1).
+    With stride 1 they are the paper's 2 k_g C H W (Kobayashi 2023, section 3.1).
     """
     rows = math.ceil(size[0] / stride[0])
     return taps * channels * rows * (size[1] + math.ceil(size[1] / stride[1]))

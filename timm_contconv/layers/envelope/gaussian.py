@@ -19,11 +19,11 @@ __all__ = [
     "variance_from_raw",
 ]
 
-#: sigma squared is taken as at least this: a delta in every dtype, and nothing overflows
+#: sigma^2 is at least this: a delta in every dtype, and nothing overflows
 SMALLEST_VARIANCE = 1 / 2000
-#: sigma^2 at which a neighbour weighs 1e-6: almost nothing is smoothed, yet sigma has a gradient and can grow
+#: sigma^2 at which a neighbour weighs 1e-6: almost nothing is smoothed, but sigma has a gradient and can grow
 NEARLY_DELTA_VARIANCE = 1 / (2 * math.log(1e6))
-#: below this sigma squared, exp(-1 / (2 sigma^2)) underflows to 0: the filter is a delta, and sigma's gradient is 0
+#: below this sigma^2, exp(-1 / (2 sigma^2)) underflows to 0: the filter is a delta, and sigma's gradient is 0
 DELTA_VARIANCE = {torch.float32: 1 / 208, torch.float64: 1 / 1500}
 
 
@@ -57,13 +57,10 @@ def envelope_filter(variance: Tensor, size: int) -> Tensor:
 
 
 def envelope_filter_derivative(variance: Tensor, size: int) -> Tensor:
-    """Derivative of `envelope_filter` by the variance, the factor dg/dsigma of Kobayashi 2023, Eq. 8.
-
-    By sigma it is 2 sigma times this.
+    """Derivative of `envelope_filter` by the variance: dg/dsigma of Kobayashi 2023, Eq. 8, divided by 2 sigma.
 
     Args:
-        variance: (C,), as for `envelope_filter`.
-        size: k_g.
+        variance, size: as for `envelope_filter`.
 
     Returns:
         (C, size): g[x] (x^2 - sum_xi g[xi] xi^2) / (2 sigma^4).

@@ -1,4 +1,4 @@
-"""GaussianEnvelopeConv2d: a convolution ahead of which, or behind which, every channel is smoothed."""
+"""GaussianEnvelopeConv2d: a convolution with a Gaussian smoothing of every channel before or after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..core.finite import require_finite
 from ..core.geometry import GeometryOwner
 from ..core.kept import may_look
 from ..core.plain import NEGLIGIBLE, PlainConv, copy_bias_, plain_arguments, plain_conv, relative_error, require_weights
-from ..core.replacement import ConvReplacement
+from ..core.replacement import CONV_ATTRIBUTES, ConvReplacement
 from ..core.tracing import as_node, is_traced
 from .cost import largest_input, smoothing_multiply_adds
 from .gaussian import NEARLY_DELTA_VARIANCE, envelope_filter, is_delta, raw_from_variance, variance_from_raw
@@ -26,21 +26,16 @@ from .spec import EnvelopeSpec
 
 __all__ = ["GaussianEnvelopeConv2d"]
 
-CONV_ATTRIBUTES = (
-    *("in_channels", "out_channels", "kernel_size", "stride"),
-    *("padding", "dilation", "groups", "padding_mode"),
-)
-
 
 class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
     """A convolution with a separable Gaussian smoothing of learned width (Kobayashi 2023, Eq. 2 to 6).
 
     With order "before" the layer computes `conv(smooth(x))`. The convolution is a module of its own and the last
-    operation, so adapters can replace it, hooks see it, and a norm that follows can be folded into it. With order
-    "after" the layer smooths the output of `conv` and adds its own bias: there `conv` is not the last operation, and
-    a norm can't be folded into it. The layer has no `weight`, because no kernel of its size is the whole operation.
+    operation, so adapters can replace it, hooks run on it, and a following norm can be folded into it. With order
+    "after" the layer smooths the output of `conv` and adds its own bias, so a norm can't be folded into `conv`. The
+    layer has no `weight`, because no kernel of its size is the whole operation.
 
-    At the borders the smoothed image goes on as `padding_mode` says; the paper leaves that open.
+    `padding_mode` also pads the image for the smoothing; the paper does not say how.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
@@ -50,9 +45,9 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
 
     Attributes:
         conv: an `nn.Conv2d`, or timm's `Conv2dSame` for padding="same" with a stride. Its stride is 1 along an axis
-            where `smoothing_stride` has the stride of the layer.
-        smoothing_stride: along each axis, the steps in which the smoothed image is computed.
-        smoothing_distance: along each axis, pixels of the input between neighbours in the smoothed image.
+            where `smoothing_stride` is the stride of the layer.
+        smoothing_stride: the stride of the smoothing along each axis.
+        smoothing_distance: along each axis, pixels of the input between two taps of the envelope.
         smoothed_channels: C_in with order "before", C_out with "after".
         spec: the settings.
 
@@ -63,7 +58,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and what is allowed. From a forward
-            pass: raw_sigma is not finite, on the CPU and outside of compiled graphs.
+            pass: raw_sigma is not finite (checked on the CPU, outside compiled graphs).
     """
 
     method = "genv"
@@ -114,7 +109,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Weights and biases as in `nn.Conv2d`, sigma as in section 3 of the paper or as given."""
+        """Weights and biases as in `nn.Conv2d`, sigma as in section 3 of the paper or as `initial_sigma` says."""
         self.conv.reset_parameters()
         if self.spec.order == "after" and self.bias is not None:
             bound = (self.in_channels // self.groups * math.prod(self.kernel_size)) ** -0.5
@@ -170,7 +165,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         return self.conv(self._smooth(x))
 
     def _smooth(self, x: Tensor) -> Tensor:
-        """The smoothed image. Deltas are skipped on the CPU unless sigma learns; their gradient is 0."""
+        """The smoothed image. The CPU skips deltas, which change nothing, unless sigma needs a gradient."""
         raw, variance = self.geometry["raw_sigma"], self.variance
         learns = torch.is_grad_enabled() and raw.requires_grad
         if not learns and raw.device.type == "cpu" and may_look((raw,)) and is_delta(variance):
@@ -178,7 +173,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         return smooth(x, variance, self.spec.taps(self.training), self.smoothing_stride, self.padding_mode)
 
     def _only_sigma_learns_from(self, x: Tensor) -> bool:
-        """Whether the image needs no gradient while sigma does, and calling `conv` is no more than a convolution."""
+        """Whether sigma needs a gradient, the image needs none, and `smooth_and_convolve` can run `conv`."""
         if x.requires_grad or not torch.is_grad_enabled() or not self.geometry["raw_sigma"].requires_grad:
             return False
         if self.padding_mode != "zeros" or isinstance(self.padding, str) or is_transformed():
@@ -189,13 +184,12 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
 
     @classmethod
     def in_place_of(cls, conv: PlainConv, spec: EnvelopeSpec) -> Self:
-        """A layer in place of `conv`, with the envelope of `spec`."""
         return cls(**plain_arguments(conv, conv.kernel_size), spec=spec)
 
     @classmethod
     @torch.no_grad()
     def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
-        """Take over kernels and biases; envelopes start as deltas to 1e-6, unless `initial_sigma` says otherwise."""
+        """Copy kernels and biases. Envelopes start as deltas, to 1e-6, unless `initial_sigma` is given."""
         require_weights(convs)
         for layer, conv in zip(layers, convs, strict=True):
             layer.conv.weight.copy_(conv.weight)
@@ -204,9 +198,9 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
                 layer.geometry["raw_sigma"].fill_(raw_from_variance(NEARLY_DELTA_VARIANCE))
 
     def to_conv(self) -> nn.Module:
-        """Two depthwise convolutions and a copy of `conv`, in their order, with `inference_size`.
+        """Two depthwise convolutions, of `inference_size`, and a copy of `conv`, in the layer's order.
 
-        Where every envelope is a delta, the convolution alone. Same output, also at the borders.
+        The convolution alone if every envelope is a delta. Same output, also at the borders.
         """
         if is_plain(self.conv) and self._has_deltas():
             return self.to_dense_conv()
@@ -217,19 +211,20 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
             smoothing.weight.requires_grad_(self.geometry["raw_sigma"].requires_grad)
         conv = copy.deepcopy(self.conv)
         steps = nn.Sequential(*passes, conv) if self.spec.order == "before" else nn.Sequential(conv, *passes)
-        for name in CONV_ATTRIBUTES:  # models read these off what they hold as a convolution
+        for name in CONV_ATTRIBUTES:  # models read these attributes of their convolutions
             setattr(steps, name, getattr(self, name))
         return steps.train(self.training)
 
     def to_dense_conv(self) -> nn.Module:
-        """One convolution with the larger kernel g * f (Eq. 1), with `inference_size`.
+        """One convolution with the larger kernel g * f (Eq. 1), for `inference_size`.
 
-        Same output where that kernel lies inside the image. At the borders too where the convolution has no
-        padding and smooths its input, and with padding_mode "circular" or "reflect"; otherwise there, up to half
-        the kernel from the edge, this layer cuts the smoothed image off and the dense one does not.
+        Same output where that kernel lies inside the image. The output at the borders is the same with padding_mode
+        "circular" or "reflect", and with order "before" and no padding. Otherwise it differs up to half the kernel
+        from the edge: this layer cuts the smoothed image off there, the dense convolution does not.
 
         Raises:
-            ValueError: padding="same" with a stride above a kernel of more than one pixel, or `conv` is an adapter.
+            ValueError: padding="same" and a stride larger than a kernel of more than one pixel, or `conv` is an
+                adapter.
         """
         kernel, dilation = self._dense_kernel(), self.dilation
         padding: Sequence[int] | str = self.padding
@@ -246,7 +241,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         return dense.train(self.training)
 
     def to_conv_like(self, conv: PlainConv) -> PlainConv | None:
-        """A copy of `conv` with this layer's weights; None where the envelopes smooth by more than 1e-5."""
+        """A copy of `conv` with this layer's weights; None if the envelopes change the kernel by more than 1e-5."""
         if self.fit_error(self.conv) > NEGLIGIBLE:
             return None
         plain = copy.deepcopy(conv)
@@ -255,7 +250,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         return plain.train(self.training)
 
     def fit_error(self, conv: PlainConv) -> float:
-        """Relative difference of the kernel with the envelope folded in and that of `conv`, dilation spread out."""
+        """Relative difference between this kernel with the envelope folded in and that of `conv`."""
         return relative_error(self._dense_kernel(), spread_taps(conv.weight, conv.dilation))
 
     def _has_deltas(self) -> bool:
@@ -277,7 +272,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         return tuple(size + added * d for size, d in zip(self._reach, self.smoothing_distance, strict=True))
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
-        """Multiply-adds of one sample outside training, for the largest input with an output of this size."""
+        """Multiply-adds for one sample outside training, for the largest input with an output of this size."""
         return self._multiply_adds(output_size, self.smoothing_stride)
 
     def published_multiply_adds(self, output_size: Sequence[int]) -> int:
@@ -301,15 +296,15 @@ EnvelopeSpec.layers = {2: GaussianEnvelopeConv2d}
 def _smoothing_stride(
     kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int] | str
 ) -> tuple[int, ...]:
-    """The stride that the smoothing takes over: all of it along an axis where the convolution has one pixel, unpadded.
+    """The part of the stride that the smoothing does: all of it along an axis with a kernel of one pixel, unpadded.
 
-    There the convolution does not use the positions between its steps.
+    Along such an axis the convolution does not use the positions between its steps.
     """
     pads = (0, 0) if isinstance(padding, str) else padding  # "same" adds no padding to a single pixel
     return tuple(s if k == 1 and p == 0 else 1 for k, s, p in zip(kernel_size, stride, pads, strict=True))
 
 
 def _is_bare(conv: nn.Module) -> bool:
-    """Whether calling a module is `nn.Conv2d.forward` and nothing else: no adapter, no hook."""
+    """Whether a call of the module runs `nn.Conv2d.forward` and nothing else: no adapter, no hook."""
     hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
     return type(conv) is nn.Conv2d and not any(hooks) and "forward" not in conv.__dict__

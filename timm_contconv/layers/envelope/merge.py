@@ -16,7 +16,7 @@ __all__ = ["dense_kernel", "dense_padding", "is_plain", "smoothing_convs", "spre
 
 
 def is_plain(conv: nn.Module) -> bool:
-    """Whether a convolution is its weight and bias and nothing else: not an adapter, not parametrised."""
+    """Whether a module is a plain convolution: no adapter, no parametrisation."""
     return type(conv) in (nn.Conv2d, Conv2dSame)
 
 
@@ -44,13 +44,14 @@ def dense_kernel(conv: nn.Conv2d, taps: Tensor, distances: Sequence[int], by_inp
     """The kernel of a convolution with separable envelopes folded in: w = g * f (Kobayashi 2023, Eq. 1).
 
     Args:
-        conv: the convolution with the kernels f; where they are dilated, the result is written out.
+        conv: the convolution with the kernels f.
         taps: (C, k_g) envelopes g; C is C_in if `by_input`, else C_out.
-        distances: of the taps along each axis, in pixels.
+        distances: between taps along each axis, in pixels.
         by_input: the input is smoothed, not the output.
 
     Returns:
-        (C_out, C_in/groups, K_y + (k_g - 1) distances[0], K_x + (k_g - 1) distances[1]), with K as if not dilated.
+        (C_out, C_in/groups, K_y + (k_g - 1) distances[0], K_x + (k_g - 1) distances[1]); K is the size of f with its
+        dilation written out as zeros.
 
     Raises:
         ValueError: `conv` is more than a plain convolution.
@@ -73,11 +74,11 @@ def dense_kernel(conv: nn.Conv2d, taps: Tensor, distances: Sequence[int], by_inp
 
 
 def spread_taps(kernel: Tensor, distances: Sequence[int]) -> Tensor:
-    """A dilated kernel written out: zeros between the taps.
+    """A kernel with zeros between its taps, as dilation spreads them.
 
     Args:
         kernel: (A, B, K_y, K_x).
-        distances: distance of the taps along each axis, in pixels.
+        distances: between taps along each axis, in pixels.
 
     Returns:
         (A, B, (K_y - 1) distances[0] + 1, (K_x - 1) distances[1] + 1).
@@ -91,14 +92,14 @@ def spread_taps(kernel: Tensor, distances: Sequence[int]) -> Tensor:
 def dense_padding(
     padding: Sequence[int] | str, margins: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int]
 ) -> Sequence[int] | str:
-    """The padding with which a kernel that is larger by these margins on each side computes the same positions.
+    """The padding of a kernel that is larger by `margins` on each side, for the same output positions.
 
     Args:
         padding, kernel_size, stride: of the convolution with the smaller kernel, its dilation written out.
         margins: pixels along each axis.
 
     Raises:
-        ValueError: padding="same" with a stride above a kernel of more than one pixel.
+        ValueError: padding="same" and a stride larger than a kernel of more than one pixel.
     """
     if not isinstance(padding, str):
         return [p + m for p, m in zip(padding, margins, strict=True)]
@@ -106,7 +107,7 @@ def dense_padding(
         return margins
     if any(k < s for k, s in zip(kernel_size, stride, strict=True)):
         raise ValueError(
-            f"padding='same' with kernel_size={tuple(kernel_size)} and stride={tuple(stride)}: no padding puts a dense"
-            " kernel where the small one was; to_conv() and tcc.merge(model) without dense=True keep the layer exact"
+            f"padding='same' with kernel_size={tuple(kernel_size)} and stride={tuple(stride)}: no padding gives a dense"
+            " kernel the positions of the small one; use to_conv(), or tcc.merge(model) without dense=True"
         )
     return "same"

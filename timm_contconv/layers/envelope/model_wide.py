@@ -1,4 +1,4 @@
-"""The Gaussian envelopes of a model: how wide they have become, and smaller filters."""
+"""The Gaussian envelopes of a model: their widths, and smaller filters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["shrink_envelopes", "sigma_per_layer"]
 def shrink_envelopes(model: nn.Module, size: int) -> nn.Module:
     """Use another k_g outside training in all layers of a model, in place, with the same sigma (Table 1e).
 
-    A saved model is rebuilt with its recipe's sizes: to keep the smaller one, give the recipe `inference_size`.
+    A saved model is rebuilt with its recipe's sizes. To keep the smaller one, set `inference_size` in the recipe.
 
     Args:
         model: a model that holds `GaussianEnvelopeConv2d` layers.
-        size: odd, from 3 to the layers' envelope_size, which undoes it.
+        size: odd, from 3 to the layers' envelope_size; the latter undoes it.
 
     Returns:
         The model.
@@ -32,7 +32,7 @@ def shrink_envelopes(model: nn.Module, size: int) -> nn.Module:
 
 
 def sigma_per_layer(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Smallest, mean and largest sigma of each layer and their standard deviation, in pixels: for a training log.
+    """Smallest, mean and largest sigma of each layer and their standard deviation, in pixels, for a training log.
 
     Returns:
         {module name: {"min": …, "mean": …, "max": …, "std": …}}.

@@ -1,4 +1,4 @@
-"""Images smoothed with Gaussian envelopes, and the gradients of that (Kobayashi 2023, Eq. 3, 7 and 8)."""
+"""The smoothing of images with Gaussian envelopes, and its gradients (Kobayashi 2023, Eq. 3, 7 and 8)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["filter_axis", "smooth", "smooth_and_convolve"]
 def smooth(
     x: Tensor, variance: Tensor, size: int, stride: Sequence[int] = (1, 1), padding_mode: str = "zeros"
 ) -> Tensor:
-    """Smooth every channel with its envelope: along the rows' axis, then along the columns' (Kobayashi 2023, Eq. 3).
+    """Smooth every channel with its envelope, first along H, then along W (Kobayashi 2023, Eq. 3).
 
-    Beyond its border the image goes on as `padding_mode` says; the envelope is not renormalised there.
+    `padding_mode` continues the image beyond its border; the envelope is not renormalised there.
 
     Args:
         x: (N, C, H, W) or (C, H, W).
         variance: (C,) or (1,) values of sigma squared, in squared pixels, above 0.
         size: k_g, odd: taps of each pass.
-        stride: only every so many-th position of each axis is computed, from the first one on.
+        stride: steps between the computed positions of each axis, from the first one on.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
 
     Returns:
@@ -51,16 +51,15 @@ def smooth(
 
 
 def smooth_and_convolve(x: Tensor, variance: Tensor, size: int, stride: Sequence[int], conv: nn.Conv2d) -> Tensor:
-    """`smooth` an image that needs no gradient, as a network's first layer gets it, and convolve it.
+    """`smooth` and convolve an image that needs no gradient, such as the input of a network's first layer.
 
-    The same as one after the other, without the gradient of the smoothed image, which here serves sigma alone. The
-    convolution is linear. So, by Kobayashi 2023, Eq. 8, sigma's gradient is the inner product, channel by channel, of
-    the weight and of what the weight's gradient would be for the image dg/dsigma * X. In a ResNet's stem, on a CPU,
-    that takes a quarter of the time.
+    Only sigma would need the gradient of the smoothed image, so it is not computed. The convolution is linear; by
+    Kobayashi 2023, Eq. 8, sigma's gradient is, for each channel, the inner product of the weight and the weight's
+    gradient for the image dg/dsigma * X. In a ResNet's stem, on a CPU, this takes a quarter of the time.
 
     Args:
-        x, variance, size, stride: as for `smooth`, with zeros beyond the border.
-        conv: a plain convolution; its padding is of zeros and given in pixels.
+        x, variance, size, stride: as for `smooth`; the border is padded with zeros.
+        conv: a plain convolution; its padding is given in pixels, and of zeros.
     """
     if x.dim() == 3:
         return smooth_and_convolve(x.unsqueeze(0), variance, size, stride, conv).squeeze(0)
@@ -71,11 +70,11 @@ def smooth_and_convolve(x: Tensor, variance: Tensor, size: int, stride: Sequence
 
 
 class _Smooth(torch.autograd.Function):
-    """`_two_passes` whose backward path is Kobayashi 2023, Eq. 7 and 8.
+    """`_two_passes` with the gradients of Kobayashi 2023, Eq. 7 and 8.
 
-    Autograd would take the gradient of all taps, which costs several times the smoothing itself on strided passes.
-    Here sigma's gradient is one more smoothing, with the filter's derivative. Everything in `backward` is
-    differentiable, so second derivatives are there too. Only the image is kept for it: the first pass is repeated.
+    Autograd would compute the gradient of all taps, which on strided passes costs several times the smoothing. Here
+    sigma's gradient is one more smoothing, with the filter's derivative. `backward` is differentiable, so second
+    derivatives work. It keeps only the image, and computes the first pass again.
     """
 
     @staticmethod
@@ -108,7 +107,7 @@ class _Smooth(torch.autograd.Function):
 
 
 class _SmoothConvolve(torch.autograd.Function):
-    """What `smooth_and_convolve` says, without the bias; differentiable to any order in variance and weight."""
+    """`smooth_and_convolve` without the bias; differentiable to any order in variance and weight."""
 
     @staticmethod
     def forward(
@@ -149,7 +148,7 @@ def _two_passes(x: Tensor, variance: Tensor, size: int, stride: Sequence[int], p
 
 
 def filter_axis(x: Tensor, taps: Tensor, axis: int, stride: int, padding: int) -> Tensor:
-    """Correlate every channel with its own filter along one spatial axis, with zeros beyond the border.
+    """Correlate every channel with its own filter along one spatial axis; the border is padded with zeros.
 
     Args:
         x: (N, C, H, W).
@@ -162,7 +161,7 @@ def filter_axis(x: Tensor, taps: Tensor, axis: int, stride: int, padding: int) -
 
 
 def _filter_axis_backward(grad: Tensor, taps: Tensor, axis: int, stride: int, padding: int, size: int) -> Tensor:
-    """Gradient of `filter_axis` for its input, which had `size` pixels along the axis."""
+    """Gradient of `filter_axis` by its input, which had `size` pixels along the axis."""
     kernel = _along_axis(taps, axis, grad.dtype)
     missing = size - ((grad.shape[2 + axis] - 1) * stride + taps.shape[1] - 2 * padding)
     pairs = (_pair(axis, stride, 1), _pair(axis, padding, 0), _pair(axis, missing, 0))
@@ -178,12 +177,12 @@ def _pair(axis: int, value: int, other: int) -> tuple[int, int]:
 
 
 def _fast_layout(x: Tensor) -> Tensor:
-    """Channels last on the CPU, where a depthwise convolution of large images is many times faster in it."""
+    """x in channels last on the CPU: there depthwise convolutions of large images are many times faster."""
     if x.device.type != "cpu":
         return x
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _in_layout_of(x: Tensor, y: Tensor) -> Tensor:
-    """y contiguous unless x is in channels last; asked so because vmap refuses to be asked for the format by name."""
+    """y contiguous unless x is in channels last. The test permutes x because vmap refuses `memory_format`."""
     return y if x.permute(0, 2, 3, 1).is_contiguous() else y.contiguous()

@@ -29,9 +29,9 @@ class EnvelopeSpec(LayerSpec):
     Attributes:
         envelope_size: k_g: taps of the envelope along each axis, an odd int from 3 to 255.
         inference_size: k_g outside training, at most envelope_size; None means envelope_size (Table 1e).
-        order: "before" smooths the input (Eq. 2), "after" the output, ahead of its bias (Eq. 5 and 6).
-        sigma_per: "channel" gives every smoothed channel a width of its own, "layer" one to all (Table 1d).
-        initial_sigma: width at the start, 0 to 255 pixels; None is the paper's: s = 0, sigma = 0.83.
+        order: "before" smooths the input (Eq. 2), "after" the output, before its bias is added (Eq. 5 and 6).
+        sigma_per: "channel" for one width per smoothed channel, "layer" for one width per layer (Table 1d).
+        initial_sigma: width at the start, 0 to 255 pixels; None for the paper's s = 0, sigma = 0.83.
         learn_sigma: False keeps the width fixed (Table 1h).
     """
 
@@ -53,5 +53,5 @@ class EnvelopeSpec(LayerSpec):
         return self.envelope_size if training or self.inference_size is None else self.inference_size
 
     def refusal(self, conv: PlainConv) -> str | None:
-        """Two dimensions; any dilation, because the convolution itself stays as it is."""
+        """As for other methods, but any dilation is allowed, because the convolution itself stays."""
         return None if len(conv.kernel_size) in self.layers else f"{self.method} has no {len(conv.kernel_size)}-D layer"

@@ -1,6 +1,6 @@
 """SMPConv (Kim and Park 2023): kernels interpolated between self-moving points.
 
-A kernel is a function over [-1, 1] per dimension. A point's influence falls linearly, in the L1 distance, from its
+A kernel is a function over [-1, 1] per dimension. A point's influence falls linearly with the L1 distance, from its
 weight at its coordinates to 0 at its radius. Points move freely in training.
 
 - formula.py: the kernel as a function of its parameters.

@@ -9,7 +9,7 @@ __all__ = ["SmpConv1d", "SmpConv2d"]
 
 
 class SmpConv1d(KernelConv1d):
-    """`nn.Conv1d` with an `SmpKernel`: takes the arguments of `KernelConv1d`, and the settings of `SmpSpec`.
+    """`nn.Conv1d` with an `SmpKernel`: takes the arguments of `KernelConv1d` and the settings of `SmpSpec`.
 
     The padding is "causal" by default.
     """
@@ -19,7 +19,7 @@ class SmpConv1d(KernelConv1d):
 
 
 class SmpConv2d(KernelConv2d):
-    """`nn.Conv2d` with an `SmpKernel`: takes the arguments of `KernelConv2d`, and the settings of `SmpSpec`."""
+    """`nn.Conv2d` with an `SmpKernel`: takes the arguments of `KernelConv2d` and the settings of `SmpSpec`."""
 
     spec_class = SmpSpec
 

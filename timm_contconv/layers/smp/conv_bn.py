@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.compilation import CompileMode
 from ..core.geometry import GeometryOwner
 from ..core.plain import PlainConv, centred, plain_conv
-from ..core.replacement import ConvReplacement
+from ..core.replacement import CONV_ATTRIBUTES, ConvReplacement
 from ..core.tracing import as_node, is_traced
 from .conv import SmpConv2d
 from .kernel import SmpKernel, SmpSpec, small_kernel_sizes
@@ -31,8 +31,7 @@ class SmpConvBn2d(ConvReplacement):
     Submodules: `conv`, `bn`, `small_conv` and `small_bn` (both None without small_kernel).
 
     Raises:
-        ValueError: the small kernel does not fit into the centre of the large one, or its padding would be
-            negative.
+        ValueError: the small kernel does not fit at the centre of the large one, or its padding would be negative.
     """
 
     method = "smp"
@@ -43,8 +42,8 @@ class SmpConvBn2d(ConvReplacement):
         assert isinstance(conv.kernel, SmpKernel)
         if conv.kernel.small_kernel is not None:
             raise ValueError(
-                f"conv: has small_kernel={conv.kernel.small_kernel} without a batch norm; expected None, and"
-                " small_kernel given to SmpConvBn2d"
+                f"conv: has small_kernel={conv.kernel.small_kernel} without a batch norm; expected None; give"
+                " small_kernel to SmpConvBn2d"
             )
         like: dict[str, Any] = {"device": conv.kernel.weight.device, "dtype": conv.kernel.weight.dtype}
         self.conv = conv
@@ -52,9 +51,8 @@ class SmpConvBn2d(ConvReplacement):
         sizes = small_kernel_sizes(small_kernel, conv.kernel_size)
         self.small_conv = None if sizes is None else _small_conv(conv, sizes, **like)
         self.small_bn = None if sizes is None else nn.BatchNorm2d(conv.out_channels, **like)
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        for name in CONV_ATTRIBUTES:
             setattr(self, name, getattr(conv, name))
-        self.padding_mode = conv.padding_mode
 
     @property
     def geometry_owner(self) -> GeometryOwner:
@@ -72,7 +70,7 @@ class SmpConvBn2d(ConvReplacement):
 
     @torch.no_grad()
     def to_conv(self) -> nn.Module:
-        """One `nn.Conv2d` (or timm's `Conv2dSame`) with a bias, and the output that this has in eval mode."""
+        """One `nn.Conv2d` (or timm's `Conv2dSame`) with a bias and the output of this layer in eval mode."""
         conv = self.conv.to_conv()
         assert isinstance(conv, nn.Conv2d)
         weight, bias = _fold(conv.weight, conv.bias, self.bn)
@@ -84,7 +82,6 @@ class SmpConvBn2d(ConvReplacement):
         return conv.train(self.training)
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
-        """Multiply-adds of both convolutions for one sample with an output of `output_size` pixels."""
         total = self.conv.multiply_adds(output_size)
         if self.small_conv is not None:
             total += torch.Size(output_size).numel() * self.small_conv.weight.numel()
@@ -92,18 +89,14 @@ class SmpConvBn2d(ConvReplacement):
 
     @classmethod
     def in_place_of(cls, conv: PlainConv, spec: SmpSpec) -> Self:
-        """Both branches in place of `conv`; the small one has the spec's small_kernel.
-
-        Raises:
-            ValueError: as `SmpConv2d.in_place_of`.
-        """
+        """Both branches in place of `conv`; the small one has the spec's small_kernel."""
         branch = spec.model_copy(update={"small_kernel": None})
         return cls(SmpConv2d.in_place_of(conv, branch), spec.small_kernel)
 
     @classmethod
     @torch.no_grad()
     def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
-        """The large branch takes over the kernel, the small one starts at zero; as exact in eval mode as SMP is."""
+        """The large branch fits the kernel, the small one starts at zero; in eval mode as exact as `SmpConv2d`."""
         SmpConv2d.fit_([layer.conv for layer in layers], convs)
         for layer in layers:
             if layer.small_conv is not None:
@@ -111,10 +104,10 @@ class SmpConvBn2d(ConvReplacement):
 
 
 def _small_conv(conv: SmpConv2d, sizes: Sequence[int], **like: Any) -> nn.Conv2d:
-    """A convolution whose small kernel lies at the centre of `conv`'s."""
+    """A convolution whose small kernel has the centre of `conv`'s kernel."""
     if conv.padding == "same":
         if max(conv.stride) > 1 or not all(size % 2 for size in sizes):
-            raise ValueError("padding='same': expected numbers beside a small kernel, if strided or of even size")
+            raise ValueError("padding='same': expected pixels, because the small kernel has a stride or an even size")
         padding = tuple(size // 2 for size in sizes)
     else:
         assert not isinstance(conv.padding, str)
@@ -122,8 +115,8 @@ def _small_conv(conv: SmpConv2d, sizes: Sequence[int], **like: Any) -> nn.Conv2d
         padding = tuple(p - (large - small) // 2 for p, large, small in both)
     if min(padding) < 0:
         raise ValueError(
-            f"padding={conv.padding}: expected {-min(padding)} more, or a larger small_kernel: at the centre of the"
-            " large kernel the small one starts inside of the image"
+            f"padding={conv.padding}: expected {-min(padding)} more, or a larger small_kernel; otherwise the small"
+            " kernel would start inside the image"
         )
     weight = torch.empty(conv.out_channels, conv.in_channels // conv.groups, *sizes, **like)
     small = plain_conv(

@@ -1,4 +1,4 @@
-"""Points whose kernels come near given ones."""
+"""Points whose kernels approximate given kernels."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .formula import point_basis
 
 __all__ = ["fit_points"]
 
-# of the distance between pixels: a point this far off the middle of its pixel has a gradient, and with this radius it
-# reaches no other pixel
+# parts of the distance between pixels: a point needs an offset to have a gradient, and with this radius it reaches
+# no other pixel
 OFF_CENTRE, ALONE = 0.05, 0.9
 
 
 def fit_points(
     targets: Tensor, kernel_size: Sequence[int], count: int, normalize: bool, radii: tuple[float, float]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Points common to n kernels, and weights for each, that come near the kernels in least squares.
+    """Points common to n kernels, and weights for each, that approximate the kernels in least squares.
 
-    Points start on the pixels that matter most. Where there are enough for all pixels that are not 0, each reaches
-    its own alone, which is exact.
+    Points start on the pixels with the most energy. If there are enough for all pixels that are not 0, each point
+    reaches only its own pixel, which is exact.
 
     Args:
         targets: (P, n, *size); each of the P problems has points of its own.
-        kernel_size: D ints, at least the targets' size; the targets lie at its centre.
+        kernel_size: D ints, at least the targets' size, with the same centre.
         count: m points.
         normalize: as in the layer.
         radii: smallest and largest radius.

@@ -17,7 +17,7 @@ def point_basis(coordinate: Tensor, radius: Tensor, kernel_size: Sequence[int]) 
 
     Args:
         coordinate: (P, m, D) points; -1 and 1 are the centres of the first and the last pixel of a dimension.
-        radius: (P, m), in the same unit; below 1e-4 it counts as 1e-4, so that nothing is divided by zero.
+        radius: (P, m), in the same unit; at least 1e-4, smaller ones are clamped.
         kernel_size: D ints; a dimension of 1 has its pixel at 0.
 
     Returns:
@@ -53,10 +53,7 @@ def smp_kernel(weight: Tensor, coordinate: Tensor, radius: Tensor, kernel_size: 
 
 
 def smp_sum_kernel(weight: Tensor, coordinate: Tensor, radius: Tensor, kernel_size: Sequence[int]) -> Tensor:
-    """Dense SMP kernel without the division of Eq. 1, as in the released ImageNet models.
-
-    Takes and returns what `smp_kernel` does.
-    """
+    """`smp_kernel` without the division of Eq. 1, as in the released ImageNet models."""
     kernel = _weighted_sum(weight, point_basis(coordinate, radius, kernel_size))
     return kernel.reshape(weight.shape[:-1] + tuple(kernel_size))
 

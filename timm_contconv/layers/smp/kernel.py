@@ -24,7 +24,7 @@ __all__ = ["SmpKernel", "SmpSpec", "small_kernel_sizes"]
 Points = Literal["filter", "layer"]
 LARGEST_RADIUS = 1.0  # upper end, in all released code
 INITIAL_WEIGHT_STD = 0.02  # released ImageNet code
-LARGEST_COUNT = 16384  # a quarter of the pixels of the largest kernel that a specification may ask for
+LARGEST_COUNT = 16384  # a quarter of the pixels of the largest kernel that a spec may ask for
 SEQUENCE_COUNT = 30  # points per kernel of a sequence (section 4.2)
 
 
@@ -38,13 +38,13 @@ class SmpKernel(Kernel):
 
     Parameters:
         weight: (C_out, C_in/groups, m), m = kernel_count.
-        coordinate: (P, m, D), in [-1, 1] inside of the kernel; P is C_out with points="filter", 1 with "layer".
+        coordinate: (P, m, D), in [-1, 1] inside the kernel; P is C_out with points="filter", 1 with "layer".
         radius: (P, m), in the unit of coordinate.
         small_weight: (C_out, C_in/groups, *small sizes), only with small_kernel.
 
     Raises:
-        ValueError: from a forward pass, if a coordinate or a radius is not finite. Not on an accelerator, which would
-            have to be waited for, nor in compiled graphs.
+        ValueError: from a forward pass, if a coordinate or a radius is not finite (checked on the CPU, outside
+            compiled graphs).
     """
 
     geometry_names = ("coordinate", "radius")
@@ -102,14 +102,14 @@ class SmpKernel(Kernel):
         return super().inputs()
 
     def constrain_(self) -> None:
-        """Clip radii to [min_radius, 1]. Coordinates stay free: clipping them costs accuracy (section 3.3)."""
+        """Clip radii to [min_radius, 1]. Coordinates are not clipped: that costs accuracy (section 3.3)."""
         with torch.no_grad():
             self.geometry["radius"].clamp_(self.min_radius, LARGEST_RADIUS)
 
     @classmethod
     @torch.no_grad()
     def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
-        """Exact where there is a point per pixel of the old kernel, else the least squares found."""
+        """Exact with a point per pixel of the old kernel, otherwise a least squares fit."""
         first = kernels[0]
         stacked = torch.stack([first._for_points(target) for target in targets], 1)
         coordinate, radius = first.geometry.values()
@@ -125,7 +125,7 @@ class SmpKernel(Kernel):
                 kernel.small_weight.copy_(centred(target, kernel.small_weight.shape[2:]))
 
     def _for_points(self, kernel: Tensor) -> Tensor:
-        """A kernel less what the small kernel takes over."""
+        """A kernel without the part that the small kernel holds."""
         if self.small_kernel is None:
             return kernel
         return kernel - centred(centred(kernel, self.small_kernel), kernel.shape[2:])
@@ -145,15 +145,15 @@ class SmpSpec(KernelSpec):
         kernel_size: size of the constructed kernel, one int for all dimensions or one each.
         kernel_count: m, the points of each kernel, at least 1. Default: a quarter of the kernel's pixels in 2-D
             (released ImageNet code), 30 in 1-D (section 4.2).
-        points: "filter" gives each output channel points of its own (section 3.2), "layer" lets all of them share one
+        points: "filter" gives each output channel points of its own (section 3.2), "layer" lets all channels share one
             set, for large networks (section 4.3). Weights are never shared.
         normalize: divide by the number of neighbours (Eq. 1), or sum as the released ImageNet models do.
         coordinate_std: standard deviation of the initial coordinates around the kernel's centre (causal: around the
-            newest sample); half the kernel is 1. 0.05 is the best of Table 7, 0.2 the released ImageNet code's.
+            newest sample); half the kernel is 1. 0.05 is the best of Table 7; the released ImageNet code has 0.2.
         initial_radius: half the kernel is 1. Default: 4 / K, two pixels of a kernel of size K.
-        min_radius: `constrain_` clips radii to [min_radius, 1]; 1e-4, or 1e-3 in the released ImageNet code.
-        small_kernel: size of a small dense kernel added at the centre of the large one (section 3.3), None for none.
-            It is part of the constructed kernel; `SmpConvBn2d` has one with a batch norm of its own.
+        min_radius: `constrain_` clips radii to [min_radius, 1]; the released ImageNet code has 1e-3.
+        small_kernel: size of a small kernel with free weights, added at the centre of the large one (section 3.3);
+            None for none. `SmpConvBn2d` has one with a batch norm of its own.
     """
 
     kernel: ClassVar[type[Kernel]] = SmpKernel
@@ -167,9 +167,9 @@ class SmpSpec(KernelSpec):
     min_radius: Annotated[float, Field(ge=SMALLEST_RADIUS, le=LARGEST_RADIUS)] = SMALLEST_RADIUS
     small_kernel: KernelSize | None = None
 
-    def check_kernel(self, conv: PlainConv, sizes: tuple[int, ...]) -> None:
-        super().check_kernel(conv, sizes)
-        small_kernel_sizes(self.small_kernel, sizes)
+    def check_conv(self, conv: PlainConv) -> None:
+        super().check_conv(conv)
+        small_kernel_sizes(self.small_kernel, self.sizes(len(conv.kernel_size)))
 
 
 def _plus_small(
@@ -186,17 +186,17 @@ def _default_count(kernel_size: Sequence[int]) -> int:
 def small_kernel_sizes(
     small_kernel: int | Sequence[int] | None, kernel_size: Sequence[int], causal: bool = False
 ) -> tuple[int, ...] | None:
-    """Sizes of a small kernel that has its centre where the large one has it; ValueError if there is none."""
+    """Sizes of a small kernel; a ValueError if it can't have the centre of the large one."""
     if small_kernel is None:
         return None
     if causal:
-        raise ValueError(f"small_kernel={small_kernel!r}: expected None in a causal convolution; it would be centred")
+        raise ValueError(f"small_kernel={small_kernel!r}: expected None in a causal convolution")
     given = small_kernel if isinstance(small_kernel, Sequence) else (small_kernel,) * len(kernel_size)
     small = tuple(as_int(size) or 0 for size in given)
     pairs = zip(small, kernel_size, strict=False)
     if len(small) != len(kernel_size) or any(not 1 <= s <= k or (k - s) % 2 for s, k in pairs):
         raise ValueError(
-            f"small_kernel={small_kernel!r}: expected at most the kernel_size {tuple(kernel_size)}, and as even or"
-            " odd, so that both have the same centre"
+            f"small_kernel={small_kernel!r}: expected at most the kernel_size {tuple(kernel_size)}, and odd or even as"
+            " that is, so that both have the same centre"
         )
     return small

@@ -1,4 +1,4 @@
-"""What each process of tests/test_distributed.py runs, under torchrun and `contconv run`: distributed_worker.py FOLDER.
+"""What each process of test_distributed.py runs, under torchrun and `contconv run`: distributed_worker.py FOLDER.
 
 The first time round it leaves its findings in FOLDER/findings.pt, and rank 1 then kills itself in the middle of a
 training; torchrun starts all processes again, and they take that training up where its last checkpoint is.
@@ -20,17 +20,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_contconv as tcc
-from timm_contconv.layers import ConvReplacement, DclsConv2d
+from tests.models_for_tests import awake, layers_of
 
-STEPS = 10  # of the trainings that are compared
-CHECKPOINT_EVERY = 2
-KILLED_AT, LAST_STEP = 5, 7
+STEPS = 5  # of the trainings that are compared
+CHECKPOINT_EVERY, KILLED_AT, LAST_STEP = 2, 3, 4
 
 
 def make_model(name="test_convnext_dcls"):
     """Positions shared by the layers of a stage, many at the border that they are clamped to; the same everywhere."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10).double()
+    model = awake(timm.create_model(name, num_classes=10)).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("position"):
@@ -96,8 +95,7 @@ def gradients(model):
 
 def geometry_of_all_ranks(model):
     """By rank, the positions that every layer uses."""
-    layers = [m for m in model.modules() if isinstance(m, ConvReplacement)]
-    mine = [whole(layer.geometry["position"].detach()).clone() for layer in layers]
+    mine = [whole(layer.geometry["position"].detach()).clone() for layer in layers_of(model)]
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return gathered
@@ -126,9 +124,7 @@ def compare_trainings(folder):
         "geometry": {"DDP": geometry_of_all_ranks(data_parallel), "FSDP2": geometry_of_all_ranks(sharded)},
         "penalty": {"alone": tcc.penalty(alone).item(), "FSDP2": tcc.penalty(sharded).item()},
         "borders": [
-            (layer.kernel_size[0] // 2, float(layer.position.abs().max()))
-            for layer in alone.modules()
-            if isinstance(layer, DclsConv2d)
+            (layer.kernel_size[0] // 2, float(layer.geometry["position"].abs().max())) for layer in layers_of(alone)
         ],
     }
 
@@ -145,7 +141,7 @@ def compare_smp():
 def dtypes_under_mixed_precision():
     """Of what a layer computes with and gives, when weights are cast to bfloat16 and geometry is not."""
     model = make_model().float()
-    geometry = {id(p) for m in model.modules() if isinstance(m, ConvReplacement) for p in m.geometry.values()}
+    geometry = {id(parameter) for layer in layers_of(model) for parameter in layer.geometry.values()}
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16,
         reduce_dtype=torch.float32,
@@ -155,7 +151,9 @@ def dtypes_under_mixed_precision():
     seen = []
     layer = model.stages[1].blocks[0].conv_dw
     layer.register_forward_hook(
-        lambda module, _, output: seen.append((module.position.dtype, module.element_weight.dtype, output.dtype))
+        lambda module, _, output: seen.append(
+            (module.geometry["position"].dtype, module.kernel.weight.dtype, output.dtype)
+        )
     )
     images, labels = share_of_batch(0)
     backward(model, images.float(), labels)

@@ -1,8 +1,6 @@
 """The command line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,16 +10,11 @@ from typer.testing import CliRunner
 
 from timm_contconv.cli import app
 
-HUB = Path(__file__).parents[1] / "hub"
+HUB = Path(__file__).parents[2] / "hub"
 
 
 def contconv(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
-
-
-def test_the_module_runs_as_a_command():
-    command = [sys.executable, "-m", "timm_contconv", "list"]
-    assert "dcls_gauss" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_list_names_recipes_and_models():
@@ -118,9 +111,34 @@ def test_input_size_is_what_multiply_adds_are_counted_for(tmp_path):
 def test_an_unknown_init_is_refused(more):
     result = contconv("patch", "test_convnext", "dcls", "--init", "zzz", *more)
     assert result.exit_code == 2
-    assert "--init" in result.output
-    assert "'fit'" in result.output
-    assert "'random'" in result.output
+    for said in ("--init", "'fit'", "'random'"):
+        assert said in result.output
+
+
+def test_a_dry_run_prints_the_plan():
+    arguments = ("patch", "resnet18", "genv5", "--select", "layer[12].0.*", "--select", "maxpool", "--dry-run")
+    result = contconv(*arguments)
+    assert result.exit_code == 0, result.output
+    for said in ("layer1.0.conv1", "MaxPool2d", "genv: 6 layers", "envelope_size=9"):
+        assert said in result.output
+    plan = json.loads(contconv(*arguments, "--json").output)
+    assert plan["rewired"] == ["maxpool", "layer1.0.conv1.stride", "layer1.0.downsample"]
+    assert set(plan["replaced"]) > {"layer1.0.conv1", "layer1.0.downsample.0"}
+    assert plan["refused"] == {}
+
+
+def test_a_dry_run_names_what_can_not_be_replaced():
+    plan = json.loads(contconv("patch", "test_convnext", "dcls", "--select", "all", "--dry-run", "--json").output)
+    assert plan["refused"]["stem.0"].startswith("kernel_size=(17, 17) can't be centred on a (4, 4) kernel")
+    assert "stages.0.blocks.0.conv_dw" in plan["replaced"]
+    assert len(plan["groups"]) == 3
+
+
+def test_a_dry_run_saves_nothing(tmp_path):
+    result = contconv("patch", "test_convnext", "dcls", "--dry-run", "--save", str(tmp_path / "saved"))
+    assert result.exit_code == 2
+    assert "not together with --dry-run" in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Two processes on the CPU (gloo), started as torchrun does, under `contconv run`: DDP, FSDP2, sharded checkpoints.
 
-One launch gives all findings; tests/distributed_worker.py is what it runs.
+One launch gives all findings; distributed_worker.py is what it runs.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 
 from . import distributed_worker as worker
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PENALTY, POWER = 0.1, 2
 
 
@@ -36,7 +36,7 @@ def job(single):
     # Otherwise restarted processes may find the addresses of the dead ones in the store that they share.
     fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     environment = {**os.environ, **fresh_store, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*torchrun, *run, str(ROOT / "tests" / "distributed_worker.py"), str(folder)]
+    command = [*torchrun, *run, worker.__file__, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
@@ -53,7 +53,7 @@ def test_gradients_of_two_processes_are_those_of_one_on_the_whole_batch(findings
 
 
 @pytest.mark.parametrize("wrapped", ["DDP", "FSDP2"])
-def test_ten_steps_with_penalty_and_constraints_lead_where_one_process_gets(findings, wrapped):
+def test_steps_with_penalty_and_constraints_lead_where_one_process_gets(findings, wrapped):
     weights = findings["trainings"]["weights"]
     torch.testing.assert_close(weights[wrapped], weights["alone"], atol=1e-9, rtol=1e-7)
 
@@ -103,5 +103,5 @@ def test_what_one_process_saved_loads_into_shards(single, findings):
 
 def test_a_job_of_which_a_rank_was_killed_ends_at_the_same_weights(job, findings):
     restarted = torch.load(job / "killed.pt")
-    assert restarted["started from"] == 4
+    assert restarted["started from"] == worker.CHECKPOINT_EVERY
     torch.testing.assert_close(restarted["weights"], findings["never killed"]["weights"], atol=0, rtol=0)

@@ -1,0 +1,101 @@
+"""Parameter groups: what is decayed, and at which rate everything learns."""
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+import timm_contconv as tcc
+
+from ..models_for_tests import layers_of
+from .shared import dcls_model, geometry_ids, smallest_model
+
+model = pytest.fixture(dcls_model)
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+@pytest.mark.parametrize("recipe", [None, *tcc.list_patches()])
+def test_every_parameter_is_in_exactly_one_group(recipe, layer_decay):
+    model = timm.create_model(smallest_model(recipe) if recipe else "test_convnext")
+    groups = tcc.param_groups(model, lr=0.1, weight_decay=0.05, layer_decay=layer_decay)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_positions_learn_five_times_faster_without_decay(model):
+    optimizer = torch.optim.SGD(tcc.param_groups(model, lr=0.1, weight_decay=0.05))
+    CosineLRScheduler(optimizer, t_initial=10)
+    rates = {
+        name: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for name in group["param_names"]
+    }
+    assert rates["stages.2.dcls_geometry.position"] == (0.5, 0.0)
+    assert rates["stages.2.blocks.0.conv_dw.kernel.weight"] == (0.1, 0.05)
+    assert rates["stages.2.blocks.0.conv_dw.bias"] == (0.1, 0.0)
+
+
+def test_weights_without_geometry_are_grouped_as_timm_groups_them(model):
+    mine = {
+        name: (group["weight_decay"], group["lr_scale"])
+        for group in tcc.param_groups(model, lr=0.1, weight_decay=0.05, layer_decay=0.7)
+        for name in group["param_names"]
+    }
+    theirs = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.05, layer_decay=0.7).param_groups
+    expected = {id(p): (group["weight_decay"], group["lr_scale"]) for group in theirs for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in geometry_ids(model):
+            assert mine[name] == expected[id(parameter)], name
+
+
+def test_shared_geometry_has_the_layer_decay_of_the_last_layer_that_uses_it(model):
+    scales = {
+        name: group["lr_scale"]
+        for group in tcc.param_groups(model, lr=0.1, weight_decay=0.05, layer_decay=0.5, position_lr_scale=3)
+        for name in group["param_names"]
+    }
+    blocks = [scales[f"stages.2.blocks.{index}.conv_dw.kernel.weight"] for index in range(4)]
+    assert blocks[0] < blocks[-1] < 1
+    assert scales["stages.2.dcls_geometry.position"] == 3 * blocks[-1]
+
+
+def test_frozen_parameters_are_in_no_group(model):
+    model.requires_grad_(False)
+    model.head.fc.weight.requires_grad_(True)
+    groups = tcc.param_groups(model, lr=0.1, weight_decay=0.05)
+    assert [name for group in groups for name in group["param_names"]] == ["head.fc.weight"]
+
+
+def test_a_part_without_its_layers_shared_geometry_is_refused(model):
+    stage = model.stages[2]
+    part = nn.Sequential(stage.downsample, stage.blocks)
+    with pytest.raises(ValueError, match=r"1\.0\.conv_dw, .*registered outside of this Sequential, .*pass its parent"):
+        tcc.param_groups(part, lr=0.1, weight_decay=0.05)
+    whole = tcc.param_groups(stage, lr=0.1, weight_decay=0.05)
+    assert "dcls_geometry.position" in [name for group in whole for name in group["param_names"]]
+    for layer in layers_of(part):
+        for parameter in layer.geometry.values():
+            parameter.requires_grad_(False)
+    groups = tcc.param_groups(part, lr=0.1, weight_decay=0.05)
+    assert sum(len(group["params"]) for group in groups) == len(list(part.parameters()))
+
+
+@pytest.mark.parametrize("recipe", tcc.list_patches())
+def test_every_parameter_of_a_feature_extractor_is_in_a_group(recipe):
+    model = timm.create_model(smallest_model(recipe), features_only=True)
+    groups = tcc.param_groups(model, lr=0.1, weight_decay=0.05)
+    used = geometry_ids(model) | {id(p) for p in model.parameters()}
+    assert {id(p) for group in groups for p in group["params"]} == used
+
+
+@pytest.mark.parametrize("value", [-1e-3, float("inf"), float("nan"), "5"])
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "layer_decay"])
+def test_rates_out_of_range_are_refused(model, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}: expected a finite number of at least 0"):
+        tcc.param_groups(model, **{"lr": 1e-3, "weight_decay": 0.05, name: value})
+
+
+@pytest.mark.parametrize("value", [0, -5.0, float("inf"), float("nan"), "5"])
+def test_a_learning_rate_scale_of_positions_out_of_range_is_refused(model, value):
+    with pytest.raises(ValueError, match=f"position_lr_scale={value!r}: expected more than 0, and finite"):
+        tcc.param_groups(model, 1e-3, 0.05, position_lr_scale=value)
