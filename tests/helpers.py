@@ -9,7 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from timm_contconv.layers import ConvReplacement, DclsConv1d, DclsConv2d, DclsConv3d, SmpConv1d, SmpConv2d, SmpConvBn2d
+from timm_contconv.layers import (
+    ContinuousConv2d,
+    ConvReplacement,
+    DclsConv1d,
+    DclsConv2d,
+    DclsConv3d,
+    FlexConv1d,
+    FlexConv2d,
+    GaussianEnvelopeConv2d,
+    SmpConv1d,
+    SmpConv2d,
+    SmpConvBn2d,
+)
 
 __all__ = ["KERNEL_LAYERS", "LAYERS", "every_kernel_layer", "every_layer", "image_for", "relative", "spread_"]
 
@@ -34,9 +46,18 @@ KERNEL_LAYERS: dict[str, Callable[..., ConvReplacement]] = {
     "smp_sum": functools.partial(SmpConv2d, 8, 8, **_2D, kernel_count=9, normalize=False, small_kernel=3, bias=False),
     "smp_dense": functools.partial(SmpConv2d, 8, 8, (5, 9), padding="same", groups=2, kernel_count=9),
     "smp_causal": functools.partial(SmpConv1d, 8, 8, 9, groups=8, kernel_count=5),
+    "flex": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6),
+    "flex_whole": functools.partial(FlexConv2d, 8, 8, **_2D, hidden_channels=6, mask=False),
+    "flex_causal": functools.partial(FlexConv1d, 8, 8, 9, groups=2, hidden_channels=6),
 }
 #: every kind of layer
-LAYERS: dict[str, Callable[..., ConvReplacement]] = {**KERNEL_LAYERS, "smp_bn": _smp_bn}
+LAYERS: dict[str, Callable[..., ConvReplacement]] = {
+    **KERNEL_LAYERS,
+    "smp_bn": _smp_bn,
+    "genv": functools.partial(GaussianEnvelopeConv2d, 8, 8, 3, 2, 1, groups=2, envelope_size=5),
+    "genv_after": functools.partial(GaussianEnvelopeConv2d, 8, 8, 1, 2, envelope_size=5, order="after"),
+    "cc": functools.partial(ContinuousConv2d, 8, 8, 3, 2, groups=2),
+}
 
 every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
 every_kernel_layer = pytest.mark.parametrize("make", KERNEL_LAYERS.values(), ids=KERNEL_LAYERS.keys())
@@ -44,7 +65,7 @@ every_kernel_layer = pytest.mark.parametrize("make", KERNEL_LAYERS.values(), ids
 
 @torch.no_grad()
 def spread_(layer: ConvReplacement) -> ConvReplacement:
-    """Move the geometry of DCLS and SMP all over the kernel, so that every part of it counts."""
+    """Move the geometry all over the kernel, so that every part of it counts."""
     for name, value in layer.geometry.items():
         if name == "position":
             value.normal_(0, max(layer.kernel_size) / 5)
@@ -54,6 +75,12 @@ def spread_(layer: ConvReplacement) -> ConvReplacement:
             value.uniform_(-1.2, 1.2)
         elif name == "radius":
             value.uniform_(0.2, 1)
+        elif name == "mask_sigma":
+            value.uniform_(0.3, 0.5)
+        elif name == "raw_sigma":
+            value.normal_()
+        elif layer.method == "cc":  # off the kinks of its initial kernel
+            value.add_(torch.randn_like(value), alpha=0.05)
     layer.constrain_()
     return layer
 
@@ -61,6 +88,8 @@ def spread_(layer: ConvReplacement) -> ConvReplacement:
 def image_for(layer: nn.Module, batch: int = 2) -> Tensor:
     """An input of the layer's dtype, of other sizes along each dimension."""
     size = (12, 11, 10)[: len(layer.kernel_size)]
+    if layer.method == "cc":  # at odd sizes it takes other positions than the convolution that it is merged to
+        size = (12, 10)
     return torch.randn(batch, layer.in_channels, *size, dtype=next(layer.parameters()).dtype)
 
 

@@ -1,28 +1,10 @@
 """ContinuousConv2d copied, pickled, traced, exported, compiled, and built on the meta device."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from timm_contconv.layers.cc import ContinuousConv2d
-
 from .builders import build, images, three_ways
-
-
-@three_ways
-def test_copies_pickles_and_exports_agree(scale: float) -> None:
-    layer, x = build(scale, groups=2), images()
-    expected = layer(x)
-    copies = {
-        "deepcopy": copy.deepcopy(layer),
-        "pickle": pickle.loads(pickle.dumps(layer)),
-        "export": torch.export.export(layer, (x,)).module(),
-    }
-    for how, other in copies.items():
-        torch.testing.assert_close(other(x), expected, msg=lambda text, how=how: f"{how}: {text}")
 
 
 class Resizing(nn.Module):
@@ -84,10 +66,3 @@ def test_construction_compiles() -> None:
     expected = build(0.75)
     expected.load_state_dict(layer.state_dict())
     torch.testing.assert_close(layer(x), expected(x))
-
-
-def test_built_on_meta_and_materialised() -> None:
-    layer = ContinuousConv2d(4, 6, 3, scale=0.61, device="meta")
-    assert layer(torch.empty(2, 4, 10, 10, device="meta")).shape == (2, 6, 7, 7)
-    layer.to_empty(device="cpu").reset_parameters()
-    assert torch.equal(layer.net.weight_3, ContinuousConv2d(4, 6, 3, scale=0.61).net.weight_3)

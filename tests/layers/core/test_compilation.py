@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import timm_contconv  # noqa: F401 - registers the models
 from tests.helpers import LAYERS, every_layer, image_for, spread_
-from timm_contconv.layers import DclsConv2d, SmpConv2d
+from timm_contconv.layers import DclsConv2d, FlexConv2d, SmpConv2d
 
 
 def make(channels: int, size: int = 7, count: int = 5, interpolation: str = "gauss") -> DclsConv2d:
@@ -35,8 +35,9 @@ def compilations() -> int:
     [
         *(make(24, interpolation=interpolation) for interpolation in ("bilinear", "triangle", "gauss")),
         SmpConv2d(24, 24, 7, groups=24, compile=True),
+        FlexConv2d(24, 24, 7, groups=24, hidden_layers=1, compile=True),
     ],
-    ids=["bilinear", "triangle", "gauss", "smp"],
+    ids=["bilinear", "triangle", "gauss", "smp", "flex"],
 )
 def test_compiled_construction_equals_eager(layer):
     spread_(layer)
@@ -103,15 +104,17 @@ print([w.category.__name__ for w in caught if "stays eager" in str(w.message)])
 
 
 @every_layer
-def test_a_compiled_layer_equals_eager(make):
+@pytest.mark.parametrize("needs_gradient", [True, False], ids=["inside", "entrance"])
+def test_a_compiled_layer_equals_eager(make, needs_gradient):
     layer = spread_(make())
-    x, eager = image_for(layer), copy.deepcopy(layer)
-    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    torch.testing.assert_close(out, eager(x), atol=1e-5, rtol=1e-4)
-    out.square().sum().backward()
-    eager(x).square().sum().backward()
-    for (name, a), (_, b) in zip(layer.named_parameters(), eager.named_parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-4 * max(1, b.grad.abs().max().item()), rtol=1e-4, msg=name)
+    x, eager = image_for(layer).requires_grad_(needs_gradient), copy.deepcopy(layer)
+    outputs, gradients = [], []
+    for each in (torch.compile(layer, fullgraph=True, backend="aot_eager"), eager):
+        outputs.append(each(x))
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), [*each.parameters(), *[x] * needs_gradient]))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * max(1, b.abs().max().item()), rtol=1e-4)
 
 
 @every_layer

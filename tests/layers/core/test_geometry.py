@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import timm_contconv as tcc
-from tests.helpers import KERNEL_LAYERS, spread_
+from tests.helpers import KERNEL_LAYERS, LAYERS, spread_
 from timm_contconv.layers import DclsConv2d, KernelConv
 from timm_contconv.layers.core.geometry import share_geometry
 
@@ -36,6 +36,26 @@ def test_sets_of_other_shapes_are_refused_and_nothing_is_changed():
     with pytest.raises(ValueError, match=r"position has shape \(2, 4, 2, 3\) in one layer and \(2, 4, 1, 3\) in"):
         share_geometry([layer.kernel for layer in layers])
     assert all("kernel.position" in layer.state_dict() for layer in layers)
+
+
+GEOMETRY = {
+    "dcls": {"position", "sigma"},
+    "smp": {"coordinate", "radius"},
+    "flex": {"mask_mean", "mask_sigma"},
+    "genv": {"raw_sigma"},
+    "cc": {"weight_1", "bias_1", "weight_2", "bias_2"},
+}
+
+
+@pytest.mark.parametrize("method", GEOMETRY)
+def test_geometry_is_not_decayed(method):
+    layer = LAYERS[method]()
+    assert layer.geometry.keys() >= GEOMETRY[method]
+    geometry = {id(parameter) for parameter in layer.geometry.values()}
+    groups = tcc.param_groups(nn.Sequential(layer), lr=1.0, weight_decay=0.1)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed
+    assert not decayed & geometry
 
 
 # ---- one set in several formulas: gradients are those of layers that have a copy each

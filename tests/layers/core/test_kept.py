@@ -48,7 +48,7 @@ def edit_data(layer: nn.Module, make: Factory) -> None:
 
 
 def edit_a_view(layer: nn.Module, make: Factory) -> None:
-    for parameter in layer.geometry.values():
+    for parameter in layer.parameters():
         parameter.detach()[0].add_(0.1)
 
 
@@ -108,9 +108,9 @@ CHANGES = [
 
 
 def fresh_output(layer: nn.Module, make: Factory, x: torch.Tensor) -> torch.Tensor:
-    """What a layer gives that was never used before, with the layer's state dict."""
+    """What a layer gives that was never used before, with copies of the layer's values in the same memory layout."""
     fresh = make(dtype=x.dtype).eval()
-    fresh.load_state_dict(layer.state_dict())
+    fresh.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
     return fresh(x)
 
 
@@ -208,6 +208,9 @@ def test_recording_and_fake_tensors_after_a_forward(make):
     assert torch.equal(layer(x), expected)
 
 
+CONSTRUCTION = {"bmm", "mm"}  # every kernel is a matrix product, and no convolution here is
+
+
 class Operators(TorchDispatchMode):
     """Names of the operators that run."""
 
@@ -230,7 +233,7 @@ def test_a_kernel_is_constructed_once_outside_training(make):
             mode()
             with Operators() as operators:
                 layer(x)
-            constructed.append("bmm" in operators.names)
+            constructed.append(not CONSTRUCTION.isdisjoint(operators.names))
     assert constructed == [True, False, True, True]
 
 
@@ -242,7 +245,7 @@ def test_nothing_is_read_or_kept_off_the_cpu(make):
     for _ in range(2):
         with Operators() as operators:
             layer(x)
-        assert "bmm" in operators.names
+        assert not CONSTRUCTION.isdisjoint(operators.names)
         assert not {"equal", "_local_scalar_dense", "nonzero", "clone"} & set(operators.names)
 
 

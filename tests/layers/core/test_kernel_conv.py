@@ -3,15 +3,17 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from scipy.signal import fftconvolve
 from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn import functional as F
 
 import timm_contconv as tcc
 from tests.helpers import LAYERS, every_kernel_layer, every_layer, image_for, spread_
-from timm_contconv.layers import DclsConv1d, DclsConv2d, DclsConv3d, SmpConv1d, SmpConv2d
+from timm_contconv.layers import DclsConv1d, DclsConv2d, DclsConv3d, FlexConv1d, SmpConv1d, SmpConv2d
 from timm_contconv.layers.dcls import DclsSpec
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -60,16 +62,36 @@ def test_every_padding_mode(mode):
     torch.testing.assert_close(layer(x), F.conv2d(padded, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
 
 
-def test_a_causal_output_has_the_length_of_the_input_and_does_not_see_the_future():
-    layer = spread_(SmpConv1d(3, 4, 20))
-    nn.init.normal_(layer.kernel.weight)
-    x = torch.randn(2, 3, 20)
-    other = x.clone()
-    other[..., 12:] = torch.randn(2, 3, 8)
-    y, y_other = layer(x), layer(other)
-    assert y.shape == (2, 4, 20)
-    torch.testing.assert_close(y[..., :12], y_other[..., :12])
-    assert (y[..., 12:] - y_other[..., 12:]).abs().max() > 0.1
+every_causal_layer = pytest.mark.parametrize("layer_type", [SmpConv1d, FlexConv1d])
+
+
+@every_causal_layer
+@pytest.mark.parametrize("length", [1, 3, 20, 40])
+def test_a_causal_output_has_the_length_of_the_input_and_does_not_see_the_future(layer_type, length):
+    layer = spread_(layer_type(3, 4, 20))
+    x = torch.randn(2, 3, length)
+    expected = F.conv1d(F.pad(x, (19, 0)), layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.to_conv()(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@every_causal_layer
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_causal_kernel_of_16000_samples_convolves_as_scipy_does(layer_type, groups):
+    layer = spread_(layer_type(3, 3, 16000, groups=groups))
+    x = torch.randn(1, 3, 16000)
+    kernel = layer.weight.detach().double().numpy()[..., ::-1]
+    y = layer(x)
+    for out in range(3):
+        sources = [out] if groups == 3 else range(3)
+        expected = sum(fftconvolve(x[0, i].double().numpy(), kernel[out, i % kernel.shape[1]])[:16000] for i in sources)
+        np.testing.assert_allclose(y[0, out].detach().numpy(), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@every_causal_layer
+def test_causal_padding_has_zeros_only(layer_type):
+    with pytest.raises(ValueError, match="padding_mode='reflect': expected 'zeros'; causal"):
+        layer_type(2, 2, 8, padding_mode="reflect")
 
 
 @every_kernel_layer
@@ -146,7 +168,7 @@ def test_merging_gives_a_plain_convolution_with_the_same_output(make):
     model = nn.Sequential(spread_(make()).eval())
     merged, x = tcc.merge(model), image_for(model[0])
     torch.testing.assert_close(merged(x), model(x), atol=1e-4, rtol=1e-4)
-    is_timms = model[0].padding == "same" and max(model[0].stride) > 1
+    is_timms = model[0].padding == "same" and max(model[0].stride) > 1 and model[0].method != "cc"
     plain = Conv2dSame if is_timms else {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[x.ndim - 2]
     assert {type(module) for module in merged.modules()} - {nn.Sequential, nn.ConstantPad1d} == {plain}
 
@@ -209,13 +231,18 @@ def test_copies_pickles_and_state_dicts_keep_the_output(make):
         assert torch.equal(other(x), layer(x))
 
 
-@every_kernel_layer
+@every_layer
 def test_a_meta_layer_is_materialised_by_reset_parameters(make):
-    layer = make(device="meta")
-    assert layer.weight.is_meta
-    layer.to_empty(device="cpu").reset_parameters()
-    assert layer.weight.isfinite().all()
-    assert layer.weight.any()
+    layer, x = make(device="meta"), image_for(make())
+    shape = layer(x.to("meta")).shape
+    layer.to_empty(device="cpu")
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    y = layer(x)
+    assert y.shape == shape
+    assert y.isfinite().all()
+    assert y.std() > 0
 
 
 def test_data_parallel_is_refused_with_the_way_out():

@@ -2,12 +2,9 @@
 
 import copy
 import math
-import pickle
 
 import pytest
-import timm
 import torch
-from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -136,30 +133,6 @@ def test_a_norm_can_be_folded_into_the_convolution(name: str) -> None:
     torch.testing.assert_close(layer.to_conv()(x), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "conv"),
-    [
-        ("mobileone_s0", "stages.0.0.conv_kxk.0.conv"),
-        ("repvgg_a0", "stages.0.0.conv_kxk.conv"),
-        ("efficientvit_m0", "stages.0.blocks.0.dw0.m.conv"),
-        ("repghostnet_050", "blocks.0.0.ghost1.cheap_operation.0"),
-    ],
-)
-def test_a_block_that_reads_a_weight_raises_when_it_re_parameterises(name: str, conv: str) -> None:
-    model = timm.create_model(name, num_classes=2).eval()
-    reparameterize_model(model)
-    model.set_submodule(conv, EnvelopeSpec().build(model.get_submodule(conv), "random"))
-    with pytest.raises((AttributeError, AssertionError)):  # RepGhost asserts that it folds an nn.Conv2d
-        reparameterize_model(model)
-
-
-def test_blocks_around_an_envelope_re_parameterise_with_the_same_output() -> None:
-    model, x = timm.create_model("repghostnet_050", num_classes=2).eval(), torch.randn(1, 3, 64, 64)
-    model.conv_stem = EnvelopeSpec().build(model.conv_stem, "random")
-    with torch.no_grad():
-        torch.testing.assert_close(reparameterize_model(model)(x), model(x), rtol=1e-3, atol=1e-5)
-
-
 # A delta
 
 
@@ -187,39 +160,6 @@ def test_a_delta_that_widens_smooths_again() -> None:
 
 
 # What PyTorch does with modules
-
-
-@settings
-def test_copies_pickles_traces_and_exports_agree(name: str) -> None:
-    layer, x = build(name), images()
-    expected = layer(x)
-    copies = {
-        "deepcopy": copy.deepcopy(layer),
-        "pickle": pickle.loads(pickle.dumps(layer)),
-        "fx": torch.fx.symbolic_trace(nn.Sequential(layer)),
-        "export": torch.export.export(layer, (x,)).module(),
-    }
-    for how, other in copies.items():
-        torch.testing.assert_close(other(x), expected, msg=lambda text, how=how: f"{how}: {text}")
-
-
-@inside_and_at_the_entrance
-@pytest.mark.parametrize("name", ["strided", "shortcut", "after"])
-def test_compiled_in_one_graph_with_the_same_gradients(name: str, needs_gradient: bool) -> None:
-    layer, x = build(name).train(), images(requires_grad=needs_gradient)
-    inputs = [*layer.parameters(), *[x] * needs_gradient]
-    expected = torch.autograd.grad(layer(x).square().sum(), inputs)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for actual, wanted in zip(torch.autograd.grad(compiled(x).square().sum(), inputs), expected, strict=True):
-        torch.testing.assert_close(actual, wanted)
-
-
-def test_built_on_meta_and_materialised() -> None:
-    layer = GaussianEnvelopeConv2d(4, 6, 3, 2, 1, device="meta")
-    assert layer(torch.empty(2, 4, 8, 8, device="meta")).shape == (2, 6, 4, 4)
-    layer.to_empty(device="cpu").reset_parameters()
-    assert torch.equal(layer.raw_sigma, torch.zeros(4))
-    assert layer.conv.weight.std() > 0
 
 
 @inside_and_at_the_entrance

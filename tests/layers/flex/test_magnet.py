@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from timm_contconv.layers.flex import FlexConv2d, MAGNet
 from timm_contconv.layers.flex.magnet import filter_frequencies, gabor_filters
@@ -46,40 +45,6 @@ def test_an_elongated_filter_exceeds_the_papers_estimate():
     share = 1 - math.erf(2 * math.pi / 15)  # of a Gaussian's energy beyond 1 cycle per unit
     assert energy[cycles > 1].sum() / energy.sum() == pytest.approx(share, abs=0.02)
     assert share > 0.5
-
-
-def gaussian_derivatives_error(target: torch.Tensor, axis: torch.Tensor) -> float:
-    """Mean squared error of the best sum of all derivatives of a Gaussian up to order 9, of the best width."""
-    errors = []
-    for sigma in np.geomspace(0.05, 1, 40):
-        t = axis.numpy() / sigma
-        rows = [np.polynomial.hermite_e.HermiteE.basis(k)(t) * np.exp(-0.5 * t**2) for k in range(10)]
-        basis = np.stack([np.outer(rows[i], rows[j]).ravel() for i in range(10) for j in range(10 - i)], 1)
-        inside = torch.linalg.qr(torch.from_numpy(basis / np.linalg.norm(basis, axis=0))).Q
-        errors.append((target.flatten() - inside @ (inside.T @ target.flatten())).square().mean().item())
-    return min(errors)
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("frequency", [2, 6])
-def test_a_magnet_fits_a_gabor_function_better_than_gaussian_derivatives_of_its_size(frequency):
-    """The paper's Fig. 4: 58 parameters against 55 weights and a width."""
-    axis = torch.linspace(-1, 1, 33, dtype=torch.float64)
-    envelope = torch.exp(-0.5 * (axis / 0.4).square())
-    target = torch.outer(envelope, envelope) * torch.sin(2 * math.pi * frequency * (axis[:, None] + axis))
-    errors = []
-    for seed in range(4):
-        torch.manual_seed(seed)
-        magnet = MAGNet(2, 1, hidden_channels=3, hidden_layers=1, dtype=torch.float64)
-        optimizer = torch.optim.Adam(magnet.parameters(), lr=0.01)
-        for _ in range(300):
-            loss = F.mse_loss(magnet(axis, axis)[0], target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        errors.append(loss.item())
-    assert sum(p.numel() for p in magnet.parameters()) == 58
-    assert min(errors) < 0.5 * gaussian_derivatives_error(target, axis)
 
 
 def test_what_magnets_do_not_have_is_refused():
