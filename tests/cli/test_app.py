@@ -137,7 +137,7 @@ def test_a_dry_run_names_what_can_not_be_replaced():
 def test_a_dry_run_saves_nothing(tmp_path):
     result = contconv("patch", "test_convnext", "dcls", "--dry-run", "--save", str(tmp_path / "saved"))
     assert result.exit_code == 2
-    assert "not together with --dry-run" in result.output
+    assert "expected no --save with --dry-run" in result.output
     assert list(tmp_path.iterdir()) == []
 
 
