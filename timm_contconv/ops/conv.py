@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import operator, plain
+from . import aten, operator
 from .autocast import autocast_dtype
 from .choose import decided, gains, state
 from .forced import forced
@@ -44,8 +44,8 @@ def conv(
     if x.ndim == weight.ndim - 1:
         return conv(x.unsqueeze(0), weight, bias, stride, padding, groups).squeeze(0)
     geometry = tuple(stride), tuple(padding), groups
-    if not x.is_floating_point() or plain.is_transformed() or torch.jit.is_tracing():
-        return plain.convolution(x, weight, bias, *geometry)
+    if not x.is_floating_point() or aten.is_transformed() or torch.jit.is_tracing():
+        return aten.convolution(x, weight, bias, *geometry)
     if torch.compiler.is_compiling():
         is_ours = _may_gain(x, weight, bias, *geometry)
     elif forced():
@@ -56,7 +56,7 @@ def conv(
         is_ours = problem is not None
         if problem is not None and len(passes) == 1 and _is_unobserved(x, weight):
             return operator.output(problem, x, weight, bias)
-    return (operator.conv if is_ours else plain.convolution)(x, weight, bias, *geometry)
+    return (operator.conv if is_ours else aten.convolution)(x, weight, bias, *geometry)
 
 
 def _passes(x: Tensor, weight: Tensor) -> tuple[str, ...]:

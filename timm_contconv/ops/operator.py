@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autocast, plain
+from . import aten, autocast
 from .choose import choose
 from .forced import forced, inherited
 from .problem import Problem, fits, has_outputs, in_format, memory_format, new_tensor, output_size
@@ -26,7 +26,7 @@ def conv(
 ) -> Tensor:
     """Convolution of x (N, C_in, *size) with weight (C_out, C_in/groups, *kernel), plus bias (C_out,)."""
     if not (fits(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding)):
-        return in_format(plain.convolution(x, weight, bias, stride, padding, groups), x.dtype, memory_format(x))
+        return in_format(aten.convolution(x, weight, bias, stride, padding, groups), x.dtype, memory_format(x))
     return output(Problem.of(x.shape, weight.shape, stride, padding, groups, x), x, weight, bias)
 
 
@@ -69,7 +69,7 @@ def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> Tensor:
     if not (fits(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding)):
-        return plain.convolution(x, weight, bias, stride, padding, groups)
+        return aten.convolution(x, weight, bias, stride, padding, groups)
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding)
     return new_tensor(x, (x.shape[0], weight.shape[0], *size))
 
@@ -107,17 +107,17 @@ def _format(channels_last: bool, ndim: int) -> torch.memory_format:
 
 
 def _to_output(x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-    return (plain.convolution if plain.is_transformed() else conv)(x, weight, None, *geometry)
+    return (aten.convolution if aten.is_transformed() else conv)(x, weight, None, *geometry)
 
 
 def _to_x(grad: Tensor, weight: Tensor, size: Sequence[int], last: bool, geometry: tuple[Any, ...]) -> Tensor:
-    if plain.is_transformed():
-        return plain.input_gradient(grad, weight, size, *geometry)
+    if aten.is_transformed():
+        return aten.input_gradient(grad, weight, size, *geometry)
     return input_gradient(grad, weight, size, last, *geometry)
 
 
 def _to_weight(grad: Tensor, x: Tensor, size: Sequence[int], geometry: tuple[Any, ...]) -> Tensor:
-    return (plain.weight_gradient if plain.is_transformed() else weight_gradient)(grad, x, size, *geometry)
+    return (aten.weight_gradient if aten.is_transformed() else weight_gradient)(grad, x, size, *geometry)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -3,27 +3,27 @@
 import pytest
 import torch
 
-from timm_contconv.layers.cc.grid import Axis, distances, neighbours, output_size, projected_grid
+from timm_contconv.layers.cc.grid import ResizedAxis, distances, neighbours, output_size, projected_grid
 
 
 @pytest.mark.parametrize(
     ("axis", "grid"),
     [
-        (Axis(4, 3, 3, 5, 2), [-1 / 6, 3 / 2, 19 / 6]),  # the paper's Fig. 4
-        (Axis(4, 6, 7, 5, 2), [n / 1.4 + 1.5 - 5 / 2.8 for n in range(6)]),
-        (Axis(6, 3, 1, 2, 2), [0.5, 2.5, 4.5]),  # scale 1/2 lies between pixels
-        (Axis(9, 3, 1, 3, 3), [1, 4, 7]),  # 1/3 on them
+        (ResizedAxis(4, 3, 3, 5, 2), [-1 / 6, 3 / 2, 19 / 6]),  # the paper's Fig. 4
+        (ResizedAxis(4, 6, 7, 5, 2), [n / 1.4 + 1.5 - 5 / 2.8 for n in range(6)]),
+        (ResizedAxis(6, 3, 1, 2, 2), [0.5, 2.5, 4.5]),  # scale 1/2 lies between pixels
+        (ResizedAxis(9, 3, 1, 3, 3), [1, 4, 7]),  # 1/3 on them
     ],
 )
-def test_projected_grid(axis: Axis, grid: list[float]) -> None:
+def test_projected_grid(axis: ResizedAxis, grid: list[float]) -> None:
     torch.testing.assert_close(projected_grid(axis), torch.tensor(grid, dtype=torch.float64))
 
 
 def test_neighbours_are_whole_and_distances_exact_where_two_are_as_near() -> None:
-    axis = Axis(6, 3, 1, 2, 2)  # at 0.5, 2.5 and 4.5: ceil(g - 1) is the left neighbour
+    axis = ResizedAxis(6, 3, 1, 2, 2)  # at 0.5, 2.5 and 4.5: ceil(g - 1) is the left neighbour
     assert neighbours(axis, 0, 3).tolist() == [[0, 1], [2, 3], [4, 5]]
     assert distances(axis, 0, 3).tolist() == [[0.5, -0.5]] * 3
-    huge = Axis(10**6, 10**6 * 3 // 7, 3, 7, 4)
+    huge = ResizedAxis(10**6, 10**6 * 3 // 7, 3, 7, 4)
     assert distances(huge, 10, 13).tolist() == distances(huge, 10 + 3 * 10**4, 13 + 3 * 10**4).tolist()
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core.padding import pad_image
-from .grid import Axis, distances, neighbours
+from .grid import ResizedAxis, distances, neighbours
 from .phases import as_images
 from .plan import Plan
 
@@ -65,7 +65,9 @@ def features_first(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _chunk_sizes(x: Tensor, weight: Tensor, axes: tuple[Axis, Axis], memory_limit: int) -> tuple[int, int]:
+def _chunk_sizes(
+    x: Tensor, weight: Tensor, axes: tuple[ResizedAxis, ResizedAxis], memory_limit: int
+) -> tuple[int, int]:
     """The number of images, and of output rows of these images, that are computed at once."""
     (batch, channels), taps, features = x.shape[:2], axes[0].support * axes[1].support, weight.shape[-1]
     limit = memory_limit // max(4, x.element_size()) // 2  # numbers, not bytes
@@ -94,7 +96,7 @@ def _of_images(
 
 
 def _in_chunks(
-    x: Tensor, weight: Tensor, features: Features, axes: tuple[Axis, Axis], groups: int, at_once: int
+    x: Tensor, weight: Tensor, features: Features, axes: tuple[ResizedAxis, ResizedAxis], groups: int, at_once: int
 ) -> Tensor:
     """`_features_then_weight` of all rows, `at_once` at a time; the backward pass keeps only the rows of x."""
     rows, top = axes[0], -axes[0].first(0)
@@ -119,7 +121,7 @@ def _features_then_weight(
     pieces: tuple[Tensor, ...],
     weight: Tensor,
     features: Features,
-    axes: tuple[Axis, Axis],
+    axes: tuple[ResizedAxis, ResizedAxis],
     groups: int,
     start: int,
     stop: int,

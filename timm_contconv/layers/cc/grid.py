@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Axis",
     "Ratio",
+    "ResizedAxis",
     "Rounding",
     "Scale",
     "distances",
@@ -44,7 +44,7 @@ SMALLEST_SCALE, LARGEST_SCALE = Fraction(1, 256), Fraction(256)
 STRIDES = 4
 
 
-class Axis(NamedTuple):
+class ResizedAxis(NamedTuple):
     """How one spatial dimension is resized.
 
     Attributes:
@@ -78,7 +78,7 @@ class Axis(NamedTuple):
         return -self.first(0), self.first(self.out_size - 1) + self.support - self.size
 
 
-def projected_grid(axis: Axis) -> Tensor:
+def projected_grid(axis: ResizedAxis) -> Tensor:
     """Sub-pixel positions of the output pixels in the input (Eq. 2).
 
     Returns:
@@ -87,7 +87,7 @@ def projected_grid(axis: Axis) -> Tensor:
     return _positions(axis, torch.arange(axis.out_size)).double() / (2 * axis.numerator)
 
 
-def neighbours(axis: Axis, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+def neighbours(axis: ResizedAxis, start: int, stop: int, device: torch.device | None = None) -> Tensor:
     """Neighbours of output pixels start..stop-1 (Block 2).
 
     Returns:
@@ -98,31 +98,31 @@ def neighbours(axis: Axis, start: int, stop: int, device: torch.device | None = 
     return first.unsqueeze(1) + torch.arange(axis.support, device=device)
 
 
-def distances(axis: Axis, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+def distances(axis: ResizedAxis, start: int, stop: int, device: torch.device | None = None) -> Tensor:
     """Distances g - m of output pixels start..stop-1 from their neighbours, (stop - start, support), in float64."""
     position, unit = _positions(axis, torch.arange(start, stop, device=device)), 2 * axis.numerator
     return (position.unsqueeze(1) - unit * neighbours(axis, start, stop, device)).double() / unit
 
 
-def _positions(axis: Axis, n: Tensor) -> Tensor:
-    """`Axis.position` of several output pixels."""
+def _positions(axis: ResizedAxis, n: Tensor) -> Tensor:
+    """`ResizedAxis.position` of several output pixels."""
     return 2 * axis.denominator * n + axis.position(0)
 
 
-def reference_axes(scale: Sequence[Ratio], support: Sequence[int]) -> tuple[Axis, Axis]:
+def reference_axes(scale: Sequence[Ratio], support: Sequence[int]) -> tuple[ResizedAxis, ResizedAxis]:
     """Rows and columns of the smallest image for which size · scale is an integer."""
-    rows, columns = (Axis(q, p, p, q, size) for (p, q), size in zip(scale, support, strict=True))
+    rows, columns = (ResizedAxis(q, p, p, q, size) for (p, q), size in zip(scale, support, strict=True))
     return rows, columns
 
 
-def strided_axes(stride: int, support: int, rounding: Rounding) -> list[Axis]:
+def strided_axes(stride: int, support: int, rounding: Rounding) -> list[ResizedAxis]:
     """Axes at scale 1/stride: a size that is a multiple of the stride, and a neighbouring one with another parity.
 
     These two have all distances that occur at any size.
     """
     beside = 1 if rounding == "floor" else -1
     sizes = [STRIDES * stride] if stride == 1 else [STRIDES * stride, STRIDES * stride + beside]
-    return [Axis(size, output_size(size, (1, stride), rounding), 1, stride, support) for size in sizes]
+    return [ResizedAxis(size, output_size(size, (1, stride), rounding), 1, stride, support) for size in sizes]
 
 
 def plateaus(scale: Ratio, support: int, rounding: Rounding) -> list[tuple[float, float]]:

@@ -21,7 +21,7 @@ from ..core.replacement import ConvReplacement
 from ..core.tracing import as_node, is_traced
 from .features_first import features_first
 from .grid import (
-    Axis,
+    ResizedAxis,
     Rounding,
     Scale,
     distances,
@@ -236,7 +236,7 @@ class ContinuousConv2d(ConvReplacement):
         return rows, columns
 
     @property
-    def _reference_axes(self) -> tuple[Axis, Axis]:
+    def _reference_axes(self) -> tuple[ResizedAxis, ResizedAxis]:
         return reference_axes(self._ratios, self.kernel_size)
 
     @torch.no_grad()

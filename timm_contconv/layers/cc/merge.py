@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.plain import NEGLIGIBLE, PlainConv, has_same_padding, plain_conv
-from .grid import Axis, Ratio, Rounding, distances, scale_text, strided_axes
+from .grid import Ratio, ResizedAxis, Rounding, distances, scale_text, strided_axes
 
 __all__ = [
     "covering_support",
@@ -120,7 +120,7 @@ def _least_squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 def merged_conv(
-    kernel: Tensor, bias: Tensor | None, axes: Sequence[Axis], rounding: Rounding, padding_mode: str, groups: int
+    kernel: Tensor, bias: Tensor | None, axes: Sequence[ResizedAxis], rounding: Rounding, padding_mode: str, groups: int
 ) -> PlainConv:
     """The convolution with a CC layer's kernel at scale 1/stride.
 
@@ -151,7 +151,7 @@ def _zeros_around(size: int, first: int) -> tuple[int, int]:
     return inside, max(inside, -2 * first + 1 - size)
 
 
-def kernel_like(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tensor | None:
+def kernel_like(conv: PlainConv, kernel: Tensor, axes: Sequence[ResizedAxis]) -> Tensor | None:
     """The kernel that gives a convolution like `conv` the output of a continuous kernel.
 
     Args:
@@ -169,7 +169,7 @@ def kernel_like(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tensor
 
 
 @torch.no_grad()
-def distance_from(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> float:
+def distance_from(conv: PlainConv, kernel: Tensor, axes: Sequence[ResizedAxis]) -> float:
     """||kernel - kernel of conv|| / ||kernel of conv||; arguments as for `kernel_like`."""
     kernel, wanted = kernel.double(), conv.weight.double()
     placed = _in_place_of(conv, kernel, axes)
@@ -181,7 +181,7 @@ def distance_from(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> floa
 # ---- pixels that both read
 
 
-def _in_place_of(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tensor:
+def _in_place_of(conv: PlainConv, kernel: Tensor, axes: Sequence[ResizedAxis]) -> Tensor:
     """A continuous kernel's pixels, moved to the pixels of a convolution's kernel that read the same input; else 0."""
     (own_rows, its_rows), (own_columns, its_columns) = (_overlap(conv, dim, axis) for dim, axis in enumerate(axes))
     placed = kernel.new_zeros(conv.weight.shape)
@@ -189,7 +189,7 @@ def _in_place_of(conv: PlainConv, kernel: Tensor, axes: Sequence[Axis]) -> Tenso
     return placed
 
 
-def _overlap(conv: PlainConv, dim: int, axis: Axis) -> tuple[slice, slice]:
+def _overlap(conv: PlainConv, dim: int, axis: ResizedAxis) -> tuple[slice, slice]:
     """Indices of the neighbours and of a convolution's kernel, along one dimension, that read the same pixels."""
     ahead = axis.first(0) + _padding_before(conv, dim, axis)  # index in the convolution of the first neighbour
     start = max(-ahead, 0)
@@ -197,7 +197,7 @@ def _overlap(conv: PlainConv, dim: int, axis: Axis) -> tuple[slice, slice]:
     return slice(start, stop), slice(start + ahead, stop + ahead)
 
 
-def _padding_before(conv: PlainConv, dim: int, axis: Axis) -> int:
+def _padding_before(conv: PlainConv, dim: int, axis: ResizedAxis) -> int:
     if not has_same_padding(conv):
         return _padding(conv, dim)
     total = (axis.out_size - 1) * conv.stride[dim] + conv.kernel_size[dim] - axis.size

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops import conv
 from ..core.padding import pad_image
-from .grid import Axis
+from .grid import ResizedAxis
 from .plan import Plan
 
 __all__ = ["apply_kernels", "as_images", "interleaved_conv", "strided_conv"]
@@ -61,14 +61,14 @@ def interleaved_conv(x: Tensor, kernels: Tensor, bias: Tensor | None, plan: Plan
     return as_images(y[:, :, rows][..., columns], x)
 
 
-def _windows(axis: Axis) -> tuple[list[int], int, int]:
+def _windows(axis: ResizedAxis) -> tuple[list[int], int, int]:
     """The start of each phase's neighbours in the padded image; outputs per phase, and pixels that they read."""
     starts = [axis.first(i) - axis.first(0) for i in range(axis.period)]
     count = -(-axis.out_size // axis.period)
     return starts, count, (count - 1) * axis.denominator + axis.support
 
 
-def _phase_margins(axis: Axis) -> tuple[int, int]:
+def _phase_margins(axis: ResizedAxis) -> tuple[int, int]:
     """Pixels to pad before and after the input, so that all phases have equally many outputs."""
     before, _ = axis.margins
     starts, _, length = _windows(axis)

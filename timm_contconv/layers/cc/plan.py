@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .grid import Axis, Ratio, Rounding, output_size
+from .grid import Ratio, ResizedAxis, Rounding, output_size
 
 __all__ = ["Plan", "resize_plan"]
 
@@ -22,7 +22,7 @@ class Plan(NamedTuple):
         padding: of a convolution that reads the same neighbours; None if there is none, or several phases.
     """
 
-    axes: tuple[Axis, Axis]
+    axes: tuple[ResizedAxis, ResizedAxis]
     phases: int
     key: tuple[tuple[int, ...], ...]
     padding_mode: str
@@ -40,14 +40,14 @@ def resize_plan(
     """The plan for images of `size` pixels at a scale. The default `out_size` is size · scale, rounded."""
     if out_size is None:
         out_size = [output_size(n, ratio, rounding) for n, ratio in zip(size, scale, strict=True)]
-    axes = rows, columns = [Axis(size[d], out_size[d], *scale[d], support[d]) for d in (0, 1)]
+    axes = rows, columns = [ResizedAxis(size[d], out_size[d], *scale[d], support[d]) for d in (0, 1)]
     key = tuple((*axis[2:], axis.position(0) - 2 * axis.numerator * axis.first(0)) for axis in axes)
     phases = rows.period * columns.period
     padding = _own_padding(axes, padding_mode) if phases == 1 else None
     return Plan((rows, columns), phases, key, padding_mode, padding)
 
 
-def _own_padding(axes: Sequence[Axis], padding_mode: str) -> tuple[int, int] | None:
+def _own_padding(axes: Sequence[ResizedAxis], padding_mode: str) -> tuple[int, int] | None:
     """The padding with which a convolution reads the same neighbours; None if there is none."""
     rows, columns = (-axis.first(0) for axis in axes)
     if padding_mode != "zeros" or min(rows, columns) < 0:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.kernel import Margins
-from .grid import Axis
+from .grid import KernelAxis
 
 __all__ = ["Crop", "MaskValues", "margins_of_mask", "read_mask"]
 
@@ -61,7 +61,7 @@ class Crop:
         return all(now is then and now._version == version for now, then, version in known)
 
 
-def margins_of_mask(values: MaskValues, axes: Sequence[Axis], threshold: float, causal: bool) -> Margins:
+def margins_of_mask(values: MaskValues, axes: Sequence[KernelAxis], threshold: float, causal: bool) -> Margins:
     """What may be left out of a kernel: pixels where a Gaussian mask is below the threshold along an axis.
 
     At least one pixel stays. The part that stays is rounded up to one of few sizes: the kernel has about 16 steps,
@@ -85,7 +85,7 @@ def margins_of_mask(values: MaskValues, axes: Sequence[Axis], threshold: float, 
     return tuple(margins)
 
 
-def _visible(middle: float, reach: float, axis: Axis) -> tuple[int, int]:
+def _visible(middle: float, reach: float, axis: KernelAxis) -> tuple[int, int]:
     """The first and the last pixel within `reach` of `middle`; at least one."""
     low, high = (axis.centre + (middle + side * reach) * axis.half for side in (-1, 1))
     first = math.ceil(min(max(low - ROUNDING, -1), axis.size))

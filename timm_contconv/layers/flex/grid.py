@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...ops import compute_dtype
 
-__all__ = ["Axis", "resampled_padding", "sampled_axis"]
+__all__ = ["KernelAxis", "resampled_padding", "sampled_axis"]
 
 
 @dataclass(frozen=True)
-class Axis:
+class KernelAxis:
     """Pixels along one dimension of a kernel.
 
     Attributes:
@@ -39,7 +39,7 @@ class Axis:
         return (pixels - self.centre) / self.half
 
 
-def sampled_axis(size: int, ratio: Fraction, causal: bool) -> Axis:
+def sampled_axis(size: int, ratio: Fraction, causal: bool) -> KernelAxis:
     """The axis of a kernel of `size` pixels at `ratio` times the resolution.
 
     Steps are divided by `ratio`, exactly. They count from the centre, or from the last pixel of a causal kernel, which
@@ -49,13 +49,13 @@ def sampled_axis(size: int, ratio: Fraction, causal: bool) -> Axis:
     extent = (size - 1) * ratio
     if causal:
         steps = _nearest(extent)
-        return Axis(steps + 1, float(extent), float(steps - extent / 2))
+        return KernelAxis(steps + 1, float(extent), float(steps - extent / 2))
     odd = (size - 1) % 2 if extent >= 1 else 0
     steps = 2 * _nearest((extent - odd) / 2) + odd
-    return Axis(steps + 1, float(extent), steps / 2)
+    return KernelAxis(steps + 1, float(extent), steps / 2)
 
 
-def resampled_padding(padding: int, size: int, axis: Axis, ratio: Fraction) -> int:
+def resampled_padding(padding: int, size: int, axis: KernelAxis, ratio: Fraction) -> int:
     """The padding, in whole pixels and at least 0, with which the output grows like the input.
 
     Args:

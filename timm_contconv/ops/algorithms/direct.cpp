@@ -9,7 +9,7 @@
 // A stride is split into phases: every stride-th pixel of the input meets every stride-th tap of the kernel in
 // an ordinary convolution of stride 1.
 //
-// Plain C++ without headers of PyTorch: a few seconds to build, once per machine (build.py); called through ctypes
+// Plain C++ without headers of PyTorch: a few seconds to build, once per machine (library.py); called through ctypes
 // (direct.py).
 
 #include "rows.h"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..problem import Problem, new_tensor
 from .algorithm import Algorithm
-from .build import library
+from .library import library
 
 __all__ = ["Direct"]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import plain
+from .. import aten
 from ..problem import Problem
 from .algorithm import Algorithm
 
@@ -27,15 +27,15 @@ class PyTorch(Algorithm):
         return _HANGS if problem.channels_last and _onednn_hangs(problem) else None
 
     def output(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return plain.convolution(x, weight, bias, problem.stride, problem.padding, problem.groups)
+        return aten.convolution(x, weight, bias, problem.stride, problem.padding, problem.groups)
 
     def input(self, problem: Problem, grad: Tensor, weight: Tensor) -> Tensor:
         size = problem.input_size
-        return plain.input_gradient(grad, weight, size, problem.stride, problem.padding, problem.groups)
+        return aten.input_gradient(grad, weight, size, problem.stride, problem.padding, problem.groups)
 
     def weight(self, problem: Problem, grad: Tensor, x: Tensor) -> Tensor:
         size = problem.kernel_size
-        return plain.weight_gradient(grad, x, size, problem.stride, problem.padding, problem.groups)
+        return aten.weight_gradient(grad, x, size, problem.stride, problem.padding, problem.groups)
 
 
 class ChannelsLast(PyTorch):
