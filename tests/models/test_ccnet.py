@@ -3,7 +3,6 @@
 import pytest
 import timm
 import torch
-from timm.models import get_pretrained_cfg, group_parameters
 from torch import nn
 
 from timm_contconv.layers import ContinuousConv2d
@@ -27,45 +26,6 @@ def test_ccnet_has_the_papers_layers() -> None:
         sizes.append(x.shape[-1])
     assert sizes == [32, 25, 20, 16, 13, 10, 8, 8]
     assert model.head(x).shape == (1, 5)
-
-
-@names
-def test_it_does_what_timms_models_do(name: str) -> None:
-    model = timm.create_model(name, num_classes=7, in_chans=1, dims=8, drop_rate=0.1)
-    x = torch.randn(2, 1, 32, 32)
-    assert model(x).shape == (2, 7)
-    model.eval()
-    features, intermediates = model.forward_intermediates(x)
-    torch.testing.assert_close(model.forward_head(features), model(x))
-    assert [y.shape[-1] for y in intermediates] == [32, 16, 8]
-    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
-    model.set_grad_checkpointing()
-    torch.testing.assert_close(model.train().forward_features(x), features)
-    model.reset_classifier(3)
-    assert model(x).shape == (2, 3)
-    model.reset_classifier(4, "avg")
-    assert model(torch.randn(2, 1, 50, 40)).shape == (2, 4)
-    model.reset_classifier(0, "")
-    assert model(x).shape == (2, 8, 8, 8)
-    groups = group_parameters(model, model.group_matcher())
-    assert sorted(n for names in groups.values() for n in names) == sorted(n for n, _ in model.named_parameters())
-
-
-@names
-def test_features(name: str) -> None:
-    model = timm.create_model(name, features_only=True, out_indices=(1, 2), dims=[4, 5, 6, 7, 8, 9, 10, 11])
-    assert model.feature_info.reduction() == [2, 4]
-    features = model(torch.randn(1, 3, 32, 32))
-    assert [tuple(y.shape) for y in features] == [
-        (1, channels, size, size) for channels, size in zip(model.feature_info.channels(), (16, 8), strict=True)
-    ]
-
-
-@names
-def test_configuration_is_complete(name: str) -> None:
-    config, state = get_pretrained_cfg(name), timm.create_model(name, dims=4).state_dict()
-    assert (config.architecture, config.input_size, config.num_classes) == (name, (3, 32, 32), 10)
-    assert {f"{config.classifier}.weight", f"{config.first_conv}.weight"} <= state.keys()
 
 
 @names

@@ -1,13 +1,11 @@
 """FlexNets: the paper's sizes, the authors' checkpoints, timm's manner."""
 
 import copy
-import itertools
 
 import numpy as np
 import pytest
 import timm
 import torch
-from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
 import timm_contconv as tcc
@@ -115,82 +113,6 @@ def test_a_checkpoint_of_ones_own_loads_as_it_is(x, tmp_path):
 
 
 # ---- timm's manner
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_default_config_is_complete(name):
-    config, model = get_pretrained_cfg(name), on_meta(name)
-    assert config.architecture == name
-    assert config.num_classes == model.num_classes == 10
-    assert config.input_size == (3, 32, 32)
-    assert f"{config.classifier}.weight" in model.state_dict()
-    assert isinstance(model.get_submodule(config.first_conv), FlexConv2d)
-
-
-def test_features_are_those_of_the_blocks(x):
-    for name in NAMES:
-        model = small(name, features_only=True)
-        channels = model.feature_info.channels()
-        assert channels == [b.conv1.out_channels for b in small(name).blocks]
-        assert set(model.feature_info.reduction()) == {1}
-        assert [tuple(f.shape[1:]) for f in model(x)] == [(c, 16, 16) for c in channels]
-    assert len(small(features_only=True, out_indices=(0, 2))(x)) == 2
-
-
-def test_intermediates_are_the_outputs_of_the_blocks(x):
-    model = small().eval()
-    final, intermediates = model.forward_intermediates(x)
-    torch.testing.assert_close(final, model.forward_features(x))
-    torch.testing.assert_close(intermediates[0], model.blocks[0](model.stem(x)))
-    expected = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
-    assert model.prune_intermediate_layers([1]) == [1]
-    torch.testing.assert_close(model(x), expected)
-    assert model.num_features == 6
-    with pytest.raises(ValueError, match="output_fmt='NLC': expected 'NCHW'"):
-        model.forward_intermediates(x, output_fmt="NLC")
-
-
-def test_options_of_timm_work():
-    model = small(num_classes=7, in_chans=1, drop_rate=0.1, drop_path_rate=0.2, global_pool="max")
-    images = torch.randn(2, 1, 16, 16)
-    assert model(images).shape == (2, 7)
-    assert [getattr(b.drop_path, "drop_prob", 0.0) for b in model.blocks] == pytest.approx([0, 0.1, 0.2])
-    torch.testing.assert_close(model.eval().forward_head(model.forward_features(images)), model(images))
-    assert model.forward_head(model.forward_features(images), pre_logits=True).shape == (2, 8)
-    model.reset_classifier(3)
-    assert model.get_classifier().out_features == model(images).shape[1] == 3
-    model.reset_classifier(0, "")
-    assert model(images).shape == (2, 8, 16, 16)
-
-
-def test_group_matcher_covers_the_model_and_masks_are_exempt_from_weight_decay():
-    model = small()
-    groups = group_parameters(model, model.group_matcher())
-    assert sorted(itertools.chain(*groups.values())) == sorted(n for n, _ in model.named_parameters())
-    exempt = model.no_weight_decay()
-    assert len(exempt) == 2 * 7
-    assert all("mask_" in name for name in exempt)
-
-
-def test_gradient_checkpointing_gives_equal_gradients(x):
-    model = small(dropout=0.0)
-    other = copy.deepcopy(model)
-    other.set_grad_checkpointing()
-    for each in (model, other):
-        each(x).square().sum().backward()
-    for (key, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3, msg=key)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_whole_model_compiles_without_a_graph_break_and_exports(training, x):
-    model = small(dropout=0.0, width_factors=(1.5,)).train(training)
-    tcc.constrain_(model)
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    graphs = [compiled] if training else [compiled, torch.export.export(model, (x,)).module()]
-    expected = model(x)
-    for graph in graphs:
-        torch.testing.assert_close(graph(x), expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
 
 
 # ---- resolutions, saving

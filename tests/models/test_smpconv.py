@@ -1,12 +1,8 @@
 """SMPConv's own networks: the paper's numbers, the authors' checkpoints, timm's manner."""
 
-import copy
-import re
-
 import pytest
 import timm
 import torch
-from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,104 +119,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(released, tmp_path, change, m
 # ---- timm's manner
 
 
-@pytest.mark.parametrize("name", ["smpconv_tiny", "smpconv_base"])
-def test_default_config_is_complete(name):
-    config = get_pretrained_cfg(name)
-    state = on_meta(name).state_dict()
-    assert config.architecture == name
-    assert (config.num_classes, config.input_size, config.pool_size) == (1000, (3, 224, 224), (7, 7))
-    assert {f"{config.first_conv}.weight", f"{config.classifier}.weight"} <= set(state)
-
-
-def test_feature_extractor_gives_the_features_of_the_stages(x):
-    model = small().eval()
-    extractor = small(features_only=True, out_indices=(1, 3)).eval()
-    state = {re.sub(r"^(stem|stages)\.", r"\1_", key): value for key, value in model.state_dict().items()}
-    assert not extractor.load_state_dict(state, strict=False).missing_keys
-    assert extractor.feature_info.channels() == [16, 32]
-    assert extractor.feature_info.reduction() == [8, 32]
-    final, intermediates = model.forward_intermediates(x)
-    for feature, index in zip(extractor(x), (1, 3), strict=True):
-        torch.testing.assert_close(feature, intermediates[index])
-    torch.testing.assert_close(final, model.forward_features(x))
-
-
-def test_forward_intermediates_takes_what_is_asked_for(x):
-    model = small().eval()
-    full = model.forward_intermediates(x, intermediates_only=True)
-    assert [f.shape[1:] for f in full] == [(8, 16, 16), (16, 8, 8), (24, 4, 4), (32, 2, 2)]
-    last, taken = model.forward_intermediates(x, indices=[0, 2], stop_early=True)
-    torch.testing.assert_close(taken, [full[0], full[2]])
-    torch.testing.assert_close(last, full[2])
-    normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
-    torch.testing.assert_close(normed[0], model.forward_features(x))
-    with pytest.raises(ValueError, match="output_fmt='NLC': expected 'NCHW'"):
-        model.forward_intermediates(x, output_fmt="NLC")
-
-
-def test_pruned_model_gives_the_intermediate_features(x):
-    model = small().eval()
-    expected = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
-    assert model.prune_intermediate_layers([1]) == [1]
-    torch.testing.assert_close(model(x), expected)
-    assert model.num_features == 16
-
-
-def test_options_of_timm_work():
-    model = small(num_classes=7, in_chans=1, drop_rate=0.1, drop_path_rate=0.2, global_pool="max")
-    x = torch.randn(2, 1, 64, 64)
-    assert model(x).shape == (2, 7)
-    torch.testing.assert_close(model.eval().forward_head(model.forward_features(x)), model(x))
-    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 32)
-    model.reset_classifier(3)
-    assert model.get_classifier().out_features == model(x).shape[1] == 3
-    model.reset_classifier(0, "")
-    assert model(x).shape == (2, 32, 2, 2)
-
-
 def test_drop_path_grows_linearly_to_the_papers_rate():
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in on_meta("smpconv_tiny").stages[2].blocks]
     assert rates == pytest.approx([0.1 * i / 13 for i in range(4, 12) for _ in range(2)], abs=1e-6)
-
-
-def test_group_matcher_covers_the_model():
-    model = small()
-    groups = group_parameters(model, model.group_matcher())
-    assert sorted(n for names in groups.values() for n in names) == sorted(n for n, _ in model.named_parameters())
-
-
-def test_gradient_checkpointing_gives_equal_gradients(x):
-    model = small(drop_path_rate=0.0)
-    other = copy.deepcopy(model)
-    other.set_grad_checkpointing()
-    for each in (model, other):
-        each(x).square().sum().backward()
-    for (key, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=key)
-
-
-def test_points_are_exempt_from_weight_decay_and_constrained():
-    model = small()
-    exempt = model.no_weight_decay()
-    assert len(exempt) == 2 * 5
-    assert all(name.endswith(("coordinate", "radius")) for name in exempt)
-    layer = model.stages[0].blocks[0].large_kernel.conv
-    radius = layer.geometry["radius"]
-    radius.data.fill_(0)
-    tcc.constrain_(model)
-    torch.testing.assert_close(radius, torch.full_like(radius, 1e-3))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_whole_model_compiles_without_a_graph_break(training, x):
-    model = small(depths=(1,), dims=(8,), kernel_sizes=(13,), drop_path_rate=0.0).train(training)
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
-
-
-def test_exported_model_equals_eager(x):
-    model = small().eval()
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
