@@ -1,0 +1,170 @@
+"""Train one arm with one seed. Every arm sees the same pictures in the same order, with the same augmentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import timm_contconv as tcc
+from timm_contconv.layers import ConvReplacement
+
+from .arms import ARMS, Arm
+from .data import Fashion
+from .robustness import robustness
+
+__all__ = ["Schedule", "train_arm"]
+
+BATCH = 128
+WEIGHT_DECAY = 0.05
+WARMUP = 0.1
+SHIFT = 2
+ROBUSTNESS_PICTURES = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What all arms share.
+
+    Attributes:
+        pictures: of the training set, the first so many.
+        epochs: of the plain network.
+        tuning_epochs: where a trained network is fine-tuned.
+        lr: largest learning rate, by family; chosen for the plain network on the held-out pictures.
+    """
+
+    pictures: int = 20_000
+    epochs: int = 15
+    tuning_epochs: int = 4
+    lr: float = 4e-3
+
+
+def train_arm(
+    arm: Arm, seed: int, fashion: Fashion, schedule: Schedule, checkpoints: Path, advance: Callable[[float], object]
+) -> dict[str, Any]:
+    """Train, and say what came out.
+
+    Args:
+        arm: the contender.
+        seed: of the initial values, the order and the augmentation.
+        fashion: the data.
+        schedule: what all arms share.
+        checkpoints: folder where trained plain networks are kept for the arms that start from them.
+        advance: called after every step with its part of the whole run, for a progress bar.
+
+    Returns:
+        What is recorded: parameters, epochs, seconds of the processor per step, accuracies, robustness, geometry.
+    """
+    torch.manual_seed(seed)
+    model = arm.build()
+    epochs, lr = round(schedule.epochs * arm.longer), schedule.lr
+    if arm.after is not None:
+        _load_trained(model, arm, seed, schedule, checkpoints)
+        epochs, lr = schedule.tuning_epochs, schedule.lr / 4
+        if arm.after != "plain":
+            tcc.patch(model, arm.after, **arm.settings)
+    for layer in _layers(model):
+        for name in arm.frozen:
+            layer.geometry[name].requires_grad_(False)
+    before = _geometry(model)
+    record = _train(model, seed, fashion, schedule.pictures, epochs, lr, advance)
+    if arm.name == arm.family:
+        torch.save(model.state_dict(), _checkpoint(arm.family, seed, schedule, checkpoints))
+    few = slice(0, ROBUSTNESS_PICTURES)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "epochs": epochs,
+        **record,
+        "robustness": robustness(model, fashion.test[few], fashion.test_labels[few]),
+        "geometry": {"before": before, "after": _geometry(model)},
+    }
+
+
+def _train(
+    model: nn.Module,
+    seed: int,
+    fashion: Fashion,
+    pictures: int,
+    epochs: int,
+    lr: float,
+    advance: Callable[[float], object],
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = fashion.train[:pictures], fashion.train_labels[:pictures]
+    batches = len(labels) // BATCH
+    optimizer = torch.optim.AdamW(tcc.param_groups(model, lr, WEIGHT_DECAY))
+    test, held_out, step, start = [], [], 0, time.thread_time()
+    seconds = 0.0
+    for _ in range(epochs):
+        model.train()
+        start = time.thread_time()
+        for batch in torch.randperm(len(labels), generator=generator).split(BATCH)[:batches]:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"] * _warmup_cosine(step / (epochs * batches))
+            loss = F.cross_entropy(model(_augmented(images[batch], generator)), labels[batch], label_smoothing=0.1)
+            loss = loss + 0.1 * tcc.penalty(model)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            tcc.constrain_(model)
+            step += 1
+            advance(1 / (epochs * batches))
+        seconds += time.thread_time() - start
+        test.append(_accuracy(model, fashion.test, fashion.test_labels))
+        held_out.append(_accuracy(model, fashion.held_out, fashion.held_out_labels))
+    return {"seconds_per_step": seconds / step, "test": test, "held_out": held_out}
+
+
+def _warmup_cosine(progress: float) -> float:
+    if progress < WARMUP:
+        return progress / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
+
+
+def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the pictures mirrored, each shifted by up to two pixels."""
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    size, background = images.shape[-1], images.min().item()
+    padded = F.pad(images, (SHIFT,) * 4, value=background).squeeze(1)
+    rows, columns = torch.randint(0, 2 * SHIFT + 1, (2, len(images), 1), generator=generator) + torch.arange(size)
+    picked = padded.gather(1, rows.unsqueeze(2).expand(-1, -1, padded.shape[2]))
+    return picked.gather(2, columns.unsqueeze(1).expand(-1, size, -1)).unsqueeze(1)
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    model.eval()
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True))
+    return right / len(labels)
+
+
+def _layers(model: nn.Module) -> list[ConvReplacement]:
+    return [module for module in model.modules() if isinstance(module, ConvReplacement)]
+
+
+def _geometry(model: nn.Module) -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean and deviation of every geometry parameter, by layer."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ConvReplacement)}
+    return {
+        name: {key: (value.mean().item(), value.std(correction=0).item()) for key, value in layer.geometry.items()}
+        for name, layer in layers.items()
+    }
+
+
+def _checkpoint(family: str, seed: int, schedule: Schedule, folder: Path) -> Path:
+    return folder / f"{family}-{seed}-{schedule.pictures}-{schedule.epochs}.pt"
+
+
+def _load_trained(model: nn.Module, arm: Arm, seed: int, schedule: Schedule, folder: Path) -> None:
+    path = _checkpoint(arm.family, seed, schedule, folder)
+    if not path.is_file():
+        raise FileNotFoundError(f"{arm.name}: starts from {ARMS[arm.family].name!r} of seed {seed}; run that one first")
+    model.load_state_dict(torch.load(path, weights_only=True))
