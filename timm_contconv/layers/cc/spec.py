@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -28,6 +28,11 @@ class CcSpec(LayerSpec):
         hidden: units of the hidden layers of the internal net, 1 to 1024 in each of at most 8 layers. None for three
             small layers that start as linear interpolation between the pixels of a kernel.
     """
+
+    fit_advice: ClassVar[str] = (
+        "Leave kernel_size and hidden out: the default support holds the pixels that a convolution reads, and the"
+        " default net reproduces any kernel."
+    )
 
     method: Literal["cc"] = "cc"
     kernel_size: KernelSize | None = None

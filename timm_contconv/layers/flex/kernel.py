@@ -18,6 +18,7 @@ from ..core.kept import may_look
 from ..core.kernel import Kernel, Margins
 from ..core.padding import pad_image
 from ..core.plain import centred
+from ..core.replacement import FIT_TOLERANCE
 from ..core.spec import KernelSpec
 from .crop import Crop, MaskValues, margins_of_mask, read_mask
 from .fit import fit_magnet_
@@ -275,7 +276,7 @@ class FlexKernel(Kernel):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor], tolerance: float = FIT_TOLERANCE) -> None:
         """A mask that leaves the size of the old kernels, and the best kernels inside it.
 
         Exact if the old kernels have at most hidden_channels + 1 pixels; otherwise an approximation with as many
@@ -328,6 +329,10 @@ class FlexSpec(KernelSpec):
     """
 
     kernel: ClassVar[type[Kernel]] = FlexKernel
+    fit_advice: ClassVar[str] = (
+        "Give more hidden_channels: with one less than the pixels of an old kernel the fit is exact; a kernel_size"
+        " below the old one cuts kernels off."
+    )
 
     method: Literal["flex"] = "flex"
     hidden_channels: Annotated[Int, Field(ge=1, le=1024)] = 32

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.compilation import CompileMode
 from ..core.geometry import GeometryOwner
 from ..core.plain import PlainConv, centred, plain_conv
-from ..core.replacement import CONV_ATTRIBUTES, ConvReplacement
+from ..core.replacement import CONV_ATTRIBUTES, FIT_TOLERANCE, ConvReplacement
 from ..core.tracing import as_node, is_traced
 from .conv import SmpConv2d
 from .kernel import SmpKernel, SmpSpec, small_kernel_sizes
@@ -98,9 +98,9 @@ class SmpConvBn2d(ConvReplacement):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
         """The large branch fits the kernel, the small one starts at zero; in eval mode as exact as `SmpConv2d`."""
-        SmpConv2d.fit_([layer.conv for layer in layers], convs)
+        SmpConv2d.fit_([layer.conv for layer in layers], convs, tolerance)
         for layer in layers:
             if layer.small_conv is not None:
                 layer.small_conv.weight.zero_()
