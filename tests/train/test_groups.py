@@ -35,6 +35,20 @@ def test_positions_learn_five_times_faster_without_decay(model):
     assert rates["stages.2.blocks.0.conv_dw.bias"] == (0.1, 0.0)
 
 
+def test_radii_learn_slower_than_points(model):
+    """Released trainings of SMPConv: a tenth for the radii, the weights' rate for the coordinates."""
+    points = timm.create_model("test_convnext_smp")
+    for scale, radius, coordinate in ((None, 0.01, 0.1), ({"coordinate": 2.0}, 0.01, 0.2), (3.0, 0.3, 0.3)):
+        groups = tcc.param_groups(points, lr=0.1, weight_decay=0.05, position_lr_scale=scale)
+        rates = {n.rpartition(".")[2]: g["lr"] * g["lr_scale"] for g in groups for n in g["param_names"]}
+        assert rates["radius"] == pytest.approx(radius)
+        assert rates["coordinate"] == pytest.approx(coordinate)
+    with pytest.raises(ValueError, match=r"position_lr_scale\['radius'\]: no layer of the model has it; there are pos"):
+        tcc.param_groups(model, 0.1, 0.05, position_lr_scale={"radius": 0.1})
+    with pytest.raises(ValueError, match=r"position_lr_scale\['radius'\]=0: expected more than 0"):
+        tcc.param_groups(points, 0.1, 0.05, position_lr_scale={"radius": 0})
+
+
 def test_weights_without_geometry_are_grouped_as_timm_groups_them(model):
     mine = {
         name: (group["weight_decay"], group["lr_scale"])

@@ -26,6 +26,7 @@ from ..hub.names import PATCHED
 from ..layers.core.replacement import Init
 from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
+from ..train.groups import PositionScale
 from . import demo as demo_command
 from . import publish as publish_command
 from .run import run_script
@@ -126,8 +127,12 @@ def run(
         ),
     ],
     position_lr_scale: Annotated[
-        float | None,
-        typer.Option(help="Learning rate of positions, widths, radii and masks, relative to the weights' (DCLS: 5)."),
+        str | None,
+        typer.Option(
+            metavar="SCALE",
+            help="Learning rate of positions, widths, radii and masks, relative to the weights': a number, or 'paper'"
+            " for what each method's paper has (DCLS 5, SMP's radii 0.1, FlexConv's masks 0.1).",
+        ),
     ] = None,
     penalty: Annotated[
         float, typer.Option(metavar="FACTOR", min=0, help="Add FACTOR * tcc.penalty(model) to the script's loss.")
@@ -140,15 +145,14 @@ def run(
 
     Options come before SCRIPT. Everything after SCRIPT goes to the script.
     """
-    if position_lr_scale is not None and not 0 < position_lr_scale < math.inf:
-        raise _refused(ValueError(f"--position-lr-scale={position_lr_scale}: expected more than 0, and finite"))
+    scale = _position_scale(position_lr_scale)
     if not math.isfinite(penalty):
         raise _refused(ValueError(f"--penalty={penalty}: expected a finite number"))
     if penalty_power != 1 and not penalty:
         raise _refused(
             ValueError(f"--penalty-power={penalty_power}: expected --penalty too; the power is unused without it")
         )
-    with training_hooks(position_lr_scale, penalty, penalty_power):
+    with training_hooks(scale, penalty, penalty_power):
         status = run_script(script, context.args)
     sys.exit(status)
 
@@ -174,6 +178,19 @@ def publish(
         )
     except (ValueError, OSError) as error:
         raise _refused(error) from None
+
+
+def _position_scale(text: str | None) -> PositionScale | None:
+    """The scale that --position-lr-scale names."""
+    if text is None or text == "paper":
+        return None if text is None else {}
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 0 < scale < math.inf:
+        raise _refused(ValueError(f"--position-lr-scale={text}: expected 'paper' or a finite number of more than 0"))
+    return scale
 
 
 def _recipe(name: str) -> PatchSpec:

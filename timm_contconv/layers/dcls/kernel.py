@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -37,7 +37,8 @@ class DclsKernel(Kernel):
         sigma: like position; not for "bilinear".
     """
 
-    geometry_lr_scale = 5.0  # Appendix C
+    geometry_lr_scale: ClassVar[Mapping[str, float]] = {"position": 5.0, "sigma": 5.0}  # Appendix C
+    penalises_geometry = True
 
     def __init__(
         self,

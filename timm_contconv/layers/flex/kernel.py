@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -27,6 +27,7 @@ from .magnet import ENVELOPE_CUT, INPUT_SCALE, MAGNET_PARAMETERS, filter_frequen
 
 __all__ = ["FlexKernel", "FlexSpec"]
 
+MASK_PARAMETERS = ("mask_mean", "mask_sigma")
 THRESHOLD = 0.1  # Fig. 7
 NARROWEST = 1.01  # pixels that a constrained mask leaves: one, and a reserve for rounding, also in bfloat16
 
@@ -64,7 +65,7 @@ class FlexKernel(Kernel):
         ValueError: from `look`, hence from `constrain_`, and from a forward pass on the CPU, if the mask is not finite.
     """
 
-    geometry_lr_scale = 0.1  # appendix D.2
+    geometry_lr_scale: ClassVar[Mapping[str, float]] = dict.fromkeys(MASK_PARAMETERS, 0.1)  # appendix D.2
 
     sine_weight: Tensor
     gamma: Tensor
@@ -89,7 +90,7 @@ class FlexKernel(Kernel):
         ndim, outputs = len(self.kernel_size), (out_channels, in_channels)
         shapes = magnet_shapes(ndim, spec.hidden_channels, spec.hidden_layers, outputs)
         if spec.mask:
-            self.geometry_names = ("mask_mean", "mask_sigma")
+            self.geometry_names = MASK_PARAMETERS
             shapes |= dict.fromkeys(self.geometry_names, (ndim,))
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -48,6 +48,7 @@ class SmpKernel(Kernel):
     """
 
     geometry_names = ("coordinate", "radius")
+    geometry_lr_scale: ClassVar[Mapping[str, float]] = {"radius": 0.1}  # both released trainings
 
     def __init__(
         self,
