@@ -41,6 +41,7 @@ def _smp_bn_causal(**options) -> SmpConvBn1d:
 KERNEL_LAYERS: dict[str, Callable[..., ConvReplacement]] = {
     "dcls": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5),
     "dcls_bilinear": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="bilinear"),
+    "dcls_normalized": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="normalized_bilinear"),
     "dcls_triangle": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="triangle"),
     "dcls_rows": functools.partial(DclsConv2d, 8, 4, (6, 5), 2, "same", groups=4, kernel_count=2, position_dims=(1,)),
     "dcls_reflect": functools.partial(DclsConv2d, 8, 6, 7, padding=3, padding_mode="reflect", groups=2, kernel_count=3),
@@ -53,6 +54,10 @@ KERNEL_LAYERS: dict[str, Callable[..., ConvReplacement]] = {
     "smp_causal": functools.partial(SmpConv1d, 8, 8, 9, groups=8, kernel_count=5, small_kernel=4),
     "flex": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6),
     "flex_whole": functools.partial(FlexConv2d, 8, 8, **_2D, hidden_channels=6, mask=False),
+    "flex_gabor": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6, kernel_net="gabor"),
+    "flex_turned": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6, steerable=True),
+    "flex_fourier_causal": functools.partial(FlexConv1d, 8, 8, 9, groups=2, hidden_channels=6, kernel_net="fourier"),
+    "flex_siren": functools.partial(FlexConv2d, 8, 8, 7, groups=8, hidden_channels=6, kernel_net="siren"),
     "flex_causal": functools.partial(FlexConv1d, 8, 8, 9, groups=2, hidden_channels=6),
 }
 #: every kind of layer
@@ -83,6 +88,8 @@ def spread_(layer: ConvReplacement) -> ConvReplacement:
             value.uniform_(0.2, 1)
         elif name == "mask_sigma":
             value.uniform_(0.3, 0.5)
+        elif name == "mask_angle":
+            value.uniform_(-1, 1)
         elif name == "raw_sigma":
             value.normal_()
         elif layer.method == "cc":  # off the kinks of its initial kernel

@@ -34,7 +34,7 @@ class DclsKernel(Kernel):
     Parameters:
         weight: (C_out, C_in/groups, *dense sizes, m), m = kernel_count.
         position: (moving dimensions, *weight.shape), in pixels from the kernel centre.
-        sigma: like position; not for "bilinear".
+        sigma: like position; for "triangle" and "gauss" only.
     """
 
     geometry_lr_scale: ClassVar[Mapping[str, float]] = {"position": 5.0, "sigma": 5.0}  # Appendix C
@@ -62,7 +62,7 @@ class DclsKernel(Kernel):
         dense = (k for d, k in enumerate(self.kernel_size) if d not in self.position_dims)
         shape = (out_channels, in_channels, *dense, self.kernel_count)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.geometry_names = ("position",) if self.interpolation == "bilinear" else ("position", "sigma")
+        self.geometry_names = ("position", "sigma") if self.interpolation in INITIAL_SIGMA else ("position",)
         for name in self.geometry_names:
             value = torch.empty((len(self.moving), *shape), device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(value))
@@ -73,7 +73,7 @@ class DclsKernel(Kernel):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.normal_(self.geometry["position"], 0, INITIAL_POSITION_STD)
         self._clamp_positions_()
-        if self.interpolation != "bilinear":
+        if self.interpolation in INITIAL_SIGMA:
             nn.init.constant_(self.geometry["sigma"], INITIAL_SIGMA[self.interpolation])
 
     @property
@@ -89,8 +89,8 @@ class DclsKernel(Kernel):
         )
 
     def constrain_(self) -> None:
-        """Clamp positions into the kernel, for "bilinear" only (Appendix C)."""
-        if self.interpolation == "bilinear":
+        """Clamp positions into the kernel, for elements without widths only (Appendix C)."""
+        if self.interpolation not in INITIAL_SIGMA:
             self._clamp_positions_()
 
     def penalty(self) -> Tensor:
@@ -137,7 +137,7 @@ class DclsSpec(KernelSpec):
 
     Attributes:
         kernel_size: size of the constructed kernel, one int for all dimensions or one each.
-        interpolation: "bilinear", "triangle" or "gauss".
+        interpolation: "bilinear", "triangle" or "gauss"; "normalized_bilinear" is version "v1" of the authors' package.
         kernel_count: m, elements per kernel, at least 1. In a patch None means the parameter rule of Appendix C: the
             largest number for which the model has no more parameters than before.
         position_dims: spatial dimensions along which elements move; None means all. Along the others, every pixel of
@@ -169,7 +169,7 @@ class DclsSpec(KernelSpec):
         moving = check_position_dims(self.position_dims, ndim)
         dense = math.prod(k for d, k in enumerate(self.sizes(ndim)) if d not in moving)
         places = [conv.weight.shape[:2].numel() * dense for conv in group]
-        shared_kinds = len(moving) * (1 if self.interpolation == "bilinear" else 2)
+        shared_kinds = len(moving) * (2 if self.interpolation in INITIAL_SIGMA else 1)
         return sum(places) + shared_kinds * places[0]
 
 
