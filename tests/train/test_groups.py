@@ -9,14 +9,14 @@ from torch import nn
 
 import timm_contconv as tcc
 
-from ..models_for_tests import layers_of
+from ..models_for_tests import REGISTERED, layers_of
 from .shared import dcls_model, geometry_ids, smallest_model
 
 model = pytest.fixture(dcls_model)
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.7])
-@pytest.mark.parametrize("recipe", [None, *tcc.list_patches()])
+@pytest.mark.parametrize("recipe", [None, *REGISTERED])
 def test_every_parameter_is_in_exactly_one_group(recipe, layer_decay):
     model = timm.create_model(smallest_model(recipe) if recipe else "test_convnext")
     groups = tcc.param_groups(model, lr=0.1, weight_decay=0.05, layer_decay=layer_decay)
@@ -94,7 +94,7 @@ def test_a_part_without_its_layers_shared_geometry_is_refused(model):
     assert sum(len(group["params"]) for group in groups) == len(list(part.parameters()))
 
 
-@pytest.mark.parametrize("recipe", tcc.list_patches())
+@pytest.mark.parametrize("recipe", REGISTERED)
 def test_every_parameter_of_a_feature_extractor_is_in_a_group(recipe):
     model = timm.create_model(smallest_model(recipe), features_only=True)
     groups = tcc.param_groups(model, lr=0.1, weight_decay=0.05)

@@ -50,9 +50,9 @@ def patch(
     Args:
         model: any model, of timm, torchvision, transformers or your own.
         patch: name of a recipe, path of a .toml, a dict, or a PatchSpec.
-        select: the convolutions to replace: "depthwise", "strided", "all", globs of module names ("stages.2.*"),
-            predicates (name, convolution) -> bool, or a list of these; "!" excludes. A list of exclusions alone
-            reduces the recipe's choice. Default: the recipe's choice.
+        select: the convolutions to replace: "depthwise", "strided", "transposed", "all", globs of module names
+            ("stages.2.*"), predicates (name, convolution) -> bool, or a list of these; "!" excludes. A list of
+            exclusions alone reduces the recipe's choice. Default: the recipe's choice.
         min_kernel_size: in pixels; leaves out convolutions whose kernel is smaller along every dimension. Default:
             the recipe's value.
         init: "fit" starts from the replaced kernels, as closely as the method can (`tcc.report` gives the errors);

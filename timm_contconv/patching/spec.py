@@ -49,7 +49,8 @@ class PatchSpec(BaseModel):
         layer: settings of the method that `method` names.
         by_stage: settings of the layer that differ by stage of the model: one table per stage, in order; the last
             table holds for all later stages.
-        select: the convolutions to replace: "depthwise", "strided", "all", or globs of module names; "!" excludes.
+        select: the convolutions to replace: "depthwise", "strided", "transposed", "all", or globs of module names; "!"
+            excludes.
         min_kernel_size: in pixels; convolutions whose kernel is smaller along every dimension are left out.
         share: "stage" gives layers of a stage with the same parameter shapes one set of positions and widths.
         stem_pool: "to_stage" removes the max-pool of a ResNet's stem; the first stage strides instead.
