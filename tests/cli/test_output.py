@@ -69,7 +69,7 @@ def ended(tmp_path_factory):
 def test_an_encoding_without_our_characters(ended):
     code, printed, _ = ended["ascii"]
     assert code == 0
-    assert "DclsConv2d 17x17 / 34" in printed
+    assert "DclsConv2d 17x17 / 26" in printed
 
 
 def test_a_full_disk_is_told_in_one_line(ended):
@@ -90,7 +90,7 @@ def test_a_terminal_of_20_columns_shows_all_values(ended):
     code, shown, _ = ended["narrow"]
     assert code == 0
     text = re.sub(r"\x1b\[[\d;]*m|\s", "", shown)
-    for value in ("name:stages.0.blocks.0.conv_dw", "after:DclsConv2d17×17/34", "receptivefield:7×7->17×17"):
+    for value in ("name:stages.0.blocks.0.conv_dw", "after:DclsConv2d17×17/26", "receptivefield:7×7->17×17"):
         assert value in text
 
 
