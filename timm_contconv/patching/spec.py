@@ -143,7 +143,10 @@ def load_patch(name_or_path: str | Path) -> PatchSpec:
             f"patch={name_or_path!r}: no such recipe; did you mean {' or '.join(near)}? tcc.list_patches() lists"
             " all; a path must end in .toml"
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: not a TOML file: {error}") from None
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
