@@ -16,6 +16,7 @@ from ..core.arguments import Int, as_int
 from ..core.finite import require_finite
 from ..core.kernel import Kernel
 from ..core.plain import PlainConv, centred
+from ..core.shown import Elements, Quantity, one_per_output
 from ..core.spec import KernelSize, KernelSpec
 from .fit import fit_points
 from .formula import SMALLEST_RADIUS, smp_kernel, smp_sum_kernel
@@ -141,6 +142,27 @@ class SmpKernel(Kernel):
 
     def summary(self) -> str:
         return f" / {self.kernel_count}"
+
+    @torch.no_grad()
+    def shown_elements(self) -> Elements:
+        coordinate, radius = self._in_pixels()
+        last = coordinate.new_tensor(self.kernel_size) - 1
+        reach = radius.unsqueeze(-1).expand_as(coordinate)
+        return Elements(coordinate + last / 2, "diamond", reach, one_per_output(self.weight.detach()), "point")
+
+    @torch.no_grad()
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        coordinate, radius = self._in_pixels()
+        return (
+            Quantity("distance of points from the centre", "pixels", coordinate.flatten(0, 1)),
+            Quantity("radius of points", "pixels", radius.reshape(-1, 1)),
+        )
+
+    def _in_pixels(self) -> tuple[Tensor, Tensor]:
+        """Coordinates from the kernel's centre and radii; a radius in pixels of the longest dimension."""
+        coordinate, radius = (value.detach() for value in self.geometry.values())
+        half = (coordinate.new_tensor(self.kernel_size) - 1) / 2
+        return coordinate * half, radius.clamp(min=SMALLEST_RADIUS) * half.max()
 
     def extra_repr(self) -> str:
         text = f"kernel_count={self.kernel_count}, points={self.points}, normalize={self.normalize}"
