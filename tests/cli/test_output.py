@@ -95,7 +95,11 @@ def test_a_terminal_of_20_columns_shows_all_values(ended):
 
 
 def test_errors_go_to_standard_error_also_with_json():
-    for arguments in (("patch", "no_such", "dcls", "--json"), ("show", "no_such"), ("run", "--penalty", "inf", __file__)):
+    for arguments in (
+        ("patch", "no_such", "dcls", "--json"),
+        ("show", "no_such"),
+        ("run", "--penalty", "inf", __file__),
+    ):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2
         assert result.stdout == ""

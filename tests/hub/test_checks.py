@@ -19,6 +19,7 @@ from .helpers import LOADERS, Bomb, change_config
 from .server import running_hub, use_hub
 from .watch import WATCH, load_watched
 
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A model patched by hand, a named one, a paper's own, and one of timm's."""
@@ -174,6 +175,8 @@ HOSTILE = {
 
 #: what timm puts right by itself: it says where weights are
 PUT_RIGHT = {"a file", "another repository"}
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_from_pretrained_refuses(name, folder):
     kind, change, message = HOSTILE[name]

@@ -82,9 +82,7 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, or a registered mod
 
 @app.command()
 def patch(
-    model: Annotated[
-        str, typer.Argument(help="A timm model, or a saved one as local-dir:FOLDER or hf-hub:USER/NAME.")
-    ],
+    model: Annotated[str, typer.Argument(help="A timm model, or a saved one as local-dir:FOLDER or hf-hub:USER/NAME.")],
     recipe: Annotated[str, typer.Argument(help="A recipe, or the path of a .toml.")],
     select: Annotated[
         list[str] | None, typer.Option(help="Convolutions to replace, instead of the recipe's choice.")
@@ -93,7 +91,9 @@ def patch(
     init: Annotated[
         Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' from random ones.")
     ] = "fit",
-    pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained weights, or from the saved ones.")] = False,
+    pretrained: Annotated[
+        bool, typer.Option(help="Start from timm's pretrained weights, or from the saved ones.")
+    ] = False,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print the plan; make and save no weights.")] = False,
     input_size: Annotated[
@@ -235,7 +235,9 @@ def _create(name: str, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained)
     except (ValueError, OSError, *BUILD_ERRORS) as error:  # unknown tag, no weights, no such folder or repository
-        raise ValueError(f"MODEL={name!r}: {type(error).__name__}: {error}" if is_saved else f"MODEL={name!r}: {error}") from None
+        raise ValueError(
+            f"MODEL={name!r}: {type(error).__name__}: {error}" if is_saved else f"MODEL={name!r}: {error}"
+        ) from None
 
 
 def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Module) -> None:

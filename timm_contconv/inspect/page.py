@@ -203,7 +203,9 @@ def _sections(inspection: Inspection) -> Iterator[Section]:
 def _cost(inspection: Inspection) -> Section:
     total = inspection.multiply_adds_after
     layers = [
-        figures.LayerCost(row.label, row.share, row.multiply_adds_after / total if total and row.multiply_adds_after else None)
+        figures.LayerCost(
+            row.label, row.share, row.multiply_adds_after / total if total and row.multiply_adds_after else None
+        )
         for row in inspection.rows
         if row.share is not None
     ]
@@ -238,7 +240,9 @@ def _geometry(inspection: Inspection) -> Section:
 
 
 def _footprints(inspection: Inspection) -> Section:
-    drawing = Drawing(figures.footprints(inspection.layers), "Mean of the absolute kernels of each layer, one scale for all")
+    drawing = Drawing(
+        figures.footprints(inspection.layers), "Mean of the absolute kernels of each layer, one scale for all"
+    )
     return Section(
         "footprints",
         "Where kernels are large",
@@ -250,7 +254,9 @@ def _footprints(inspection: Inspection) -> Section:
 
 
 def _frequencies(inspection: Inspection) -> Section:
-    drawing = Drawing(figures.frequencies(inspection.layers), "Frequency below which 95 % of a kernel's power lies, by layer")
+    drawing = Drawing(
+        figures.frequencies(inspection.layers), "Frequency below which 95 % of a kernel's power lies, by layer"
+    )
     known = any(layer.highest_frequency is not None for layer in inspection.layers)
     limits = " and diamonds (f⁺, the highest frequency that the kernel's function can hold)" * known
     return Section(

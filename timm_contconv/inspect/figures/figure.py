@@ -15,7 +15,20 @@ from PIL import Image
 
 from ..writing import write_whole
 
-__all__ = ["AFTER", "ALERT", "BEFORE", "DIVERGING", "INK", "STEP", "WIDTH", "Figure", "bare", "colour", "data", "percentile_bars"]
+__all__ = [
+    "AFTER",
+    "ALERT",
+    "BEFORE",
+    "DIVERGING",
+    "INK",
+    "STEP",
+    "WIDTH",
+    "Figure",
+    "bare",
+    "colour",
+    "data",
+    "percentile_bars",
+]
 
 #: colours: the model now, what it started from, limits, text and outlines
 AFTER, BEFORE, ALERT, INK = "#1f5fa8", "#8a8f98", "#b3411e", "#222222"
@@ -104,7 +117,10 @@ def percentile_bars(x: dict[str, Any], whiskers: bool = True) -> list[dict[str, 
     """Layers that draw q5 to q95 as a line, q25 to q75 as a bar and q50 as a mark, on the horizontal channel `x`."""
     line = {"mark": {"type": "rule", "color": AFTER, "strokeWidth": 1.5}, "encoding": _from_to(x, "q5", "q95")}
     bar = {"mark": {"type": "bar", "color": AFTER, "opacity": 0.55, "height": 9}, "encoding": _from_to(x, "q25", "q75")}
-    mark = {"mark": {"type": "tick", "color": INK, "thickness": 2, "height": 13}, "encoding": {"x": {**x, "field": "q50"}}}
+    mark = {
+        "mark": {"type": "tick", "color": INK, "thickness": 2, "height": 13},
+        "encoding": {"x": {**x, "field": "q50"}},
+    }
     return [*([line] if whiskers else []), bar, mark]
 
 

@@ -119,7 +119,14 @@ def kernel_panel(
         },
         {
             "data": data(dots),
-            "mark": {"type": "point", "filled": True, "color": INK, "stroke": "white", "strokeWidth": 0.7, "clip": True},
+            "mark": {
+                "type": "point",
+                "filled": True,
+                "color": INK,
+                "stroke": "white",
+                "strokeWidth": 0.7,
+                "clip": True,
+            },
             "encoding": {
                 **place,
                 "size": {"field": "s", "type": "quantitative", "scale": None},
@@ -138,7 +145,9 @@ def pixel_rows(kernel: Tensor, window: Window, spacing: float = 1.0) -> list[dic
         y = (window.row + r) * spacing - 0.5
         for c, value in enumerate(line):
             x = (window.column + c) * spacing - 0.5
-            rows.append({"x": x, "y": y, "x2": x + OVERLAP * spacing, "y2": y + OVERLAP * spacing, "v": round(value, 3)})
+            rows.append(
+                {"x": x, "y": y, "x2": x + OVERLAP * spacing, "y2": y + OVERLAP * spacing, "v": round(value, 3)}
+            )
     return rows
 
 

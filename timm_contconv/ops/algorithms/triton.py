@@ -141,7 +141,12 @@ class Triton(Algorithm):
         return self._correlate(_turned(_axes(problem)), grad, flipped, None, problem.stride).view(problem.input_shape)
 
     def _correlate(
-        self, axes: tuple[_Axis, _Axis], x: Tensor, weight: Tensor, bias: Tensor | None, spread: tuple[int, ...] = (1, 1)
+        self,
+        axes: tuple[_Axis, _Axis],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spread: tuple[int, ...] = (1, 1),
     ) -> Tensor:
         from .triton_kernels import band_kernel, output_kernel
 
@@ -154,7 +159,19 @@ class Triton(Algorithm):
         grid = (-(-batch * -(-g.out_height // rows) // options["TILES"]), -(-g.out_width // columns), channels)
         with _device(x):
             band_kernel[g.steps, channels](weight.to(x.dtype).contiguous(), bands, g, rows, columns, depth)
-            output_kernel[grid](_lines(x, spread), bands, bias, out, batch, g, rows, columns, depth, **options, STORED=math.gcd(g.out_width, vector))
+            output_kernel[grid](
+                _lines(x, spread),
+                bands,
+                bias,
+                out,
+                batch,
+                g,
+                rows,
+                columns,
+                depth,
+                **options,
+                STORED=math.gcd(g.out_width, vector),
+            )
         return out
 
     def weight(self, problem: Problem, grad: Tensor, x: Tensor) -> Tensor:
