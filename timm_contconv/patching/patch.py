@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -19,10 +20,11 @@ from ..layers.core.compilation import CompileMode, check_compile_mode
 from ..layers.core.geometry import share_geometry
 from ..layers.core.plain import PlainConv, require_weights
 from ..layers.core.replacement import FIT_TOLERANCE, Init, check_init
+from ..layers.core.shown import one_per_output
 from .copies import copy_without_hooks, with_hooks
 from .folding import refusing_fold
 from .plan import PatchPlan, plan_patch, with_fit_settings
-from .record import RECORD, PatchRecord
+from .record import RECORD, PatchRecord, Start
 from .select import Selector, find_convolutions
 from .spec import PatchSpec, Share
 from .transaction import Transaction
@@ -56,9 +58,9 @@ def patch(
     Args:
         model: any model, of timm, torchvision, transformers or your own.
         patch: name of a recipe, path of a .toml, a dict, or a PatchSpec.
-        select: the convolutions to replace: "depthwise", "strided", "all", globs of module names ("stages.2.*"),
-            predicates (name, convolution) -> bool, or a list of these; "!" excludes. A list of exclusions alone
-            reduces the recipe's choice. Default: the recipe's choice.
+        select: the convolutions to replace: "depthwise", "strided", "transposed", "all", globs of module names
+            ("stages.2.*"), predicates (name, convolution) -> bool, or a list of these; "!" excludes. A list of
+            exclusions alone reduces the recipe's choice. Default: the recipe's choice.
         min_kernel_size: in pixels; leaves out convolutions whose kernel is smaller along every dimension. Default:
             the recipe's value.
         share: "stage" or None, as for `PatchSpec`; "recipe" leaves it to the recipe.
@@ -218,12 +220,18 @@ def _apply(
         block = model.get_submodule(name)
         for method, refuse in refusing_fold(block, size).items():
             changes.set(block, method, refuse)
-    changes.set(model, RECORD, _record(model, plan, errors, tolerance))
+    changes.set(model, RECORD, _record(model, plan, layers, errors, tolerance))
     changes.set(model, "no_weight_decay", _without_decay(model, plan, layers))
     changes.apply()
 
 
-def _record(model: nn.Module, plan: PatchPlan, errors: dict[str, float], tolerance: float | None) -> PatchRecord:
+def _record(
+    model: nn.Module,
+    plan: PatchPlan,
+    layers: Mapping[str, ConvReplacement],
+    errors: dict[str, float],
+    tolerance: float | None,
+) -> PatchRecord:
     return PatchRecord(
         spec=plan.spec,
         replaced={name: copy_without_hooks(conv).to("meta") for name, conv in plan.convs.items()},
@@ -233,8 +241,21 @@ def _record(model: nn.Module, plan: PatchPlan, errors: dict[str, float], toleran
         unfoldable=tuple(plan.unfoldable),
         fit_errors=errors,
         fit_tolerance=tolerance,
+        starts=_starts(plan, layers) if errors else {},
         no_weight_decay=model.__dict__.get("no_weight_decay"),
     )
+
+
+def _starts(plan: PatchPlan, layers: Mapping[str, ConvReplacement]) -> dict[str, Start]:
+    """What each layer was fitted to; layers that share their geometry share its numbers."""
+    starts = {}
+    for group in plan.groups:
+        shown = layers[group[0]].shown_quantities()
+        quantities = tuple(dataclasses.replace(q, values=q.values.cpu().clone()) for q in shown)
+        for name in group:
+            kernels = one_per_output(plan.convs[name].weight.detach())
+            starts[name] = Start(kernels.cpu().clone(), quantities)
+    return starts
 
 
 def _put_inside(module: nn.Module, prefix: str, layers: Mapping[str, ConvReplacement]) -> None:

@@ -53,7 +53,8 @@ class PatchSpec(BaseModel):
             table holds for all later stages.
         by_name: settings of the layer that differ by module name: a table per glob; they come after those of
             by_stage, and a later glob after an earlier one.
-        select: the convolutions to replace: "depthwise", "strided", "all", or globs of module names; "!" excludes.
+        select: the convolutions to replace: "depthwise", "strided", "transposed", "all", or globs of module names; "!"
+            excludes.
         min_kernel_size: in pixels; convolutions whose kernel is smaller along every dimension are left out.
         share: "stage" gives layers of a stage with the same parameter shapes, whose old kernels had the same size,
             one set of positions and widths.
@@ -163,7 +164,10 @@ def load_patch(name_or_path: str | Path) -> PatchSpec:
             f"patch={name_or_path!r}: no such recipe; did you mean {' or '.join(near)}? tcc.list_patches() lists"
             " all; a path must end in .toml"
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: not a TOML file: {error}") from None
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

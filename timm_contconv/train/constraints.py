@@ -22,7 +22,8 @@ def penalty(model: nn.Module) -> Tensor:
     the parameters for this.
 
     Returns:
-        The mean over the layers that have a regulariser; 0 if there are none.
+        The mean over the layers that have a regulariser; 0 if there are none. DCLS layers that share their positions
+        count as one, as in the released training code.
     """
     return mean_penalty(_layers(model))
 
@@ -37,6 +38,7 @@ def constrain_(model: nn.Module) -> None:
 
 def mean_penalty(layers: Sequence[ConvReplacement]) -> Tensor:
     """`penalty` of these layers."""
+    layers = _penalised_once(layers)
     with whole_parameters(layers):
         penalties = [value for layer in layers if (value := layer.penalty()) is not None]
     return torch.stack(penalties).mean() if penalties else torch.zeros(())
@@ -47,6 +49,15 @@ def constrain_layers_(layers: Sequence[ConvReplacement]) -> None:
     with edit_whole_parameters(layers):
         for layer in layers:
             layer.constrain_()
+
+
+def _penalised_once(layers: Sequence[ConvReplacement]) -> list[ConvReplacement]:
+    """The layers without those whose penalty is that of an earlier layer, because they share what it depends on."""
+    by_source: dict[int, ConvReplacement] = {}
+    for layer in layers:
+        owner = layer.geometry_owner
+        by_source.setdefault(id(owner.geometry_home if owner.penalises_geometry else layer), layer)
+    return list(by_source.values())
 
 
 def _layers(model: nn.Module) -> list[ConvReplacement]:

@@ -46,7 +46,7 @@ def fit_elements(
         targets: (B, n, *size); each of the B problems has elements of its own.
         kernel_size: D ints, at least the targets' size, with the same centre.
         count: m elements.
-        interpolation: "bilinear", "triangle" or "gauss".
+        interpolation: as in `DclsSpec`.
         tolerance: relative error of each of the n kernels that is good enough.
 
     Returns:
@@ -56,7 +56,7 @@ def fit_elements(
     margins = [margin(old, new) for old, new in zip(targets.shape[2:], kernel_size, strict=True)]
     position = pixels_by_energy(targets, kernel_size, count) - targets.new_tensor([k // 2 for k in kernel_size])
     on_pixels, start = {"position": position}, {"position": position}
-    if interpolation != "bilinear":
+    if interpolation in INITIAL_SIGMA:
         on_pixels["sigma"] = torch.full_like(position, _narrow_sigma(interpolation, tolerance))
         start["sigma"] = torch.full_like(position, max(INITIAL_SIGMA[interpolation], SMALLEST_START_SIGMA))
 
