@@ -2,6 +2,7 @@
 
 from .patch import patch
 from .plan import PatchPlan, plan_patch
+from .refit import refit_
 from .report import PatchReport, report
 from .restore import merge, unpatch
 from .spec import PatchSpec, list_patches, load_patch
@@ -15,6 +16,7 @@ __all__ = [
     "merge",
     "patch",
     "plan_patch",
+    "refit_",
     "report",
     "unpatch",
 ]

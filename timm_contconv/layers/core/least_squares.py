@@ -18,7 +18,8 @@ from .plain import margin
 __all__ = ["Geometry", "NormalEquations", "fit_separately", "pixels_by_energy", "pixels_needed", "refine", "solve"]
 
 Geometry = Mapping[str, Tensor]
-#: geometry -> Gram matrices of the elements (B, m, m), and their products with the n targets (B, m, n)
+#: geometry -> Gram matrices of the elements (B, m, m), and their products with the n targets (B, m, n); more dimensions
+#: after B are more problems with the same geometry
 NormalEquations = Callable[[Geometry], tuple[Tensor, Tensor]]
 
 STEPS = 150
@@ -32,15 +33,15 @@ def solve(gram: Tensor, products: Tensor) -> Tensor:
     """The weights that minimise the squared error.
 
     Args:
-        gram: (B, m, m) inner products of the elements.
-        products: (B, m, n) inner products of elements and targets.
+        gram: (..., m, m) inner products of the elements.
+        products: (..., m, n) inner products of elements and targets.
 
     Returns:
-        (B, m, n).
+        (..., m, n).
     """
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(products, torch.linalg.cholesky(gram + ridge[:, None, None] * identity))
+    return torch.cholesky_solve(products, torch.linalg.cholesky(gram + ridge[..., None, None] * identity))
 
 
 def fit_separately(
@@ -88,7 +89,9 @@ def fit_separately(
     return geometry, torch.cat([weight for _, weight in pieces])
 
 
-def refine(equations: NormalEquations, start: Geometry, energy: float, units: Mapping[str, float]) -> Geometry:
+def refine(
+    equations: NormalEquations, start: Geometry, energy: float, units: Mapping[str, float], steps: int = STEPS
+) -> Geometry:
     """Improve a geometry with Adam. Every step solves for the weights again.
 
     Args:
@@ -96,20 +99,21 @@ def refine(equations: NormalEquations, start: Geometry, energy: float, units: Ma
         start: where to begin, (B, ...) each.
         energy: sum of the squares of all targets.
         units: by name, the change of a value that corresponds to a pixel.
+        steps: of Adam.
 
     Returns:
         The best geometry found, shaped like start.
     """
     variables = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.Adam([{"params": [v], "lr": LARGEST_STEP * units[k]} for k, v in variables.items()])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best = dict(start)
     least = variables[next(iter(variables))].new_tensor(torch.inf)
-    for _ in range(STEPS + 1):
+    for _ in range(steps + 1):
         with torch.enable_grad():
             gram, products = equations(variables)
             weights = solve(gram.detach(), products.detach())
-            losses = _loss(gram, products, weights).sum((-2, -1))
+            losses = _loss(gram, products, weights).flatten(1).sum(1)
             loss = losses.sum()
         better = losses.detach() < least
         least = torch.where(better, losses.detach(), least)

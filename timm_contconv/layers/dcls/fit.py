@@ -14,7 +14,7 @@ from ..core.least_squares import Geometry, fit_separately, pixels_by_energy, pix
 from ..core.plain import margin
 from .formula import FACTORS, GAUSS_MIN_WIDTH, Interpolation, outer
 
-__all__ = ["INITIAL_SIGMA", "elements_needed", "fit_elements"]
+__all__ = ["INITIAL_SIGMA", "element_kernels", "elements_needed", "fit_elements"]
 
 INITIAL_SIGMA = {"triangle": 0.0, "gauss": 0.23}  # Appendix C
 SMALLEST_START_SIGMA = 0.1  # a search starts wider than 0: there an element on a pixel has no gradient
@@ -72,6 +72,16 @@ def fit_elements(
     numbers = count * max(count, targets.shape[2:].numel(), *kernel_size)
     units = dict.fromkeys(start, 1.0)
     return fit_separately(equations, targets, on_pixels, start, units, numbers, tolerance)
+
+
+def element_kernels(
+    geometry: Geometry, kernel_size: Sequence[int], interpolation: Interpolation, window: Sequence[tuple[int, int]]
+) -> Tensor:
+    """See `DclsKernel.element_kernels`."""
+    axes_first = {name: value.movedim(-1, 0) for name, value in geometry.items()}
+    factors, mass = FACTORS[interpolation](**axes_first, kernel_size=kernel_size)
+    kernels = outer([factor[..., first:last] for factor, (first, last) in zip(factors, window, strict=True)])
+    return kernels if mass is None else kernels / mass.unsqueeze(-1)
 
 
 def _narrow_sigma(interpolation: Interpolation, tolerance: float) -> float:

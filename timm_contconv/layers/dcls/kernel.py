@@ -17,7 +17,7 @@ from ..core.plain import PlainConv, centred, kernels_inside
 from ..core.replacement import FIT_TOLERANCE
 from ..core.shown import Elements, Form, Quantity, one_per_output
 from ..core.spec import KernelSpec
-from .fit import INITIAL_SIGMA, elements_needed, fit_elements
+from .fit import INITIAL_SIGMA, element_kernels, elements_needed, fit_elements
 from .formula import GAUSS_MIN_WIDTH, KERNEL_FUNCTIONS, TRIANGLE_MIN_WIDTH, Interpolation, repulsion
 
 __all__ = ["DclsKernel", "DclsSpec"]
@@ -119,6 +119,18 @@ class DclsKernel(Kernel):
             parameter.copy_(value.movedim(-1, 0).view_as(parameter))
         for index, kernel in enumerate(kernels):
             kernel.weight.copy_(weight[..., index].view_as(kernel.weight))
+
+    def element_kernels(self, geometry: Mapping[str, Tensor], window: Sequence[tuple[int, int]]) -> Tensor:
+        """Kernels of elements with a weight of 1, within a window of the whole kernel; differentiable.
+
+        Args:
+            geometry: (B, m, D) each.
+            window: the first pixel, and the one after the last, along each axis.
+
+        Returns:
+            (B, m, P), P pixels of the window.
+        """
+        return element_kernels(geometry, self.moving, self.interpolation, window)
 
     def summary(self) -> str:
         return f" / {self.kernel_count}"
