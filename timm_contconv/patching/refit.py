@@ -24,7 +24,7 @@ from ..layers.dcls import DclsKernel
 from .originals import first_images, original_convs, run
 from .record import RECORD, require_record
 
-__all__ = ["refit_"]
+__all__ = ["can_refit", "refit_"]
 
 Model = TypeVar("Model", bound=nn.Module)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -105,6 +105,11 @@ def refit_(
     errors = {name: cast(Any, model.get_submodule(name)).fit_error(conv) for name, conv in convs.items()}
     model.__dict__[RECORD] = dataclasses.replace(record, fit_errors=errors)
     return model
+
+
+def can_refit(model: nn.Module) -> bool:
+    """Whether a patched model has layers that `refit_` improves."""
+    return any(_layer_to_refit(model, name) is not None for name in require_record(model).replaced)
 
 
 def _layer_to_refit(model: nn.Module, name: str) -> KernelConv2d | None:
@@ -266,7 +271,7 @@ def _refit_geometry_(layers: Sequence[KernelConv2d], observed: Sequence[Observed
     window = _window(layers[0], old)
     wanted = [_in_window(o.kernel, layers[0].kernel_size, window) for o in observed]  # (C, P) each
     energy = [((w[:, None] @ o.moments)[:, 0] * w).sum() for w, o in zip(wanted, observed, strict=True)]
-    metrics = torch.stack([o.moments / e.clamp_min(1e-30) for o, e in zip(observed, energy, strict=True)], 1)
+    metrics = torch.stack([_regular(o.moments) / e.clamp_min(1e-30) for o, e in zip(observed, energy, strict=True)], 1)
     targets = torch.stack(wanted, 1).unsqueeze(-1)  # (C, n, P, 1)
     products = metrics @ targets
 
@@ -281,6 +286,13 @@ def _refit_geometry_(layers: Sequence[KernelConv2d], observed: Sequence[Observed
     for name, value in _confined(found, layers[0], old).items():
         parameter = kernel.geometry[name]
         parameter.copy_(value.movedim(-1, 0).view_as(parameter))
+
+
+def _regular(moments: Tensor) -> Tensor:
+    """Moments plus a little of white noise: few images say nothing about some pixels, and about dead channels."""
+    power = moments.diagonal(dim1=1, dim2=2).mean(1)
+    noise = PRIOR * torch.maximum(power, power.mean() * PRIOR)
+    return moments + torch.diag_embed(noise[:, None].expand(moments.shape[:2]))
 
 
 def _window(layer: KernelConv2d, old: Sequence[int]) -> list[tuple[int, int]]:

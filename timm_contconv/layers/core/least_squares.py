@@ -39,7 +39,9 @@ def solve(gram: Tensor, products: Tensor) -> Tensor:
     Returns:
         (..., m, n).
     """
-    ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+    ridge = max(RIDGE, 64 * torch.finfo(gram.dtype).eps) * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(
+        torch.finfo(gram.dtype).tiny
+    )
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return torch.cholesky_solve(products, torch.linalg.cholesky(gram + ridge[..., None, None] * identity))
 
