@@ -26,6 +26,12 @@ slow: $(VENV)/.installed
 soak: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks
 
+# On an NVIDIA card, under eight minutes: the tests that need one, then each pass and whole models against cuDNN.
+gpu: $(VENV)/.installed
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs an NVIDIA card that PyTorch can use, and found none.')"
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.speed.gpu
+
 # Patch every family of timm with every method; takes about an hour, writes docs/zoo.md.
 zoo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.papers.zoo
