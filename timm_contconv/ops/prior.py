@@ -57,7 +57,8 @@ def _on_accelerator(pass_: str, problem: Problem) -> list[str]:
         return ["pytorch"]
     names = ["pytorch"]
     if problem.is_depthwise and problem.ndim <= 2:
-        tiles = sorted(TRITON, key=lambda tile: tile.cost(pass_, problem))
+        able = (tile for tile in TRITON if not tile.refusal(pass_, problem))
+        tiles = sorted(able, key=lambda tile: tile.cost(pass_, problem))
         names += ["channels_last", *(tile.name for tile in tiles[:_MOST_TILES])]
     return [*names, "fft"] if math.prod(problem.kernel_size) > 81 else names
 

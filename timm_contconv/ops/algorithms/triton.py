@@ -122,6 +122,9 @@ class Triton(Algorithm):
             return "it computes float32, bfloat16 and float16 only"
         if problem.ndim > 2:
             return "it needs 1 or 2 spatial dimensions"
+        width = problem.input_size[-1] if pass_ == "input" else problem.output_size[-1]
+        if self.tile[1] > max(8, 2 * width - 1):
+            return f"half of its tile would be empty, with images of {width} pixels in a row"
         return None
 
     def cost(self, pass_: str, problem: Problem) -> float:
@@ -158,7 +161,7 @@ class Triton(Algorithm):
         options = _options(x, 64, 64 * rows * columns, (64 + rows * columns) * depth)
         grid = (-(-batch * -(-g.out_height // rows) // options["TILES"]), -(-g.out_width // columns), channels)
         with _device(x):
-            band_kernel[g.steps, channels](weight.to(x.dtype).contiguous(), bands, g, rows, columns, depth)
+            band_kernel[g.steps, channels](weight.to(x.dtype).contiguous(), bands, g, rows, columns, depth, num_warps=8)
             output_kernel[grid](
                 _lines(x, spread),
                 bands,
@@ -191,7 +194,7 @@ class Triton(Algorithm):
                 _lines(grad), _lines(x), parts, problem.batch, g, per_split, rows, columns, depth, **options
             )
             grid = (-(-g.kernel_width // taps), g.kernel_height, g.channels)
-            diagonal_kernel[grid](parts, out, g, splits, rows, columns, depth, taps)
+            diagonal_kernel[grid](parts, out, g, splits, rows, columns, depth, taps, num_warps=8)
         return out
 
 
