@@ -42,7 +42,6 @@ def test_what_is_no_model_is_named(verb, value, shown):
         (lambda m: tcc.report(m, (3, 32.5, 32)), ValueError, r"input_size\[1\]=32.5: expected a positive int"),
         (lambda m: tcc.report(m, (1, 32, 32)), ValueError, r"input_size=\(1, 32, 32\): the model can't take it: .*try"),
         (lambda m: tcc.save_pretrained(m, None), TypeError, "folder=None: expected a path"),
-        (lambda m: tcc.save_pretrained(torch.compile(m), "x"), ValueError, r"a compiled ResNet: .*model\._orig_mod"),
         (lambda m: tcc.from_pretrained(3), TypeError, "id_or_folder=3: expected a path"),
         (lambda m: tcc.from_pretrained("resnet18_cc"), FileNotFoundError, r"timm.create_model\('resnet18_cc'\) builds"),
         (lambda m: tcc.from_pretrained(__file__), FileNotFoundError, "is a file; give its folder, '.*tests'"),
@@ -59,3 +58,9 @@ def test_wrong_arguments_are_named_and_change_nothing(model, call, error, messag
     with pytest.raises(error, match=message):
         call(model)
     assert before.differences() == []
+
+
+def test_a_compiled_model_is_not_saved_but_the_model_in_it(model, tmp_path):
+    with pytest.raises(ValueError, match=r"a compiled ResNet: .*model\._orig_mod"):
+        tcc.save_pretrained(torch.compile(model), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
