@@ -24,6 +24,7 @@ from ..hub import save_pretrained
 from ..hub.checks import BUILD_ERRORS
 from ..hub.exchange import made_folder
 from ..hub.names import PATCHED
+from ..hub.save import replaceable
 from ..layers.core.replacement import Init
 from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
@@ -91,9 +92,7 @@ def patch(
     init: Annotated[
         Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' from random ones.")
     ] = "fit",
-    pretrained: Annotated[
-        bool, typer.Option(help="Start from timm's pretrained weights, or from the saved ones.")
-    ] = False,
+    pretrained: Annotated[bool, typer.Option(help="Start from pretrained weights: timm's, or the saved ones.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print the plan; make and save no weights.")] = False,
     input_size: Annotated[
@@ -106,6 +105,9 @@ def patch(
         raise _refused(
             ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
         )
+    if save is not None:
+        with _writing("--save", save):
+            replaceable(save)  # before minutes are spent on a fit
     choice: dict[str, Any] = {"select": select, "min_kernel_size": min_kernel_size}
     try:
         if dry_run:
@@ -231,13 +233,13 @@ def _create(name: str, pretrained: bool) -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models())
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         folder = f"a saved model is {SAVED[0]}{name}; " if Path(name).is_dir() else ""
+        if name in patching.list_patches():
+            hint = "it is a recipe: the model comes first; "
         raise ValueError(f"MODEL={name!r}: timm has no such model; {hint}{folder}timm.list_models() lists all")
     try:
         return timm.create_model(name, pretrained=pretrained)
     except (ValueError, OSError, *BUILD_ERRORS) as error:  # unknown tag, no weights, no such folder or repository
-        raise ValueError(
-            f"MODEL={name!r}: {type(error).__name__}: {error}" if is_saved else f"MODEL={name!r}: {error}"
-        ) from None
+        raise ValueError(f"MODEL={name!r}: {error}") from None
 
 
 def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Module) -> None:
@@ -253,11 +255,8 @@ def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Mo
 def _report(model: nn.Module, size: tuple[int, int, int] | None) -> PatchReport:
     try:
         return patching.report(model, size)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        if size is None:
-            raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{_option(size)}: the model can't take it: {reason}; try another size") from None
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"input_size={size}", "" if size is None else _option(size))) from None
 
 
 def _option(input_size: tuple[int, int, int]) -> str:
@@ -269,7 +268,7 @@ def _writing(option: str, folder: Path) -> Iterator[None]:
     """Report errors in writing to a folder as errors of the option that named it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         cause = getattr(error, "strerror", None)
         text = str(error).removeprefix(f"folder={str(folder)!r}: ")
         reason = f"can't be written: {cause}; choose another" if cause else text

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
 from ..layers.core.plain import PlainConv
 from ..layers.core.shown import Quantity
 from .spec import PatchSpec
@@ -73,7 +74,9 @@ def require_record(model: nn.Module) -> PatchRecord:
 
     Raises:
         ValueError: the model is not patched, or parts of the patch were removed since.
+        TypeError: model is not a module.
     """
+    check_module(model)
     record = get_record(model)
     if record is None:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 from torch import nn
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
 from .copies import copy_without_hooks, with_hooks
 from .folding import fold_methods
 from .record import PatchRecord, remove_record, require_record
@@ -36,6 +37,7 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
         ValueError: the model holds no such layer, or holds one that equals no plain convolution, such as a CC layer
             of scale 0.7; nothing is changed then.
     """
+    check_module(model)
     if not any(isinstance(module, ConvReplacement) for module in model.modules()):
         raise ValueError(f"model: this {type(model).__name__} holds no layer of timm_contconv: nothing to merge")
     if isinstance(model, ConvReplacement):

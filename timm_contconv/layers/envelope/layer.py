@@ -116,9 +116,10 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         if self.spec.order == "after" and self.bias is not None:
             bound = (self.in_channels // self.groups * math.prod(self.kernel_size)) ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
-        sigma = self.spec.initial_sigma
-        start = 0.0 if sigma is None else raw_from_variance(sigma**2)
-        nn.init.constant_(self.geometry["raw_sigma"], start)
+        if self.spec.initial_sigma is None:
+            nn.init.zeros_(self.geometry["raw_sigma"])
+        else:
+            self.set_sigma_(self.spec.initial_sigma)
 
     @property
     def geometry_owner(self) -> GeometryOwner:
@@ -142,6 +143,14 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
     def sigma(self) -> Tensor:
         """Widths of the envelopes in pixels, (C,) or (1,); differentiable."""
         return self.variance.sqrt()
+
+    @torch.no_grad()
+    def set_sigma_(self, sigma: float) -> Self:
+        """Give all envelopes this width, in pixels, in place."""
+        if not 0 <= sigma < math.inf:
+            raise ValueError(f"sigma={sigma!r}: expected a finite number of at least 0, in pixels")
+        nn.init.constant_(self.geometry["raw_sigma"], raw_from_variance(sigma**2))
+        return self
 
     def shrink(self, size: int) -> Self:
         """Use another k_g outside training, with the same sigma (Table 1e); `envelope_size` undoes it.

@@ -13,7 +13,6 @@ from pydantic import Field, StrictBool, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from ..core.arguments import Int
-from ..core.finite import require_finite
 from ..core.kept import may_look
 from ..core.kernel import Kernel, Margins
 from ..core.padding import pad_image
@@ -146,10 +145,8 @@ class FlexKernel(Kernel):
         )
 
     def inputs(self) -> dict[str, Tensor]:
-        for name, value in self.geometry.items():
-            require_finite(name, value)
         axes = self._coordinates(self.output_bias)
-        return {**self.sources(), **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
+        return {**super().inputs(), **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
 
     def _coordinates(self, like: Tensor) -> list[Tensor]:
         """The axes of the grid within the margins."""
