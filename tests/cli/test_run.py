@@ -79,12 +79,31 @@ def test_the_interpreter_is_left_as_it_was(script):
     assert (sys.argv, sys.path, sys.modules["__main__"]) == before
 
 
-def test_an_error_of_the_script_is_its_own(tmp_path):
+FAILING = """
+def inner():
+    raise ValueError("mine")
+try:
+    {}["a"]
+except KeyError:
+    inner()
+"""
+
+
+@pytest.mark.parametrize("text", [FAILING, "a = (", "raise ValueError"])
+def test_an_error_of_the_script_is_shown_as_python_shows_it(text, tmp_path):
     path = tmp_path / "script.py"
-    path.write_text("raise ValueError('mine')")
+    path.write_text(text)
+    python = subprocess.run([sys.executable, str(path)], capture_output=True, text=True)
     result = contconv("run", path)
-    assert isinstance(result.exception, ValueError)
-    assert str(result.exception) == "mine"
+    assert (result.exit_code, result.stderr) == (python.returncode, python.stderr)
+
+
+def test_ctrl_c_ends_a_script_with_its_frames_and_130(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("# as Ctrl-C does\nraise KeyboardInterrupt")
+    result = contconv("run", path)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[1] == f'  File "{path}", line 2, in <module>'
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from timm.models._input import get_model_input_config
@@ -22,20 +21,40 @@ from torch import nn
 
 from .. import patching
 from ..hub import save_pretrained
+from ..hub.checks import BUILD_ERRORS
+from ..hub.exchange import made_folder
 from ..hub.names import PATCHED
+from ..hub.save import replaceable
 from ..layers.core.replacement import Init
 from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
 from ..train.groups import PositionScale
 from . import demo as demo_command
 from . import publish as publish_command
+from .output import console, errors, open_closed_streams, respell
 from .run import run_script
 
-__all__ = ["app"]
+__all__ = ["app", "main"]
+
+#: how timm's names of saved models start
+SAVED = ("local-dir:", "hf-hub:", "hf_hub:")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Continuous convolutions for timm.")
-#: a file or a pipe has no width: 140 columns there
-console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def main() -> None:
+    """The program `contconv`."""
+    open_closed_streams()
+    try:
+        app()
+    except OSError as error:  # commands explain theirs; --help may not be printable
+        sys.exit(f"contconv: {error}")
+
+
+@app.callback()
+def prepare(context: typer.Context) -> None:
+    if context.invoked_subcommand != "run":  # scripts print as they do under python
+        respell()
 
 
 @app.command("list")
@@ -56,14 +75,15 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, or a registered mod
             console.print(patching.report(timm.create_model(name)))
         return
     try:
-        console.print(_recipe(name).to_toml(), highlight=False, markup=False)
+        recipe = _recipe(name)
     except (ValueError, OSError) as error:
         raise _refused(error) from None
+    console.print(recipe.to_toml(), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def patch(
-    model: Annotated[str, typer.Argument(help="A timm model.")],
+    model: Annotated[str, typer.Argument(help="A timm model, or a saved one as local-dir:FOLDER or hf-hub:USER/NAME.")],
     recipe: Annotated[str, typer.Argument(help="A recipe, or the path of a .toml.")],
     select: Annotated[
         list[str] | None, typer.Option(help="Convolutions to replace, instead of the recipe's choice.")
@@ -72,7 +92,7 @@ def patch(
     init: Annotated[
         Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' from random ones.")
     ] = "fit",
-    pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained weights.")] = False,
+    pretrained: Annotated[bool, typer.Option(help="Start from pretrained weights: timm's, or the saved ones.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print the plan; make and save no weights.")] = False,
     input_size: Annotated[
@@ -85,6 +105,9 @@ def patch(
         raise _refused(
             ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
         )
+    if save is not None:
+        with _writing("--save", save):
+            replaceable(save)  # before minutes are spent on a fit
     choice: dict[str, Any] = {"select": select, "min_kernel_size": min_kernel_size}
     try:
         if dry_run:
@@ -102,7 +125,7 @@ def patch(
     except (ValueError, OSError) as error:
         raise _refused(error) from None
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        console.out(json.dumps(result.to_dict(), indent=2), highlight=False)
     else:
         console.print(result)
 
@@ -113,7 +136,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, for each model.")] = 20,
 ) -> None:
     """Train a plain and a DCLS model on real digits; patch, merge, save, load; draw learned kernels."""
-    with _writing("--output", output):
+    with _writing("--output", output), made_folder(output):
         demo_command.run(console, output, epochs)
 
 
@@ -205,11 +228,17 @@ def _recipe(name: str) -> PatchSpec:
 
 
 def _create(name: str, pretrained: bool) -> nn.Module:
-    if not timm.is_model(name):
-        raise ValueError(f"MODEL={name!r}: timm has no such model; timm.list_models() lists all")
+    is_saved = name.startswith(SAVED)
+    if not is_saved and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models())
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        folder = f"a saved model is {SAVED[0]}{name}; " if Path(name).is_dir() else ""
+        if name in patching.list_patches():
+            hint = "it is a recipe: the model comes first; "
+        raise ValueError(f"MODEL={name!r}: timm has no such model; {hint}{folder}timm.list_models() lists all")
     try:
         return timm.create_model(name, pretrained=pretrained)
-    except RuntimeError as error:  # unknown tag, or no weights
+    except (ValueError, OSError, *BUILD_ERRORS) as error:  # unknown tag, no weights, no such folder or repository
         raise ValueError(f"MODEL={name!r}: {error}") from None
 
 
@@ -226,11 +255,8 @@ def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Mo
 def _report(model: nn.Module, size: tuple[int, int, int] | None) -> PatchReport:
     try:
         return patching.report(model, size)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        if size is None:
-            raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{_option(size)}: the model can't take it: {reason}; try another size") from None
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"input_size={size}", "" if size is None else _option(size))) from None
 
 
 def _option(input_size: tuple[int, int, int]) -> str:
@@ -242,7 +268,7 @@ def _writing(option: str, folder: Path) -> Iterator[None]:
     """Report errors in writing to a folder as errors of the option that named it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         cause = getattr(error, "strerror", None)
         text = str(error).removeprefix(f"folder={str(folder)!r}: ")
         reason = f"can't be written: {cause}; choose another" if cause else text
@@ -250,5 +276,5 @@ def _writing(option: str, folder: Path) -> Iterator[None]:
 
 
 def _refused(error: Exception) -> typer.Exit:
-    console.print(str(error), style="red", highlight=False, markup=False)
+    errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
     return typer.Exit(code=2)

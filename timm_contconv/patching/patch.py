@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import warnings
@@ -18,10 +19,11 @@ from ..layers.core.compilation import CompileMode, check_compile_mode
 from ..layers.core.geometry import share_geometry
 from ..layers.core.plain import PlainConv
 from ..layers.core.replacement import Init, check_init
+from ..layers.core.shown import one_per_output
 from .copies import copy_without_hooks, with_hooks
 from .folding import refusing_fold
 from .plan import PatchPlan, plan_patch
-from .record import RECORD, PatchRecord
+from .record import RECORD, PatchRecord, Start
 from .select import Selector, find_convolutions
 from .spec import PatchSpec
 from .transaction import Transaction
@@ -169,8 +171,21 @@ def _record(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacem
         rewired=tuple(change.without_after() for change in plan.rewired),
         unfoldable=tuple(plan.unfoldable),
         fit_errors={name: layers[name].fit_error(conv) for name, conv in plan.convs.items()} if init == "fit" else {},
+        starts=_starts(plan, layers) if init == "fit" else {},
         no_weight_decay=model.__dict__.get("no_weight_decay"),
     )
+
+
+def _starts(plan: PatchPlan, layers: Mapping[str, ConvReplacement]) -> dict[str, Start]:
+    """What each layer was fitted to; layers that share their geometry share its numbers."""
+    starts = {}
+    for group in plan.groups:
+        shown = layers[group[0]].shown_quantities()
+        quantities = tuple(dataclasses.replace(q, values=q.values.cpu().clone()) for q in shown)
+        for name in group:
+            kernels = one_per_output(plan.convs[name].weight.detach())
+            starts[name] = Start(kernels.cpu().clone(), quantities)
+    return starts
 
 
 def _put_inside(module: nn.Module, prefix: str, layers: Mapping[str, ConvReplacement]) -> None:

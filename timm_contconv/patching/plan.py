@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
 from ..layers.core.plain import PlainConv
 from ..layers.core.spec import KernelSpec
 from .folding import folds_of_one_size
@@ -109,8 +110,7 @@ def plan_patch(
     Raises:
         TypeError, ValueError: as `tcc.patch`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected a module, as timm.create_model returns one")
+    check_module(model)
     spec = as_patch_spec(patch)
     if layer_overrides:
         spec = spec.with_layer(**layer_overrides)

@@ -6,18 +6,33 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
 from ..layers.core.plain import PlainConv
+from ..layers.core.shown import Quantity
 from .spec import PatchSpec
 from .stem_pool import Rewired
 from .transaction import Transaction
 
-__all__ = ["RECORD", "PatchRecord", "get_record", "remove_record", "require_record", "set_architecture"]
+__all__ = ["RECORD", "PatchRecord", "Start", "get_record", "remove_record", "require_record", "set_architecture"]
 
 #: the attribute of a model that holds its record
 RECORD = "_timm_contconv_patch"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a layer started from, for pictures.
+
+    Attributes:
+        kernels: (C_out, *size), of the replaced convolution, as `one_per_output` chooses them; on the CPU.
+        quantities: the layer's `shown_quantities()` after the fit, on the CPU; none if they are not known.
+    """
+
+    kernels: Tensor
+    quantities: tuple[Quantity, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class PatchRecord:
         rewired: other changes of the model, with the old values.
         unfoldable: names of blocks that now refuse to fold themselves.
         fit_errors: relative error of each kernel at the start, by name; empty for a random start.
+        starts: what each layer was fitted to, by name; empty for a random start, and for a model that was loaded.
         no_weight_decay: the model's own attribute of that name; None if it had none.
         architecture: the registered name of the model; None for a model patched by hand.
     """
@@ -43,6 +59,7 @@ class PatchRecord:
     rewired: tuple[Rewired, ...] = ()
     unfoldable: tuple[str, ...] = ()
     fit_errors: dict[str, float] = field(default_factory=dict)
+    starts: dict[str, Start] = field(default_factory=dict)
     no_weight_decay: Callable[[], set[str]] | None = None
     architecture: str | None = None
 
@@ -57,7 +74,9 @@ def require_record(model: nn.Module) -> PatchRecord:
 
     Raises:
         ValueError: the model is not patched, or parts of the patch were removed since.
+        TypeError: model is not a module.
     """
+    check_module(model)
     record = get_record(model)
     if record is None:
         raise ValueError(

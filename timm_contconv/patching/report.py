@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_counts
 from .copies import copy_without_hooks
 from .folding import folding_blocks
 from .record import PatchRecord, require_record
@@ -126,9 +127,11 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
             on layers later. Default: the size in the model's `pretrained_cfg`; without one, no multiply-adds.
 
     Raises:
-        ValueError: the model is not patched, or its layers were exchanged since.
+        ValueError: the model is not patched, its layers were exchanged since, or it can't take this input size.
     """
     record = require_record(model)
+    if input_size is not None:
+        _check_input_size(model, input_size)
     config = getattr(model, "pretrained_cfg", None)
     if input_size is None and isinstance(config, Mapping):
         channels, *size = config["input_size"]
@@ -155,6 +158,19 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
         multiply_adds_published=None if after is None else after + spared,
         input_size=None if input_size is None else tuple(input_size),
     )
+
+
+def _check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
+    if isinstance(input_size, str) or not isinstance(input_size, Sequence) or len(input_size) < 2:
+        raise ValueError(f"input_size={input_size!r}: expected (channels, *size) of one sample, as (3, 224, 224)")
+    check_counts(**{f"input_size[{i}]": size for i, size in enumerate(input_size)})
+    try:
+        _count_multiply_adds(original_architecture(model), input_size, ())
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"input_size={tuple(input_size)}: the model can't take it: {reason}; try another size"
+        ) from None
 
 
 def _as_built(shadow: nn.Module) -> nn.Module:

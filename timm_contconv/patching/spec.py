@@ -132,7 +132,10 @@ def load_patch(name_or_path: str | Path) -> PatchSpec:
         ValueError: the recipe does not exist (the message names similar ones), or its content is wrong (the message
             names file, line and key).
         FileNotFoundError: the file does not exist.
+        TypeError: it is neither a text nor a path.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"name_or_path={name_or_path!r}: expected a recipe's name or the path of a .toml")
     if str(name_or_path) in list_patches():
         path = data_folder("patches") / f"{name_or_path}.toml"
     elif isinstance(name_or_path, Path) or name_or_path.endswith(".toml"):
@@ -143,7 +146,10 @@ def load_patch(name_or_path: str | Path) -> PatchSpec:
             f"patch={name_or_path!r}: no such recipe; did you mean {' or '.join(near)}? tcc.list_patches() lists"
             " all; a path must end in .toml"
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: not a TOML file: {error}") from None
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

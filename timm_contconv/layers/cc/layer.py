@@ -18,6 +18,7 @@ from ..core.geometry import GeometryOwner
 from ..core.kept import Kept
 from ..core.plain import PlainConv, copy_bias_, require_weights
 from ..core.replacement import ConvReplacement
+from ..core.shown import Elements, Quantity, ShownKernels
 from ..core.tracing import as_node, is_traced
 from .features_first import features_first
 from .grid import (
@@ -58,6 +59,8 @@ from .transposed import (
 
 __all__ = ["ContinuousConv2d"]
 
+#: samples per pixel in pictures of the continuous kernel
+FINENESS = 8
 #: up to this number of phases, each one is computed as a convolution
 MOST_PHASES = 16
 
@@ -264,21 +267,6 @@ class ContinuousConv2d(ConvReplacement):
     def _reference_axes(self) -> tuple[ResizedAxis, ResizedAxis]:
         return reference_axes(self._ratios, self.kernel_size)
 
-    @torch.no_grad()
-    def sampled_kernel(self, samples: int, channels: int) -> Tensor:
-        """Continuous kernels on a fine grid over their support, for pictures (Fig. 3).
-
-        Args:
-            samples: along each axis.
-            channels: number of output channels, for the first input channel.
-
-        Returns:
-            (channels, samples, samples); distances fall from support/2 to -support/2, as along the pixels of a kernel.
-        """
-        centres = (torch.arange(samples, device=self.net.weight.device) + 0.5) / samples - 0.5
-        features = self.net.features(*(-size * centres for size in self.kernel_size))
-        return torch.einsum("yxf,cf->cyx", features, self.net.weight[:channels, 0].to(features.dtype))
-
     # ---- in place of a convolution, and back
 
     @classmethod
@@ -364,6 +352,28 @@ class ContinuousConv2d(ConvReplacement):
         return _trained_as(self, plain)
 
     # ---- reports, saving, modes
+
+    @torch.no_grad()
+    def shown_kernels(self) -> ShownKernels:
+        """Continuous kernels on a fine grid over their support (Fig. 3), and where `construct` samples them.
+
+        A pixel of the picture is a distance g - m in the order of a kernel's pixels: from half the support to minus
+        half. One input channel for each output channel, as `one_per_output`.
+        """
+        axes = [(torch.arange(k * FINENESS) + 0.5) / FINENESS - k / 2 for k in self.kernel_size]
+        device, channels = self.net.weight.device, torch.arange(self.out_channels)
+        features = self.net.features(*(-axis.to(device) for axis in axes))
+        weight = self.net.weight[channels, channels % self.net.weight.shape[1]].to(features.dtype)
+        values = torch.einsum("yxf,cf->cyx", features, weight)
+        samples = torch.meshgrid(*(distance.flatten() for distance in self.weight_distances()), indexing="ij")
+        position = torch.stack([size / 2 - d for size, d in zip(self.kernel_size, samples, strict=True)], -1)
+        return ShownKernels(
+            values, 1 / FINENESS, Elements(position.reshape(1, -1, 2) - 0.5, label="sample of the kernel")
+        )
+
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        """None: the hidden layers of the internal net have no meaning of their own."""
+        return ()
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         """Multiply-adds for one sample, at the layer's scale, without the construction of kernels."""

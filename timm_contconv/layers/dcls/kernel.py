@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from ..core.arguments import Int
 from ..core.kernel import Kernel
 from ..core.plain import PlainConv, centred
+from ..core.shown import Elements, Form, Quantity, one_per_output
 from ..core.spec import KernelSpec
 from .fit import INITIAL_SIGMA, fit_elements
-from .formula import KERNEL_FUNCTIONS, Interpolation, repulsion
+from .formula import GAUSS_MIN_WIDTH, KERNEL_FUNCTIONS, TRIANGLE_MIN_WIDTH, Interpolation, repulsion
 
 __all__ = ["DclsKernel", "DclsSpec"]
 
 INITIAL_POSITION_STD = 0.5  # Appendix C
+#: effective width of an element whose sigma is 0, in pixels
+MIN_WIDTH = {"bilinear": 1.0, "triangle": TRIANGLE_MIN_WIDTH, "gauss": GAUSS_MIN_WIDTH}
 
 
 class DclsKernel(Kernel):
@@ -126,6 +129,32 @@ class DclsKernel(Kernel):
 
     def summary(self) -> str:
         return f" / {self.kernel_count}"
+
+    @torch.no_grad()
+    def shown_elements(self) -> Elements | None:
+        """Positions and effective widths; None if elements move along some dimensions only."""
+        if len(self.moving) < len(self.kernel_size):
+            return None
+        position, reach = (one_per_output(value.movedim(0, -1)) for value in (self._position(), self._width()))
+        centre = position.new_tensor([size // 2 for size in self.moving])
+        form: Form = "ellipse" if self.interpolation == "gauss" else "box"
+        return Elements(position + centre, form, reach, one_per_output(self.weight.detach()))
+
+    @torch.no_grad()
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        position = Quantity("distance of elements from the centre", "pixels", self._position().flatten(1).mT)
+        if self.interpolation == "bilinear":
+            return (position,)
+        return (position, Quantity("width σ of elements", "pixels", self._width().reshape(-1, 1)))
+
+    def _position(self) -> Tensor:
+        """(moving dimensions, *weight.shape), in pixels from the kernel centre."""
+        return self.geometry["position"].detach().clone()
+
+    def _width(self) -> Tensor:
+        """Effective widths, like `_position`."""
+        sigma = self.geometry.get("sigma", torch.zeros_like(self.geometry["position"]))
+        return sigma.detach().abs() + MIN_WIDTH[self.interpolation]
 
     def extra_repr(self) -> str:
         text = f"kernel_count={self.kernel_count}, interpolation={self.interpolation}"

@@ -13,11 +13,11 @@ from pydantic import Field, StrictBool, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from ..core.arguments import Int
-from ..core.finite import require_finite
 from ..core.kept import may_look
 from ..core.kernel import Kernel, Margins
 from ..core.padding import pad_image
 from ..core.plain import PlainConv, centred
+from ..core.shown import Elements, Quantity
 from ..core.spec import KernelSpec
 from .crop import Crop, MaskValues, margins_of_mask, read_mask
 from .fit import fit_magnet_
@@ -145,10 +145,8 @@ class FlexKernel(Kernel):
         )
 
     def inputs(self) -> dict[str, Tensor]:
-        for name, value in self.geometry.items():
-            require_finite(name, value)
         axes = self._coordinates(self.output_bias)
-        return {**self.sources(), **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
+        return {**super().inputs(), **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
 
     def _coordinates(self, like: Tensor) -> list[Tensor]:
         """The axes of the grid within the margins."""
@@ -292,6 +290,31 @@ class FlexKernel(Kernel):
         if self.penalty_form == "summed":
             return (frequencies.sum() - self.nyquist_frequency).relu().square()
         return (frequencies - self.nyquist_frequency / len(frequencies)).relu().square().sum()
+
+    # ---- pictures
+
+    @torch.no_grad()
+    def shown_elements(self) -> Elements | None:
+        """The mask as one element that all channels share; None without a mask."""
+        if not (mask := self._mask()):
+            return None
+        centre, half = (mask[0].new_tensor([getattr(axis, key) for axis in self.axes]) for key in ("centre", "half"))
+        mean, sigma = mask
+        return Elements((centre + mean * half)[None, None], "ellipse", (sigma.abs() * half)[None, None], label="mask σ")
+
+    @torch.no_grad()
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        if not (mask := self._mask()):
+            return ()
+        mean, sigma = mask
+        half = mean.new_tensor([axis.half for axis in self.axes])
+        deviations = math.sqrt(-2 * math.log(self.threshold or THRESHOLD))
+        size = 2 * deviations * sigma.abs() * half + 1
+        longest = size.new_tensor([axis.size for axis in self.axes])
+        return (
+            Quantity("size of the mask", "pixels", torch.minimum(size, longest)[:, None], "Romero et al. 2022, Fig. 6"),
+            Quantity("distance of the mask from the centre", "pixels", (mean * half)[None]),
+        )
 
     # ---- resolution
 

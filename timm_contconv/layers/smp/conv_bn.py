@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,7 @@ from ..core.compilation import CompileMode
 from ..core.geometry import GeometryOwner
 from ..core.plain import PlainConv, plain_conv
 from ..core.replacement import CONV_ATTRIBUTES, ConvReplacement
+from ..core.shown import Quantity, ShownKernels
 from ..core.tracing import as_node, is_traced
 from .conv import SmpConv1d, SmpConv2d
 from .kernel import SmpKernel, SmpSpec, placed, small_kernel_sizes
@@ -99,6 +101,13 @@ class SmpConvBn(ConvReplacement):
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         conv.bias = nn.Parameter(bias, requires_grad=self.bn.bias.requires_grad)
         return merged.train(self.training)
+
+    def shown_kernels(self) -> ShownKernels:
+        """The folded kernels of both branches, with the points of the large one."""
+        return dataclasses.replace(super().shown_kernels(), elements=self.conv.kernel.shown_elements())
+
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        return self.conv.shown_quantities()
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         total = self.conv.multiply_adds(output_size)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.arguments import Int, as_int
-from ..core.finite import require_finite
 from ..core.kernel import Kernel
 from ..core.plain import PlainConv, centred
+from ..core.shown import Elements, Quantity, one_per_output
 from ..core.spec import KernelSize, KernelSpec
 from .fit import fit_points
 from .formula import SMALLEST_RADIUS, smp_kernel, smp_sum_kernel
@@ -98,11 +98,6 @@ class SmpKernel(Kernel):
             return functools.partial(function, kernel_size=self.kernel_size)
         return functools.partial(_plus_small, function=function, kernel_size=self.kernel_size, causal=self.causal)
 
-    def inputs(self) -> dict[str, Tensor]:
-        for name, value in self.geometry.items():
-            require_finite(name, value)
-        return super().inputs()
-
     def constrain_(self) -> None:
         """Clip radii to [min_radius, 1]. Coordinates are not clipped: that costs accuracy (section 3.3)."""
         with torch.no_grad():
@@ -141,6 +136,27 @@ class SmpKernel(Kernel):
 
     def summary(self) -> str:
         return f" / {self.kernel_count}"
+
+    @torch.no_grad()
+    def shown_elements(self) -> Elements:
+        coordinate, radius = self._in_pixels()
+        last = coordinate.new_tensor(self.kernel_size) - 1
+        reach = radius.unsqueeze(-1).expand_as(coordinate)
+        return Elements(coordinate + last / 2, "diamond", reach, one_per_output(self.weight.detach()), "point")
+
+    @torch.no_grad()
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        coordinate, radius = self._in_pixels()
+        return (
+            Quantity("distance of points from the centre", "pixels", coordinate.flatten(0, 1)),
+            Quantity("radius of points", "pixels", radius.reshape(-1, 1)),
+        )
+
+    def _in_pixels(self) -> tuple[Tensor, Tensor]:
+        """Coordinates from the kernel's centre and radii; a radius in pixels of the longest dimension."""
+        coordinate, radius = (value.detach() for value in self.geometry.values())
+        half = (coordinate.new_tensor(self.kernel_size) - 1) / 2
+        return coordinate * half, radius.clamp(min=SMALLEST_RADIUS) * half.max()
 
     def extra_repr(self) -> str:
         text = f"kernel_count={self.kernel_count}, points={self.points}, normalize={self.normalize}"
