@@ -79,7 +79,9 @@ def _given(images: Tensor) -> Images:
 
 def _photographs() -> dict[str, Image.Image]:
     if find_spec("skimage") is None:
-        raise ValueError("images=None: scikit-image's photographs need it: pip install timm_contconv[viz]; or give some")
+        raise ValueError(
+            "images=None: scikit-image's photographs need it: pip install timm_contconv[viz]; or give some"
+        )
     from skimage import data
 
     return {name: Image.fromarray(getattr(data, name)()) for name in PHOTOGRAPHS}

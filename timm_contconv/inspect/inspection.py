@@ -193,14 +193,14 @@ class _Inspector:
         time = None
         if loaded is not None:
             with _bar(self.progress, 1 + len(copies) * (len(loaded.batch) + 1)) as step:
-                step("measuring times", 0)
+                step("times", 0)
                 time = measure_times(copies["now"], layers_of(copies["now"]), loaded.batch[:1])
                 step("effective receptive field", 1)
-                fields = self._fields(copies, loaded.batch, lambda: step(None, 1))
+                fields = self._fields(copies, loaded.batch, lambda: step("effective receptive field", 1))
                 for when, model in copies.items():
                     step("class activation", 0)
                     activations |= self._activations(when, model, loaded.batch)
-                    step(None, 1)
+                    step("class activation", 1)
         if self.start is None:
             self.left_out["comparison"] = (
                 "the receptive field and the class activation of the model before its patch or training are left out:"
@@ -309,7 +309,7 @@ def _measured(time: ModelTime | None, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _bar(progress: bool | None, total: int) -> Iterator[Callable[[str | None, int], None]]:
+def _bar(progress: bool | None, total: int) -> Iterator[Callable[[str, int], None]]:
     """A progress bar; yields a function that names the present work and advances."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -317,7 +317,7 @@ def _bar(progress: bool | None, total: int) -> Iterator[Callable[[str | None, in
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("inspecting", total=total)
 
-        def step(text: str | None, advance: int) -> None:
-            bar.update(task, advance=advance, **({} if text is None else {"description": text}))
+        def step(text: str, advance: int) -> None:
+            bar.update(task, advance=advance, description=text)
 
         yield step

@@ -94,7 +94,7 @@ def _template() -> jinja2.Template:
 
 @cache
 def _vega() -> str:
-    bundle: str = vl_convert.javascript_bundle()
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return bundle
 
 
@@ -145,7 +145,7 @@ def _facts(inspection: Inspection) -> dict[str, str]:
         shape = "×".join(map(str, time.input_shape))
         facts["forward pass"] = duration(time.seconds)
         facts["of it in these layers"] = f"{spent:.0%}"
-        facts["measured on"] = f"{time.device}, {time.threads} threads, input {shape}"
+        facts["measured on"] = f"{time.device}, {time.threads} thread{'s' * (time.threads > 1)}, input {shape}"
     return {name: text for name, text in facts.items() if text}
 
 
@@ -203,7 +203,9 @@ def _sections(inspection: Inspection) -> Iterator[Section]:
 def _cost(inspection: Inspection) -> Section:
     total = inspection.multiply_adds_after
     layers = [
-        figures.LayerCost(row.label, row.share, row.multiply_adds_after / total if total and row.multiply_adds_after else None)
+        figures.LayerCost(
+            row.label, row.share, row.multiply_adds_after / total if total and row.multiply_adds_after else None
+        )
         for row in inspection.rows
         if row.share is not None
     ]
@@ -230,27 +232,31 @@ def _geometry(inspection: Inspection) -> Section:
     return Section(
         "geometry",
         "Geometry by depth",
-        "Look for a trend from the first layer (top) to the last: do kernels widen with depth? Bars hold the middle half"
-        " of the values, lines 90 % of them, the dark mark is the median.",
+        "Look for a trend from the first layer (top) to the last: do kernels widen with depth? Bars hold the middle"
+        " half of the values, lines 90 % of them, the dark mark is the median.",
         "; ".join(dict.fromkeys(sources)),
         tuple(drawings),
     )
 
 
 def _footprints(inspection: Inspection) -> Section:
-    drawing = Drawing(figures.footprints(inspection.layers), "Mean of the absolute kernels of each layer, one scale for all")
+    drawing = Drawing(
+        figures.footprints(inspection.layers), "Mean of the absolute kernels of each layer, one scale for all"
+    )
     return Section(
         "footprints",
         "Where kernels are large",
-        "Look for how much of a large kernel is used, and whether it is used evenly: the mean of the absolute kernels of"
-        " each layer, from white (0) to dark (the layer's largest).",
+        "Look for how much of a large kernel is used, and whether it is used evenly: the mean of the absolute kernels"
+        " of each layer, from white (0) to dark (the layer's largest).",
         "Kim and Park 2023, Fig. 5",
         (drawing,),
     )
 
 
 def _frequencies(inspection: Inspection) -> Section:
-    drawing = Drawing(figures.frequencies(inspection.layers), "Frequency below which 95 % of a kernel's power lies, by layer")
+    drawing = Drawing(
+        figures.frequencies(inspection.layers), "Frequency below which 95 % of a kernel's power lies, by layer"
+    )
     known = any(layer.highest_frequency is not None for layer in inspection.layers)
     limits = " and diamonds (f⁺, the highest frequency that the kernel's function can hold)" * known
     return Section(

@@ -156,4 +156,3 @@ def _kept_quantity(quantity: Quantity) -> Quantity:
 
 def _kept(values: Tensor) -> Tensor:
     return values.detach().float().cpu().clone()
-

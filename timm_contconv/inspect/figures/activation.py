@@ -27,9 +27,13 @@ def activation(pictures: Sequence[Image.Image], heats: Sequence[Tensor], titles:
     """
     panels = [
         {
-            "data": data([{"url": _url(overlay(picture, heat)), "x": 0, "y": 0}]),
+            "data": data([{"url": _url(overlay(picture, heat))}]),
             "mark": {"type": "image", "width": SIZE, "height": SIZE},
-            "encoding": {"url": {"field": "url", "type": "nominal"}},
+            "encoding": {
+                "url": {"field": "url", "type": "nominal"},
+                "x": {"value": SIZE / 2},
+                "y": {"value": SIZE / 2},
+            },
             "width": SIZE,
             "height": SIZE,
             "title": title,

@@ -320,7 +320,9 @@ class ContinuousConv2d(ConvReplacement):
         values = torch.einsum("yxf,cf->cyx", features, weight)
         samples = torch.meshgrid(*(distance.flatten() for distance in self.weight_distances()), indexing="ij")
         position = torch.stack([size / 2 - d for size, d in zip(self.kernel_size, samples, strict=True)], -1)
-        return ShownKernels(values, 1 / FINENESS, Elements(position.reshape(1, -1, 2) - 0.5, label="sample of the kernel"))
+        return ShownKernels(
+            values, 1 / FINENESS, Elements(position.reshape(1, -1, 2) - 0.5, label="sample of the kernel")
+        )
 
     def shown_quantities(self) -> tuple[Quantity, ...]:
         """None: the hidden layers of the internal net have no meaning of their own."""
