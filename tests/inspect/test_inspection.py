@@ -14,6 +14,7 @@ from torch import nn
 import timm_contconv as tcc
 from tests.models_for_tests import Snapshot, create
 from timm_contconv.inspect import Inspection, figures, shown
+from timm_contconv.layers import FlexConv1d
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_a_networks_own_layers_need_no_patch():
 
 
 def test_sequences_have_no_photographs_and_say_so():
-    report = tcc.inspect(nn.Sequential(tcc.models.FlexTCN(1, 10, 16, blocks=1, width=4)))
+    report = tcc.inspect(nn.Sequential(FlexConv1d(1, 4, 16)))
     assert "left out" in report.left_out["images"]
     assert report.to_html()
 

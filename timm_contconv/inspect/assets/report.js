@@ -8,8 +8,7 @@ const options = { actions: false, renderer: "canvas", logLevel: 1 }; // 1: error
 // A specification that fits into `width` pixels: single charts stretch, grids of small ones get fewer columns.
 function fitted(spec, width) {
   const gap = spec.spacing ?? 10;
-  const cell = spec.spec?.width ?? spec.concat?.[0]?.width;
-  if (cell) return { ...spec, columns: Math.max(1, Math.floor((width + gap) / (cell + gap))) };
+  if (spec.spec) return { ...spec, columns: Math.max(1, Math.floor((width + gap) / (spec.spec.width + gap))) };
   if (typeof spec.height === "number") return { ...spec, ...square(spec, width) };
   return { ...spec, width: "container", autosize: { type: "fit-x", contains: "padding" } };
 }
