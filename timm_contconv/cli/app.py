@@ -25,6 +25,8 @@ from ..hub.checks import BUILD_ERRORS
 from ..hub.exchange import made_folder
 from ..hub.names import PATCHED
 from ..hub.save import replaceable
+from ..inspect import inspect as inspect_model
+from ..inspect.writing import check_writable
 from ..layers.core.replacement import Init
 from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
@@ -128,6 +130,35 @@ def patch(
         console.out(json.dumps(result.to_dict(), indent=2), highlight=False)
     else:
         console.print(result)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_FOLDER", help="A timm model, or a saved model's folder.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of images. Default: photographs of scikit-image.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL_OR_FOLDER", help="The model before its patch or training, to compare with."),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option(help="Load released weights of models that are given by name.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .html file to write.")] = Path("report.html"),
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+) -> None:
+    """Write a report of what a model's kernels learned: one HTML file with tables and figures."""
+    try:
+        with _writing("--output", output):
+            check_writable(output)
+        before = None if start is None else _created_or_loaded(start, pretrained)
+        found = inspect_model(_created_or_loaded(model, pretrained), images, start=before)
+        with _writing("--output", output):
+            found.save(output)
+    except (ValueError, ImportError) as error:
+        raise _refused(error) from None
+    for text in found.left_out.values():
+        console.print(text, highlight=False, markup=False)
+    console.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB", highlight=False, markup=False)
+    if show:
+        typer.launch(str(output.resolve()))
 
 
 @app.command()
@@ -240,6 +271,16 @@ def _create(name: str, pretrained: bool) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained)
     except (ValueError, OSError, *BUILD_ERRORS) as error:  # unknown tag, no weights, no such folder or repository
         raise ValueError(f"MODEL={name!r}: {error}") from None
+
+
+def _created_or_loaded(name: str, pretrained: bool) -> nn.Module:
+    """A model by its name, or from the folder where it was saved."""
+    if not timm.is_model(name) and Path(name).is_dir():
+        try:
+            return timm.create_model(f"local-dir:{name}", pretrained=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name}: no model can be loaded from this folder: {error}") from None
+    return _create(name, pretrained)
 
 
 def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Module) -> None:
