@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
@@ -33,6 +34,7 @@ from ..train import training_hooks
 from ..train.groups import PositionScale
 from . import demo as demo_command
 from . import publish as publish_command
+from .images import load_images
 from .output import console, errors, open_closed_streams, respell
 from .run import run_script
 
@@ -40,6 +42,9 @@ __all__ = ["app", "main"]
 
 #: how timm's names of saved models start
 SAVED = ("local-dir:", "hf-hub:", "hf_hub:")
+
+#: images that refit layers, and that a report runs once per layer
+REFIT_IMAGES, REPORT_IMAGES = 64, 16
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Continuous convolutions for timm.")
 
@@ -94,7 +99,19 @@ def patch(
     init: Annotated[
         Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' from random ones.")
     ] = "fit",
-    pretrained: Annotated[bool, typer.Option(help="Start from pretrained weights: timm's, or the saved ones.")] = False,
+    pretrained: Annotated[
+        bool, typer.Option(help="Start from timm's pretrained weights, or from the saved ones.")
+    ] = False,
+    kernel_count: Annotated[
+        int | None, typer.Option(min=1, help="Elements per kernel, instead of as many as the fit needs.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Up to 64 of its images refit the new layers, and show what each does to the outputs.",
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print the plan; make and save no weights.")] = False,
     input_size: Annotated[
@@ -111,6 +128,8 @@ def patch(
         with _writing("--save", save):
             replaceable(save)  # before minutes are spent on a fit
     choice: dict[str, Any] = {"select": select, "min_kernel_size": min_kernel_size}
+    if kernel_count is not None:
+        choice["kernel_count"] = kernel_count
     try:
         if dry_run:
             with torch.device("meta"):
@@ -120,7 +139,10 @@ def patch(
         else:
             patched = _create(model, pretrained)
             _check_input_size(input_size, model, patched)
-            result = _report(patching.patch(patched, recipe, init=init, **choice), input_size)
+            if images is None:
+                result = _report(patching.patch(patched, recipe, init=init, **choice), input_size)
+            else:
+                result = _patch_with_images(patched, recipe, images, input_size, init=init, **choice)
             if save is not None:
                 with _writing("--save", save):
                     save_pretrained(patched, save)
@@ -245,6 +267,18 @@ def _position_scale(text: str | None) -> PositionScale | None:
     if not 0 < scale < math.inf:
         raise _refused(ValueError(f"--position-lr-scale={text}: expected 'paper' or a finite number of more than 0"))
     return scale
+
+
+def _patch_with_images(
+    model: nn.Module, recipe: str, folder: Path, input_size: tuple[int, int, int] | None, **choice: Any
+) -> PatchReport:
+    """Patch a model, refit what can be refit, and report what the patch does to the outputs."""
+    found = load_images(folder, model, REFIT_IMAGES)
+    original = copy.deepcopy(model)
+    patching.patch(model, recipe, **choice)
+    if patching.can_refit(model):
+        patching.refit_(model, original, found)
+    return patching.report(model, input_size, original=original, images=found[:REPORT_IMAGES])
 
 
 def _recipe(name: str) -> PatchSpec:

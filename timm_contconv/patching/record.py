@@ -47,6 +47,7 @@ class PatchRecord:
         rewired: other changes of the model, with the old values.
         unfoldable: names of blocks that now refuse to fold themselves.
         fit_errors: relative error of each kernel at the start, by name; empty for a random start.
+        fit_tolerance: that of the fit; None for a random start, and for settings as in the method's paper.
         starts: what each layer was fitted to, by name; empty for a random start, and for a model that was loaded.
         no_weight_decay: the model's own attribute of that name; None if it had none.
         architecture: the registered name of the model; None for a model patched by hand.
@@ -59,6 +60,7 @@ class PatchRecord:
     rewired: tuple[Rewired, ...] = ()
     unfoldable: tuple[str, ...] = ()
     fit_errors: dict[str, float] = field(default_factory=dict)
+    fit_tolerance: float | None = None
     starts: dict[str, Start] = field(default_factory=dict)
     no_weight_decay: Callable[[], set[str]] | None = None
     architecture: str | None = None

@@ -17,6 +17,7 @@ from ..core.kept import may_look
 from ..core.kernel import Kernel, Margins
 from ..core.padding import pad_image
 from ..core.plain import PlainConv, centred
+from ..core.replacement import FIT_TOLERANCE
 from ..core.shown import Elements, Quantity
 from ..core.spec import KernelSpec
 from .crop import Crop, MaskValues, margins_of_mask, read_mask
@@ -334,7 +335,7 @@ class FlexKernel(Kernel):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor], tolerance: float = FIT_TOLERANCE) -> None:
         """A mask that leaves the size of the old kernels, and the best kernels inside it.
 
         A MAGNet is exact if the old kernels have at most hidden_channels + 1 pixels; otherwise an approximation with as
@@ -403,6 +404,10 @@ class FlexSpec(KernelSpec):
     """
 
     kernel: ClassVar[type[Kernel]] = FlexKernel
+    fit_advice: ClassVar[str] = (
+        "Give more hidden_channels: with one less than the pixels of an old kernel the fit is exact; a kernel_size"
+        " below the old one cuts kernels off."
+    )
 
     method: Literal["flex"] = "flex"
     kernel_net: NetName = "magnet"
