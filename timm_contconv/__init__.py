@@ -14,7 +14,7 @@ from .hub import from_pretrained, push_to_hub, save_pretrained
 from .layers.cc import cc_scales, scale_ensemble
 from .layers.flex import at_resolution
 from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
-from .train import constrain_, param_groups, penalty
+from .train import constrain_, param_groups, penalty, training_hooks
 
 __version__ = "0.1.0"
 
@@ -36,5 +36,6 @@ __all__ = [
     "report",
     "save_pretrained",
     "scale_ensemble",
+    "training_hooks",
     "unpatch",
 ]
