@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,9 @@ from ..layers.core.plain import PlainConv
 from ..layers.core.replacement import Init, check_init
 from .copies import copy_without_hooks, with_hooks
 from .folding import refusing_fold
+from .optimizer_hints import optimizer_hints
 from .plan import PatchPlan, plan_patch
-from .record import RECORD, PatchRecord
+from .record import OVERRIDDEN, RECORD, PatchRecord
 from .select import Selector, find_convolutions
 from .spec import PatchSpec
 from .transaction import Transaction
@@ -156,7 +156,8 @@ def _apply(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplaceme
         for method, refuse in refusing_fold(block, size).items():
             changes.set(block, method, refuse)
     changes.set(model, RECORD, _record(model, plan, layers, init))
-    changes.set(model, "no_weight_decay", _without_decay(model, plan, layers))
+    for name, hint in optimizer_hints(model, plan, layers).items():
+        changes.set(model, name, hint)
     changes.apply()
 
 
@@ -169,7 +170,7 @@ def _record(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacem
         rewired=tuple(change.without_after() for change in plan.rewired),
         unfoldable=tuple(plan.unfoldable),
         fit_errors={name: layers[name].fit_error(conv) for name, conv in plan.convs.items()} if init == "fit" else {},
-        no_weight_decay=model.__dict__.get("no_weight_decay"),
+        overridden={name: model.__dict__[name] for name in OVERRIDDEN if name in model.__dict__},
     )
 
 
@@ -178,14 +179,3 @@ def _put_inside(module: nn.Module, prefix: str, layers: Mapping[str, ConvReplace
     for name, layer in layers.items():
         if name.startswith(prefix):
             module.set_submodule(name.removeprefix(prefix), layer)
-
-
-def _without_decay(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacement]) -> Any:
-    """The model's `no_weight_decay`, which timm's optimiser factory calls, with the geometry's names added."""
-    names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
-    for name, layer in layers.items():
-        geometry = {id(parameter) for parameter in layer.geometry.values()}
-        names.update(f"{name}.{key}" for key, parameter in layer.named_parameters() if id(parameter) in geometry)
-    for group, home in zip(plan.shared_groups, plan.homes, strict=True):
-        names.update(f"{'.'.join(home)}.{key}" for key in layers[group[0]].geometry)
-    return functools.partial(set, frozenset(names))

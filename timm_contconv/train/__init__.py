@@ -1,7 +1,10 @@
 """What the methods need in a training loop: parameter groups, penalties, constraints."""
 
 from .constraints import constrain_, penalty
+from .decay import warn_of_decay
 from .groups import param_groups
 from .hooks import training_hooks
 
 __all__ = ["constrain_", "param_groups", "penalty", "training_hooks"]
+
+warn_of_decay()

@@ -18,6 +18,8 @@ class GeometryOwner(nn.Module):
 
     #: names of the geometry parameters
     geometry_names: tuple[str, ...] = ()
+    #: names of other parameters without weight decay: several biases in one tensor, filters' frequencies and widths
+    undecayed_names: ClassVar[tuple[str, ...]] = ()
     #: learning rate of the geometry relative to that of the weights, as in the method's paper
     geometry_lr_scale: ClassVar[float] = 1.0
 

@@ -16,7 +16,7 @@ from .compilation import CompileMode
 from .geometry import GeometryOwner
 from .plain import PlainConv, kernel_in_size, relative_error
 
-__all__ = ["CONV_ATTRIBUTES", "ConvReplacement", "Init", "check_init", "live_layers"]
+__all__ = ["CONV_ATTRIBUTES", "ConvReplacement", "Init", "check_init", "live_layers", "undecayed_names"]
 
 Init = Literal["fit", "random"]
 
@@ -90,6 +90,12 @@ class ConvReplacement(nn.Module, ABC):
     def geometry(self) -> dict[str, nn.Parameter]:
         """The geometry parameters, by name. They have no weight decay; layers may share them."""
         return self.geometry_owner.geometry
+
+    @property
+    def undecayed(self) -> list[nn.Parameter]:
+        """The parameters that must have no weight decay, besides biases of one dimension: the geometry first."""
+        owner = self.geometry_owner
+        return [*self.geometry.values(), *(getattr(owner, name) for name in owner.undecayed_names)]
 
     # ---- in place of a convolution, and back
 
@@ -208,6 +214,13 @@ class ConvReplacement(nn.Module, ABC):
             f"{type(self).__name__}: nn.DataParallel does not copy the parameters of constructed kernels; use"
             " DistributedDataParallel, or tcc.merge(model) to evaluate"
         )
+
+
+def undecayed_names(model: nn.Module) -> list[str]:
+    """Names of the model's parameters that must have no weight decay because a method says so."""
+    layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
+    exempt = {id(parameter) for layer in layers for parameter in layer.undecayed}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in exempt]
 
 
 _CREATED = itertools.count()

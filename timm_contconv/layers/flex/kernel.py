@@ -23,7 +23,15 @@ from .crop import Crop, MaskValues, margins_of_mask, read_mask
 from .fit import fit_magnet_
 from .formula import SMALLEST_SIGMA, flex_kernel, gaussian_mask
 from .grid import sampled_axis
-from .magnet import ENVELOPE_CUT, INPUT_SCALE, MAGNET_PARAMETERS, filter_frequencies, magnet_shapes, reset_magnet_
+from .magnet import (
+    ENVELOPE_CUT,
+    GABOR_PARAMETERS,
+    INPUT_SCALE,
+    MAGNET_PARAMETERS,
+    filter_frequencies,
+    magnet_shapes,
+    reset_magnet_,
+)
 
 __all__ = ["FlexKernel", "FlexSpec"]
 
@@ -65,6 +73,7 @@ class FlexKernel(Kernel):
     """
 
     geometry_lr_scale = 0.1  # appendix D.2
+    undecayed_names = (*GABOR_PARAMETERS, "hidden_bias", "output_bias")
 
     sine_weight: Tensor
     gamma: Tensor
