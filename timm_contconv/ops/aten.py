@@ -9,16 +9,19 @@ from torch.autograd import forward_ad
 
 from .autocast import autocast_dtype
 
-__all__ = ["convolution", "input_gradient", "is_transformed", "weight_gradient"]
+__all__ = ["convolution", "input_gradient", "is_plain", "weight_gradient"]
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def is_transformed() -> bool:
-    """Whether a transform of torch.func, or differentiation in forward mode, is at work.
+def is_plain() -> bool:
+    """Whether only PyTorch's own operators will do.
 
-    A custom operator refuses the one and loses the tangents of the other; PyTorch's own know both.
+    Custom operators refuse the transforms of torch.func and lose the tangents of differentiation in forward mode. And
+    no other program knows them: a model that is exported or traced holds none.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

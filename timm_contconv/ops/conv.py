@@ -20,9 +20,9 @@ def conv(
 ) -> Tensor:
     """Convolution with symmetric zero padding, in 1, 2 or 3 spatial dimensions, by the fastest algorithm known.
 
-    Differentiable to any order, and one operator in compiled and exported graphs. It is PyTorch's own convolution where
-    nothing is gained by another, under the transforms of torch.func, in forward mode, under torch.jit.trace, and for
-    integers and complex numbers; and PyTorch's own error where arguments do not fit.
+    Differentiable to any order, and one operator in compiled graphs. It is PyTorch's own convolution where nothing is
+    gained by another, under the transforms of torch.func, in forward mode, under torch.export and torch.jit.trace, and
+    for integers and complex numbers; and PyTorch's own error where arguments do not fit.
 
     A NaN or Inf in an image does not reach other images. Large kernels may run by Fourier transforms, which spread it
     over its image and not only to the outputs whose kernels meet it (not so under `torch.autograd.detect_anomaly`).
@@ -44,7 +44,7 @@ def conv(
     if x.ndim == weight.ndim - 1:
         return conv(x.unsqueeze(0), weight, bias, stride, padding, groups).squeeze(0)
     geometry = tuple(stride), tuple(padding), groups
-    if not x.is_floating_point() or aten.is_transformed() or torch.jit.is_tracing():
+    if not x.is_floating_point() or aten.is_plain():
         return aten.convolution(x, weight, bias, *geometry)
     if torch.compiler.is_compiling():
         is_ours = _may_gain(x, weight, bias, *geometry)

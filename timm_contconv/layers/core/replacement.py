@@ -209,6 +209,12 @@ class ConvReplacement(nn.Module, ABC):
     def reset_setting(self) -> None:
         """Undo what `unsaved_setting` names, if it prevents merging the layer."""
 
+    def __prepare_scriptable__(self) -> Self:
+        raise NotImplementedError(
+            f"{type(self).__name__}: torch.jit.script can't compile the construction of kernels; script"
+            " tcc.merge(model), or use torch.jit.trace or torch.export"
+        )
+
     def _replicate_for_data_parallel(self) -> Self:
         raise NotImplementedError(
             f"{type(self).__name__}: nn.DataParallel does not copy the parameters of constructed kernels; use"

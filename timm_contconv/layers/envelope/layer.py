@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ...ops import is_transformed
+from ...ops import is_plain
 from ..core.finite import require_finite
 from ..core.geometry import GeometryOwner
 from ..core.kept import may_look
@@ -179,7 +179,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """Whether sigma needs a gradient, the image needs none, and `smooth_and_convolve` can run `conv`."""
         if x.requires_grad or not torch.is_grad_enabled() or not self.geometry["raw_sigma"].requires_grad:
             return False
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or is_transformed():
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or is_plain():
             return False
         return _is_bare(self.conv)
 
