@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow zoo check format wheel clean
+.PHONY: demo test slow soak zoo check format wheel clean
 
 # The environment is up to date if this file is newer than pyproject.toml.
 $(VENV)/.installed: pyproject.toml
@@ -21,6 +21,10 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
+
+# Random walks, damaged folders, kill -9; takes about 20 minutes, writes docs/security.md.
+soak: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks
 
 # Patch every family of timm with every method; takes about an hour, writes docs/zoo.md.
 zoo: $(VENV)/.installed

@@ -20,6 +20,7 @@ from timm_contconv.layers import (
     GaussianEnvelopeConv2d,
     SmpConv1d,
     SmpConv2d,
+    SmpConvBn1d,
     SmpConvBn2d,
 )
 
@@ -32,10 +33,15 @@ def _smp_bn(**options) -> SmpConvBn2d:
     return SmpConvBn2d(SmpConv2d(8, 8, **_2D, bias=False, kernel_count=9, **options), 3)
 
 
+def _smp_bn_causal(**options) -> SmpConvBn1d:
+    return SmpConvBn1d(SmpConv1d(8, 8, 9, groups=2, bias=False, kernel_count=5, **options), 4, small_bias=True)
+
+
 #: layers with a constructed kernel, 8 channels in and out; each factory takes device, dtype and other arguments
 KERNEL_LAYERS: dict[str, Callable[..., ConvReplacement]] = {
     "dcls": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5),
     "dcls_bilinear": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="bilinear"),
+    "dcls_normalized": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="normalized_bilinear"),
     "dcls_triangle": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="triangle"),
     "dcls_rows": functools.partial(DclsConv2d, 8, 4, (6, 5), 2, "same", groups=4, kernel_count=2, position_dims=(1,)),
     "dcls_reflect": functools.partial(DclsConv2d, 8, 6, 7, padding=3, padding_mode="reflect", groups=2, kernel_count=3),
@@ -45,15 +51,20 @@ KERNEL_LAYERS: dict[str, Callable[..., ConvReplacement]] = {
     "smp_layer": functools.partial(SmpConv2d, 8, 8, **_2D, kernel_count=9, points="layer"),
     "smp_sum": functools.partial(SmpConv2d, 8, 8, **_2D, kernel_count=9, normalize=False, small_kernel=3, bias=False),
     "smp_dense": functools.partial(SmpConv2d, 8, 8, (5, 9), padding="same", groups=2, kernel_count=9),
-    "smp_causal": functools.partial(SmpConv1d, 8, 8, 9, groups=8, kernel_count=5),
+    "smp_causal": functools.partial(SmpConv1d, 8, 8, 9, groups=8, kernel_count=5, small_kernel=4),
     "flex": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6),
     "flex_whole": functools.partial(FlexConv2d, 8, 8, **_2D, hidden_channels=6, mask=False),
+    "flex_gabor": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6, kernel_net="gabor"),
+    "flex_turned": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6, steerable=True),
+    "flex_fourier_causal": functools.partial(FlexConv1d, 8, 8, 9, groups=2, hidden_channels=6, kernel_net="fourier"),
+    "flex_siren": functools.partial(FlexConv2d, 8, 8, 7, groups=8, hidden_channels=6, kernel_net="siren"),
     "flex_causal": functools.partial(FlexConv1d, 8, 8, 9, groups=2, hidden_channels=6),
 }
 #: every kind of layer
 LAYERS: dict[str, Callable[..., ConvReplacement]] = {
     **KERNEL_LAYERS,
     "smp_bn": _smp_bn,
+    "smp_bn_causal": _smp_bn_causal,
     "genv": functools.partial(GaussianEnvelopeConv2d, 8, 8, 3, 2, 1, groups=2, envelope_size=5),
     "genv_after": functools.partial(GaussianEnvelopeConv2d, 8, 8, 1, 2, envelope_size=5, order="after"),
     "cc": functools.partial(ContinuousConv2d, 8, 8, 3, 2, groups=2),
@@ -77,6 +88,8 @@ def spread_(layer: ConvReplacement) -> ConvReplacement:
             value.uniform_(0.2, 1)
         elif name == "mask_sigma":
             value.uniform_(0.3, 0.5)
+        elif name == "mask_angle":
+            value.uniform_(-1, 1)
         elif name == "raw_sigma":
             value.normal_()
         elif layer.method == "cc":  # off the kinks of its initial kernel

@@ -11,6 +11,7 @@ Importing this package registers its architectures with timm.
 
 from . import models
 from .hub import from_pretrained, push_to_hub, save_pretrained
+from .inspect import Inspection, inspect
 from .layers.cc import cc_scales, scale_ensemble
 from .layers.flex import at_resolution
 from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
@@ -19,12 +20,14 @@ from .train import constrain_, param_groups, penalty, training_hooks
 __version__ = "0.1.0"
 
 __all__ = [
+    "Inspection",
     "PatchReport",
     "PatchSpec",
     "at_resolution",
     "cc_scales",
     "constrain_",
     "from_pretrained",
+    "inspect",
     "list_patches",
     "load_patch",
     "merge",

@@ -36,6 +36,8 @@ from timm_contconv.models.ccnet import CC_SCALE
 #: the photograph's part that the bicubic layer learns from
 CROP = (slice(182, 246), slice(232, 296))
 STEPS, LEARNING_RATE = 1500, 1e-2
+#: distances at which kernels are drawn, in pixels
+LINE = 2 - 4 * (torch.arange(200) + 0.5) / 200
 TEST_SCALES = 100
 DIMS = 16
 MAX_SHIFTS = (1, 2, 4, 8)
@@ -85,7 +87,7 @@ def bicubic(seeds: int) -> dict[str, Any]:
         scales = {"random": random_scales(1, torch.Generator().manual_seed(seed))[0], "1/2": (0.5, 0.5)}
         for name, scale in scales.items():
             layer, train, tests = learn_bicubic(scale, seed)
-            kernels.setdefault(name, layer.sampled_kernel(200, 1)[0])
+            kernels.setdefault(name, layer.kernel_at(LINE, LINE).detach()[0, 0])
             mean = statistics.mean(tests)
             rows[name].append(
                 {"scale": scale, "train": train, "test": mean, "worst": max(tests), "ratio": mean / train}
@@ -105,8 +107,7 @@ def bicubic(seeds: int) -> dict[str, Any]:
 
 def draw_kernels(kernels: dict[str, Tensor], rows: dict[str, list[dict[str, Any]]]) -> None:
     """The true kernel, and the two learned ones with their errors."""
-    line = 2 - 4 * (torch.arange(200) + 0.5) / 200
-    truth = interp_methods.cubic(line).unsqueeze(1) * interp_methods.cubic(line)
+    truth = interp_methods.cubic(LINE).unsqueeze(1) * interp_methods.cubic(LINE)
     pictures = {"bicubic": truth, "learned at a random scale": kernels["random"], "learned at 1/2": kernels["1/2"]}
     figure = Figure(figsize=(8.4, 3.1), layout="constrained")
     for axis, (title, picture) in zip(figure.subplots(1, 3), pictures.items(), strict=True):

@@ -13,14 +13,14 @@ from torch import nn
 
 import timm_contconv as tcc
 
-from ..models_for_tests import awake, layers_of
+from ..models_for_tests import REGISTERED, awake, layers_of
 from .shared import dcls_model, geometry_ids, loss_of, smallest_model
 
 model = pytest.fixture(dcls_model)
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.7])
-@pytest.mark.parametrize("recipe", [None, *tcc.list_patches()])
+@pytest.mark.parametrize("recipe", [None, *REGISTERED])
 def test_every_parameter_is_in_exactly_one_group(recipe, layer_decay):
     model = timm.create_model(smallest_model(recipe) if recipe else "test_convnext")
     groups = tcc.param_groups(model, lr=0.1, weight_decay=0.05, layer_decay=layer_decay)
@@ -37,6 +37,20 @@ def test_positions_learn_five_times_faster_without_decay(model):
     assert rates["stages.2.dcls_geometry.position"] == (0.5, 0.0)
     assert rates["stages.2.blocks.0.conv_dw.kernel.weight"] == (0.1, 0.05)
     assert rates["stages.2.blocks.0.conv_dw.bias"] == (0.1, 0.0)
+
+
+def test_radii_learn_slower_than_points(model):
+    """Released trainings of SMPConv: a tenth for the radii, the weights' rate for the coordinates."""
+    points = timm.create_model("test_convnext_smp")
+    for scale, radius, coordinate in ((None, 0.01, 0.1), ({"coordinate": 2.0}, 0.01, 0.2), (3.0, 0.3, 0.3)):
+        groups = tcc.param_groups(points, lr=0.1, weight_decay=0.05, position_lr_scale=scale)
+        rates = {n.rpartition(".")[2]: g["lr"] * g["lr_scale"] for g in groups for n in g["param_names"]}
+        assert rates["radius"] == pytest.approx(radius)
+        assert rates["coordinate"] == pytest.approx(coordinate)
+    with pytest.raises(ValueError, match=r"position_lr_scale\['radius'\]: no layer of the model has it; there are pos"):
+        tcc.param_groups(model, 0.1, 0.05, position_lr_scale={"radius": 0.1})
+    with pytest.raises(ValueError, match=r"position_lr_scale\['radius'\]=0: expected more than 0"):
+        tcc.param_groups(points, 0.1, 0.05, position_lr_scale={"radius": 0})
 
 
 def test_weights_without_geometry_are_grouped_as_timm_groups_them(model):
@@ -84,7 +98,7 @@ def test_a_part_without_its_layers_shared_geometry_is_refused(model):
     assert sum(len(group["params"]) for group in groups) == len(list(part.parameters()))
 
 
-@pytest.mark.parametrize("recipe", tcc.list_patches())
+@pytest.mark.parametrize("recipe", REGISTERED)
 def test_every_parameter_of_a_feature_extractor_is_in_a_group(recipe):
     model = timm.create_model(smallest_model(recipe), features_only=True)
     groups = tcc.param_groups(model, lr=0.1, weight_decay=0.05)

@@ -198,7 +198,7 @@ def test_a_line_search_sees_the_loss_with_the_penalty(model):
         ({"penalty_power": 0}, "penalty_power=0: expected an int of at least 1"),
         ({"penalty_factor": 1.0, "penalty_power": 1.5}, "penalty_power=1.5: expected an int of at least 1"),
         ({"penalty_power": 2}, "penalty_power=2: expected 1 with penalty_factor=0"),
-        ({"position_lr_scale": 0.0}, "lr_scale=0.0: expected more than 0"),
+        ({"position_lr_scale": 0.0}, "position_lr_scale=0.0: expected more than 0"),
     ],
 )
 def test_settings_of_hooks_out_of_range_are_refused(arguments, message):
@@ -224,6 +224,19 @@ def test_timms_factory_gives_positions_the_rate_that_is_asked_for(model, layer_d
     made = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert made.keys() == expected.keys()
     assert all(made[key] == pytest.approx(expected[key]) for key in expected)
+
+
+def test_timms_factory_gives_geometry_the_rates_of_the_papers():
+    points = timm.create_model("test_convnext_smp", num_classes=10)
+    with training_hooks(position_lr_scale={}):
+        optimizer = create_optimizer_v2(points, "adamw", lr=0.1, weight_decay=0.05)
+        CosineLRScheduler(optimizer, t_initial=10)
+        loss_of(points).backward()
+        optimizer.step()
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    for layer in layers_of(points):
+        assert rates[id(layer.geometry["radius"])] == pytest.approx(0.01)
+        assert rates[id(layer.geometry["coordinate"])] == pytest.approx(0.1)
 
 
 def test_timms_factory_is_itself_again_afterwards(model):

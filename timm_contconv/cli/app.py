@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from timm.models._input import get_model_input_config
@@ -22,19 +21,39 @@ from torch import nn
 
 from .. import patching
 from ..hub import save_pretrained
+from ..hub.checks import BUILD_ERRORS
+from ..hub.exchange import made_folder
 from ..hub.names import PATCHED
 from ..layers.core.replacement import Init
 from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
+from ..train.groups import PositionScale
 from . import demo as demo_command
 from . import publish as publish_command
+from .output import console, errors, open_closed_streams, respell
 from .run import run_script
 
-__all__ = ["app"]
+__all__ = ["app", "main"]
+
+#: how timm's names of saved models start
+SAVED = ("local-dir:", "hf-hub:", "hf_hub:")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Continuous convolutions for timm.")
-#: a file or a pipe has no width: 140 columns there
-console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def main() -> None:
+    """The program `contconv`."""
+    open_closed_streams()
+    try:
+        app()
+    except OSError as error:  # commands explain theirs; --help may not be printable
+        sys.exit(f"contconv: {error}")
+
+
+@app.callback()
+def prepare(context: typer.Context) -> None:
+    if context.invoked_subcommand != "run":  # scripts print as they do under python
+        respell()
 
 
 @app.command("list")
@@ -55,14 +74,15 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, or a registered mod
             console.print(patching.report(timm.create_model(name)))
         return
     try:
-        console.print(_recipe(name).to_toml(), highlight=False, markup=False)
+        recipe = _recipe(name)
     except (ValueError, OSError) as error:
         raise _refused(error) from None
+    console.print(recipe.to_toml(), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def patch(
-    model: Annotated[str, typer.Argument(help="A timm model.")],
+    model: Annotated[str, typer.Argument(help="A timm model, or a saved one as local-dir:FOLDER or hf-hub:USER/NAME.")],
     recipe: Annotated[str, typer.Argument(help="A recipe, or the path of a .toml.")],
     select: Annotated[
         list[str] | None, typer.Option(help="Convolutions to replace, instead of the recipe's choice.")
@@ -71,7 +91,9 @@ def patch(
     init: Annotated[
         Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' from random ones.")
     ] = "fit",
-    pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained weights.")] = False,
+    pretrained: Annotated[
+        bool, typer.Option(help="Start from timm's pretrained weights, or from the saved ones.")
+    ] = False,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print the plan; make and save no weights.")] = False,
     input_size: Annotated[
@@ -101,7 +123,7 @@ def patch(
     except (ValueError, OSError) as error:
         raise _refused(error) from None
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        console.out(json.dumps(result.to_dict(), indent=2), highlight=False)
     else:
         console.print(result)
 
@@ -112,7 +134,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, for each model.")] = 20,
 ) -> None:
     """Train a plain and a DCLS model on real digits; patch, merge, save, load; draw learned kernels."""
-    with _writing("--output", output):
+    with _writing("--output", output), made_folder(output):
         demo_command.run(console, output, epochs)
 
 
@@ -126,8 +148,12 @@ def run(
         ),
     ],
     position_lr_scale: Annotated[
-        float | None,
-        typer.Option(help="Learning rate of positions, widths, radii and masks, relative to the weights' (DCLS: 5)."),
+        str | None,
+        typer.Option(
+            metavar="SCALE",
+            help="Learning rate of positions, widths, radii and masks, relative to the weights': a number, or 'paper'"
+            " for what each method's paper has (DCLS 5, SMP's radii 0.1, FlexConv's masks 0.1).",
+        ),
     ] = None,
     penalty: Annotated[
         float, typer.Option(metavar="FACTOR", min=0, help="Add FACTOR * tcc.penalty(model) to the script's loss.")
@@ -140,15 +166,14 @@ def run(
 
     Options come before SCRIPT. Everything after SCRIPT goes to the script.
     """
-    if position_lr_scale is not None and not 0 < position_lr_scale < math.inf:
-        raise _refused(ValueError(f"--position-lr-scale={position_lr_scale}: expected more than 0, and finite"))
+    scale = _position_scale(position_lr_scale)
     if not math.isfinite(penalty):
         raise _refused(ValueError(f"--penalty={penalty}: expected a finite number"))
     if penalty_power != 1 and not penalty:
         raise _refused(
             ValueError(f"--penalty-power={penalty_power}: expected --penalty too; the power is unused without it")
         )
-    with training_hooks(position_lr_scale, penalty, penalty_power):
+    with training_hooks(scale, penalty, penalty_power):
         status = run_script(script, context.args)
     sys.exit(status)
 
@@ -176,6 +201,19 @@ def publish(
         raise _refused(error) from None
 
 
+def _position_scale(text: str | None) -> PositionScale | None:
+    """The scale that --position-lr-scale names."""
+    if text is None or text == "paper":
+        return None if text is None else {}
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 0 < scale < math.inf:
+        raise _refused(ValueError(f"--position-lr-scale={text}: expected 'paper' or a finite number of more than 0"))
+    return scale
+
+
 def _recipe(name: str) -> PatchSpec:
     recipes = patching.list_patches()
     if name in recipes or name.endswith(".toml"):
@@ -188,12 +226,18 @@ def _recipe(name: str) -> PatchSpec:
 
 
 def _create(name: str, pretrained: bool) -> nn.Module:
-    if not timm.is_model(name):
-        raise ValueError(f"MODEL={name!r}: timm has no such model; timm.list_models() lists all")
+    is_saved = name.startswith(SAVED)
+    if not is_saved and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models())
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        folder = f"a saved model is {SAVED[0]}{name}; " if Path(name).is_dir() else ""
+        raise ValueError(f"MODEL={name!r}: timm has no such model; {hint}{folder}timm.list_models() lists all")
     try:
         return timm.create_model(name, pretrained=pretrained)
-    except RuntimeError as error:  # unknown tag, or no weights
-        raise ValueError(f"MODEL={name!r}: {error}") from None
+    except (ValueError, OSError, *BUILD_ERRORS) as error:  # unknown tag, no weights, no such folder or repository
+        raise ValueError(
+            f"MODEL={name!r}: {type(error).__name__}: {error}" if is_saved else f"MODEL={name!r}: {error}"
+        ) from None
 
 
 def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Module) -> None:
@@ -233,5 +277,5 @@ def _writing(option: str, folder: Path) -> Iterator[None]:
 
 
 def _refused(error: Exception) -> typer.Exit:
-    console.print(str(error), style="red", highlight=False, markup=False)
+    errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
     return typer.Exit(code=2)

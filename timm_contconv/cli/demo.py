@@ -27,13 +27,12 @@ def run(console: Console, output: Path, epochs: int) -> None:
 
     Args:
         console: where to print.
-        output: folder for the saved model and the picture.
+        output: folder for the saved model and the picture; it exists.
         epochs: passes over the training images, for each model.
 
     Raises:
         OSError: the folder can't be written, or holds something other than a saved model.
     """
-    output.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
     console.print(
         f"{len(digits.train_labels)} digits to train on, {len(digits.test_labels)} to test on (scikit-learn),"

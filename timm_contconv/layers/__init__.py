@@ -8,7 +8,7 @@ from .core.spec import METHODS, KernelSpec, LayerSpec
 from .dcls import DclsConv1d, DclsConv2d, DclsConv3d, DclsKernel
 from .envelope import GaussianEnvelopeConv2d
 from .flex import FlexConv1d, FlexConv2d, FlexKernel, MAGNet
-from .smp import SmpConv1d, SmpConv2d, SmpConvBn2d, SmpKernel
+from .smp import SmpConv1d, SmpConv2d, SmpConvBn1d, SmpConvBn2d, SmpKernel
 
 __all__ = [
     "METHODS",
@@ -33,6 +33,7 @@ __all__ = [
     "MAGNet",
     "SmpConv1d",
     "SmpConv2d",
+    "SmpConvBn1d",
     "SmpConvBn2d",
     "SmpKernel",
 ]

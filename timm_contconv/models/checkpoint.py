@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.models import get_model_traits
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import ConvReplacement
 
-__all__ = ["check_keys", "own_format", "unwrap"]
+__all__ = ["check_kernel_size", "check_keys", "classifier_name", "own_format", "renamed", "unwrap"]
 
 
 def own_format(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -28,6 +30,31 @@ def unwrap(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(nested, Mapping):
         state_dict = nested
     return {k: v.float() if v.dtype == torch.float8_e4m3fn else v for k, v in state_dict.items()}
+
+
+def renamed(key: str, rules: Sequence[tuple[str, str]]) -> str:
+    """A key after the regular expressions and replacements of all rules, in their order."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def classifier_name(model: Any) -> str:
+    """The name of the model's last linear layer."""
+    return "head" if isinstance(model.head, nn.Linear) else "head.fc"
+
+
+def check_kernel_size(key: str, size: int, layer: Any) -> None:
+    """Refuse a checkpoint for another resolution. Its parameters would fit, but give another function."""
+    own = layer.kernel_size[0]
+    if size not in (0, own):  # 0: never run
+        argument = (
+            f"img_size={size - 1}, then use tcc.at_resolution" if len(layer.kernel_size) == 2 else f"length={size}"
+        )
+        raise ValueError(
+            f"{key}={size}: the checkpoint's kernels have {size} pixels, the model's {own}; create the model with"
+            f" {argument}"
+        )
 
 
 def check_keys(native: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from ..hub.skeleton import LARGEST_ENTRIES, counted
 from ..hub.weights import packaged_weights
 from ..patching import PatchSpec, load_patch, patch
 from ..patching.record import get_record, set_architecture
-from .checkpoint import check_keys, unwrap
+from .checkpoint import check_keys, renamed, unwrap
 
 __all__ = ["contconv"]
 
@@ -163,17 +162,15 @@ def _convnext_dcls_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> d
     native: dict[str, Tensor] = {}
     shared = {key.split(".")[1]: key for key in model.state_dict() if key.endswith("dcls_geometry.position")}
     for key, value in state_dict.items():
-        renamed = key
-        for pattern, replacement in _CONVNEXT_KEYS:
-            renamed = re.sub(pattern, replacement, renamed)
-        if renamed.endswith(".conv_dw.P"):
-            stage = renamed.split(".")[1]
-            renamed = shared.get(stage, renamed.replace(".P", ".kernel.position"))
-            if renamed in native and not torch.equal(native[renamed], value):
+        new = renamed(key, _CONVNEXT_KEYS)
+        if new.endswith(".conv_dw.P"):
+            stage = new.split(".")[1]
+            new = shared.get(stage, new.replace(".P", ".kernel.position"))
+            if new in native and not torch.equal(native[new], value):
                 raise ValueError(
                     f"{key}: differs from the positions of another block of stage {stage}, which shares them"
                 )
-        native[renamed] = value
+        native[new] = value
     return native
 
 

@@ -9,12 +9,12 @@ from torch.autograd import forward_ad
 
 from .autocast import autocast_dtype
 
-__all__ = ["convolution", "input_gradient", "is_plain", "weight_gradient"]
+__all__ = ["convolution", "input_gradient", "plain_only", "weight_gradient"]
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def is_plain() -> bool:
+def plain_only() -> bool:
     """Whether only PyTorch's own operators will do.
 
     Custom operators refuse the transforms of torch.func and lose the tangents of differentiation in forward mode. And

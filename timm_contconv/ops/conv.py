@@ -44,7 +44,7 @@ def conv(
     if x.ndim == weight.ndim - 1:
         return conv(x.unsqueeze(0), weight, bias, stride, padding, groups).squeeze(0)
     geometry = tuple(stride), tuple(padding), groups
-    if not x.is_floating_point() or aten.is_plain():
+    if not x.is_floating_point() or aten.plain_only():
         return aten.convolution(x, weight, bias, *geometry)
     if torch.compiler.is_compiling():
         is_ours = _may_gain(x, weight, bias, *geometry)

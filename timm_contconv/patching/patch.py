@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,12 @@ from ..layers.core.compilation import CompileMode, check_compile_mode
 from ..layers.core.geometry import share_geometry
 from ..layers.core.plain import PlainConv
 from ..layers.core.replacement import Init, check_init
+from ..layers.core.shown import one_per_output
 from .copies import copy_without_hooks, with_hooks
 from .folding import refusing_fold
 from .optimizer_hints import optimizer_hints
 from .plan import PatchPlan, plan_patch
-from .record import OVERRIDDEN, RECORD, PatchRecord
+from .record import OVERRIDDEN, RECORD, PatchRecord, Start
 from .select import Selector, find_convolutions
 from .spec import PatchSpec
 from .transaction import Transaction
@@ -50,9 +52,9 @@ def patch(
     Args:
         model: any model, of timm, torchvision, transformers or your own.
         patch: name of a recipe, path of a .toml, a dict, or a PatchSpec.
-        select: the convolutions to replace: "depthwise", "strided", "all", globs of module names ("stages.2.*"),
-            predicates (name, convolution) -> bool, or a list of these; "!" excludes. A list of exclusions alone
-            reduces the recipe's choice. Default: the recipe's choice.
+        select: the convolutions to replace: "depthwise", "strided", "transposed", "all", globs of module names
+            ("stages.2.*"), predicates (name, convolution) -> bool, or a list of these; "!" excludes. A list of
+            exclusions alone reduces the recipe's choice. Default: the recipe's choice.
         min_kernel_size: in pixels; leaves out convolutions whose kernel is smaller along every dimension. Default:
             the recipe's value.
         init: "fit" starts from the replaced kernels, as closely as the method can (`tcc.report` gives the errors);
@@ -170,8 +172,21 @@ def _record(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacem
         rewired=tuple(change.without_after() for change in plan.rewired),
         unfoldable=tuple(plan.unfoldable),
         fit_errors={name: layers[name].fit_error(conv) for name, conv in plan.convs.items()} if init == "fit" else {},
+        starts=_starts(plan, layers) if init == "fit" else {},
         overridden={name: model.__dict__[name] for name in OVERRIDDEN if name in model.__dict__},
     )
+
+
+def _starts(plan: PatchPlan, layers: Mapping[str, ConvReplacement]) -> dict[str, Start]:
+    """What each layer was fitted to; layers that share their geometry share its numbers."""
+    starts = {}
+    for group in plan.groups:
+        shown = layers[group[0]].shown_quantities()
+        quantities = tuple(dataclasses.replace(q, values=q.values.cpu().clone()) for q in shown)
+        for name in group:
+            kernels = one_per_output(plan.convs[name].weight.detach())
+            starts[name] = Start(kernels.cpu().clone(), quantities)
+    return starts
 
 
 def _put_inside(module: nn.Module, prefix: str, layers: Mapping[str, ConvReplacement]) -> None:

@@ -163,7 +163,8 @@ def _split(
     refused: dict[str, str] = {}
     for name, conv in selected.items():
         plain = cast(PlainConv, conv)  # else `refusal` gives a reason
-        reason = refusal(conv) or in_use.get(name) or spec.layer_at(stage_of[name]).refusal(plain)
+        layer = spec.layer_at(stage_of[name])
+        reason = refusal(conv, layer.replaces_transposed) or in_use.get(name) or layer.refusal(plain)
         if reason is None:
             convs[name] = plain
         else:

@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import ConvReplacement
 from ..layers.core.plain import PlainConv
+from ..layers.core.shown import Quantity
 from .spec import PatchSpec
 from .stem_pool import Rewired
 from .transaction import Transaction
@@ -18,6 +19,7 @@ __all__ = [
     "OVERRIDDEN",
     "RECORD",
     "PatchRecord",
+    "Start",
     "get_record",
     "patched_inside",
     "remove_record",
@@ -32,6 +34,19 @@ OVERRIDDEN = ("no_weight_decay", "group_matcher")
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a layer started from, for pictures.
+
+    Attributes:
+        kernels: (C_out, *size), of the replaced convolution, as `one_per_output` chooses them; on the CPU.
+        quantities: the layer's `shown_quantities()` after the fit, on the CPU; none if they are not known.
+    """
+
+    kernels: Tensor
+    quantities: tuple[Quantity, ...] = ()
+
+
+@dataclass(frozen=True)
 class PatchRecord:
     """What a patch did.
 
@@ -43,6 +58,7 @@ class PatchRecord:
         rewired: other changes of the model, with the old values.
         unfoldable: names of blocks that now refuse to fold themselves.
         fit_errors: relative error of each kernel at the start, by name; empty for a random start.
+        starts: what each layer was fitted to, by name; empty for a random start, and for a model that was loaded.
         overridden: the model's own attributes that the patch replaced, by name.
         architecture: the registered name of the model; None for a model patched by hand.
     """
@@ -54,6 +70,7 @@ class PatchRecord:
     rewired: tuple[Rewired, ...] = ()
     unfoldable: tuple[str, ...] = ()
     fit_errors: dict[str, float] = field(default_factory=dict)
+    starts: dict[str, Start] = field(default_factory=dict)
     overridden: dict[str, Any] = field(default_factory=dict)
     architecture: str | None = None
 

@@ -201,6 +201,8 @@ def _row(
     homes = [getattr(model.get_submodule(home), attribute) for home, attribute in record.homes]
     shared = {id(parameter) for home in homes for parameter in home.parameters()}  # counted in their own rows
     weights = 0 if conv is None else sum(p.numel() for key, p in conv.named_parameters() if key == "weight")
+    if isinstance(conv, nn.ConvTranspose2d):  # each pixel of its output sees a part of the kernel
+        weights //= torch.Size(conv.stride).numel()
     pixels = None if old_output is None else torch.Size(old_output).numel()
     return PatchRow(
         name=name,

@@ -15,7 +15,7 @@ from .folding import fold_methods
 from .record import PatchRecord, remove_record, require_record
 from .transaction import Transaction
 
-__all__ = ["merge", "original_architecture", "unpatch"]
+__all__ = ["merge", "original_architecture", "outermost_layers", "unpatch"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +42,7 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
         raise ValueError(f"model: a lone {type(model).__name__} can't be merged in place; call its to_conv()")
     if not inplace:
         model = copy.deepcopy(model)
-    layers = _outermost_layers(model)
+    layers = outermost_layers(model)
     plain = {}
     for name, layer in layers.items():
         with _named(name):
@@ -122,7 +122,7 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _outermost_layers(model: nn.Module) -> dict[str, ConvReplacement]:
+def outermost_layers(model: nn.Module) -> dict[str, ConvReplacement]:
     """Layers of this package by name, without those inside another layer."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ConvReplacement)}
     parts = {id(part) for layer in layers.values() for part in layer.modules() if part is not layer}

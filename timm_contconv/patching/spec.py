@@ -49,7 +49,8 @@ class PatchSpec(BaseModel):
         layer: settings of the method that `method` names.
         by_stage: settings of the layer that differ by stage of the model: one table per stage, in order; the last
             table holds for all later stages.
-        select: the convolutions to replace: "depthwise", "strided", "all", or globs of module names; "!" excludes.
+        select: the convolutions to replace: "depthwise", "strided", "transposed", "all", or globs of module names; "!"
+            excludes.
         min_kernel_size: in pixels; convolutions whose kernel is smaller along every dimension are left out.
         share: "stage" gives layers of a stage with the same parameter shapes one set of positions and widths.
         stem_pool: "to_stage" removes the max-pool of a ResNet's stem; the first stage strides instead.
@@ -142,7 +143,10 @@ def load_patch(name_or_path: str | Path) -> PatchSpec:
             f"patch={name_or_path!r}: no such recipe; did you mean {' or '.join(near)}? tcc.list_patches() lists"
             " all; a path must end in .toml"
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: not a TOML file: {error}") from None
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

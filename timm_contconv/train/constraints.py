@@ -22,8 +22,9 @@ def penalty(model: nn.Module) -> Tensor:
     the parameters for this.
 
     Returns:
-        The mean over the layers that have a regulariser. If there are none, or their parameters are frozen, it still
-        takes `backward()`, which then changes nothing; it is 0 without a regulariser.
+        The mean over the layers that have a regulariser. DCLS layers that share their positions count as one, as in the
+        released training code. If there are none, or their parameters are frozen, it still takes `backward()`, which
+        then changes nothing; it is 0 without a regulariser.
     """
     value = mean_penalty(_layers(model))
     return value if value.requires_grad or not torch.is_grad_enabled() else value.detach().requires_grad_()
@@ -39,6 +40,7 @@ def constrain_(model: nn.Module) -> None:
 
 def mean_penalty(layers: Sequence[ConvReplacement]) -> Tensor:
     """`penalty` of these layers."""
+    layers = _penalised_once(layers)
     with whole_parameters(layers):
         penalties = [value for layer in layers if (value := layer.penalty()) is not None]
     return torch.stack(penalties).mean() if penalties else torch.zeros(())
@@ -49,6 +51,15 @@ def constrain_layers_(layers: Sequence[ConvReplacement]) -> None:
     with edit_whole_parameters(layers):
         for layer in layers:
             layer.constrain_()
+
+
+def _penalised_once(layers: Sequence[ConvReplacement]) -> list[ConvReplacement]:
+    """The layers without those whose penalty is that of an earlier layer, because they share what it depends on."""
+    by_source: dict[int, ConvReplacement] = {}
+    for layer in layers:
+        owner = layer.geometry_owner
+        by_source.setdefault(id(owner.geometry_home if owner.penalises_geometry else layer), layer)
+    return list(by_source.values())
 
 
 def _layers(model: nn.Module) -> list[ConvReplacement]:

@@ -19,6 +19,7 @@ from ..layers import ConvReplacement
 from ..layers.core.replacement import live_layers
 from .constraints import constrain_layers_, mean_penalty
 from .factory import scale_positions
+from .groups import PositionScale
 
 __all__ = ["StepHooks", "training_hooks"]
 
@@ -27,13 +28,14 @@ _IN_FORCE = threading.Lock()
 
 @contextlib.contextmanager
 def training_hooks(
-    position_lr_scale: float | None = None, penalty_factor: float = 0.0, penalty_power: int = 1
+    position_lr_scale: PositionScale | None = None, penalty_factor: float = 0.0, penalty_power: int = 1
 ) -> Iterator[None]:
     """Constrain the layers, and penalise them on request, at every optimiser step inside this block (`StepHooks`).
 
     Args:
         position_lr_scale: learning rate of positions, widths, radii and masks relative to the weights', for optimisers
-            made by `timm.optim.create_optimizer_v2`; None gives them the same rate.
+            made by `timm.optim.create_optimizer_v2`: a number, or by name as for `tcc.param_groups`, where {} is what
+            the papers have. None gives all the same rate.
         penalty_factor, penalty_power: the loss grows by factor * tcc.penalty(model) ** power.
 
     Raises:
@@ -81,14 +83,14 @@ class StepHooks:
     Args:
         penalty_factor: factor on `tcc.penalty` of the stepped layers; 0 for no penalty.
         penalty_power: power of the penalty; the released DCLS training code uses 2.
-        position_lr_scale: the scale that each optimiser must have from `scale_positions`; None checks nothing.
+        position_lr_scale: what each optimiser must have from `scale_positions`; None checks nothing.
 
     Raises:
         ValueError: an argument is out of range, or a power is given without a factor.
     """
 
     def __init__(
-        self, penalty_factor: float = 0.0, penalty_power: int = 1, position_lr_scale: float | None = None
+        self, penalty_factor: float = 0.0, penalty_power: int = 1, position_lr_scale: PositionScale | None = None
     ) -> None:
         if not penalty_factor >= 0:
             raise ValueError(f"penalty_factor={penalty_factor}: expected at least 0")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .compilation import CompileMode, construct
 from .geometry import GeometryOwner
+from .shown import Elements, Quantity, parameter_quantities
 
 __all__ = ["Kernel", "Margins"]
 
@@ -106,3 +107,11 @@ class Kernel(GeometryOwner, ABC):
     def highest_frequency(self) -> float | None:
         """The highest frequency in cycles per pixel; None if the kernel is not band-limited, or without values."""
         return None
+
+    def shown_elements(self) -> Elements | None:
+        """The elements that pictures draw over the kernel; None if it has none."""
+        return None
+
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        """Numbers about the geometry whose distributions pictures show: the parameters, unless a kernel says more."""
+        return parameter_quantities(self.geometry)

@@ -17,6 +17,7 @@ from .kernel import Kernel, Margins
 from .padding import pad_image, sides_of
 from .plain import PlainConv, copy_bias_, kernels_inside, plain_arguments, plain_conv, require_weights
 from .replacement import ConvReplacement
+from .shown import Quantity, ShownKernels, one_per_output
 from .spec import KernelSpec
 from .tracing import as_node, is_traced
 
@@ -228,6 +229,13 @@ class KernelConv(ConvReplacement):
 
     def highest_frequency(self) -> float | None:
         return self.kernel.highest_frequency()
+
+    @torch.no_grad()
+    def shown_kernels(self) -> ShownKernels:
+        return ShownKernels(one_per_output(self.weight), elements=self.kernel.shown_elements())
+
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        return self.kernel.shown_quantities()
 
     def receptive_field(self) -> tuple[int, ...]:
         """Size of the kernel without its margins."""

@@ -15,6 +15,7 @@ from .arguments import PADDING_MODES, check_channels, check_choice, check_paddin
 from .compilation import CompileMode
 from .geometry import GeometryOwner
 from .plain import PlainConv, kernel_in_size, relative_error
+from .shown import Quantity, ShownKernels, one_per_output, parameter_quantities
 
 __all__ = ["CONV_ATTRIBUTES", "ConvReplacement", "Init", "check_init", "live_layers", "undecayed_names"]
 
@@ -191,6 +192,16 @@ class ConvReplacement(nn.Module, ABC):
         None if the method's kernels are not band-limited, or have no values (meta device).
         """
         return None
+
+    def shown_kernels(self) -> ShownKernels:
+        """What pictures show of the kernels: `to_dense_conv()`'s, unless a method has more to show."""
+        weight = self.to_dense_conv().weight
+        assert isinstance(weight, Tensor)
+        return ShownKernels(one_per_output(weight.detach()))
+
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        """Numbers about the geometry whose distributions pictures show: the parameters, unless a method says more."""
+        return parameter_quantities(self.geometry)
 
     @abstractmethod
     def multiply_adds(self, output_size: Sequence[int]) -> int:

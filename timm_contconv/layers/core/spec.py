@@ -43,6 +43,8 @@ class LayerSpec(BaseModel):
 
     #: the layers of the method, by number of spatial dimensions
     layers: ClassVar[dict[int, type[ConvReplacement]]]
+    #: whether the method can stand in for `nn.ConvTranspose2d`
+    replaces_transposed: ClassVar[bool] = False
 
     method: str
 

@@ -30,7 +30,7 @@ def fit_elements(
         targets: (B, n, *size); each of the B problems has elements of its own.
         kernel_size: D ints, at least the targets' size, with the same centre.
         count: m elements.
-        interpolation: "bilinear", "triangle" or "gauss".
+        interpolation: as in `DclsSpec`.
 
     Returns:
         {"position": (B, m, D)}, for "triangle" and "gauss" also "sigma", and weights (B, m, n); float64 on the CPU.
@@ -39,7 +39,7 @@ def fit_elements(
     margins = [margin(old, new) for old, new in zip(targets.shape[2:], kernel_size, strict=True)]
     offset = targets.new_tensor([m - k // 2 for m, k in zip(margins, kernel_size, strict=True)])
     start = {"position": pixels_by_energy(targets, len(kernel_size), count) + offset}
-    if interpolation != "bilinear":
+    if interpolation in INITIAL_SIGMA:
         start["sigma"] = torch.full_like(start["position"], max(INITIAL_SIGMA[interpolation], SMALLEST_START_SIGMA))
 
     def equations(wanted: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ops import is_plain
+from ...ops import plain_only
 
 __all__ = [
     "FACTORS",
@@ -20,12 +20,13 @@ __all__ = [
     "Interpolation",
     "bilinear_kernel",
     "gauss_kernel",
+    "normalized_bilinear_kernel",
     "outer",
     "repulsion",
     "triangle_kernel",
 ]
 
-Interpolation = Literal["bilinear", "triangle", "gauss"]
+Interpolation = Literal["bilinear", "normalized_bilinear", "triangle", "gauss"]
 #: factors (..., m, K_d) along every axis, and the normalisation (..., m) of Eq. 11, or None
 Factors = tuple[list[Tensor], Tensor | None]
 
@@ -47,6 +48,14 @@ def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]
         (C_out, C_in/groups, *kernel_size) kernel. Parts of elements outside the kernel are cut off.
     """
     return _sum_of_products(weight, *bilinear_factors(position, kernel_size))
+
+
+def normalized_bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Dense DCLS kernel with bilinear interpolation, normalised as in Eq. 11: version "v1" of the authors' package.
+
+    It differs from `bilinear_kernel`, whose arguments it takes, where an element lies partly outside the kernel.
+    """
+    return _sum_of_products(weight, *normalized_bilinear_factors(position, kernel_size))
 
 
 def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -95,6 +104,12 @@ def bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
     return [_hat(_distance(position[d], size)) for d, size in enumerate(kernel_size)], None
 
 
+def normalized_bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
+    """As `bilinear_factors`, with the normalisation of Eq. 11."""
+    factors, _ = bilinear_factors(position, kernel_size)
+    return factors, _mass(factors)
+
+
 def triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
     """As `bilinear_factors`, with the normalisation of Eq. 11; also for `gauss_factors`."""
     widths = TRIANGLE_MIN_WIDTH + sigma.abs()
@@ -106,7 +121,7 @@ def triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]
 
 def gauss_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
     widths = GAUSS_MIN_WIDTH + sigma.abs()
-    bell = _bell if is_plain() else _Bell.apply
+    bell = _bell if plain_only() else _Bell.apply
     factors = [bell(position[d], widths[d], size) for d, size in enumerate(kernel_size)]
     return factors, _mass(factors)
 
@@ -189,11 +204,13 @@ def outer(factors: Sequence[Tensor]) -> Tensor:
 
 KERNEL_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "bilinear": bilinear_kernel,
+    "normalized_bilinear": normalized_bilinear_kernel,
     "triangle": triangle_kernel,
     "gauss": gauss_kernel,
 }
 FACTORS: dict[str, Callable[..., Factors]] = {
     "bilinear": bilinear_factors,
+    "normalized_bilinear": normalized_bilinear_factors,
     "triangle": triangle_factors,
     "gauss": gauss_factors,
 }

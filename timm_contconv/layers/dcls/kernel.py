@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from ..core.arguments import Int
 from ..core.kernel import Kernel
 from ..core.plain import PlainConv, centred
+from ..core.shown import Elements, Form, Quantity, one_per_output
 from ..core.spec import KernelSpec
 from .fit import INITIAL_SIGMA, fit_elements
-from .formula import KERNEL_FUNCTIONS, Interpolation, repulsion
+from .formula import GAUSS_MIN_WIDTH, KERNEL_FUNCTIONS, TRIANGLE_MIN_WIDTH, Interpolation, repulsion
 
 __all__ = ["DclsKernel", "DclsSpec"]
 
 INITIAL_POSITION_STD = 0.5  # Appendix C
+#: effective width of an element whose sigma is 0, in pixels
+MIN_WIDTH = {"bilinear": 1.0, "triangle": TRIANGLE_MIN_WIDTH, "gauss": GAUSS_MIN_WIDTH}
 
 
 class DclsKernel(Kernel):
@@ -34,10 +37,11 @@ class DclsKernel(Kernel):
     Parameters:
         weight: (C_out, C_in/groups, *dense sizes, m), m = kernel_count.
         position: (moving dimensions, *weight.shape), in pixels from the kernel centre.
-        sigma: like position; not for "bilinear".
+        sigma: like position; for "triangle" and "gauss" only.
     """
 
-    geometry_lr_scale = 5.0  # Appendix C
+    geometry_lr_scale: ClassVar[Mapping[str, float]] = {"position": 5.0, "sigma": 5.0}  # Appendix C
+    penalises_geometry = True
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class DclsKernel(Kernel):
         dense = (k for d, k in enumerate(self.kernel_size) if d not in self.position_dims)
         shape = (out_channels, in_channels, *dense, self.kernel_count)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.geometry_names = ("position",) if self.interpolation == "bilinear" else ("position", "sigma")
+        self.geometry_names = ("position", "sigma") if self.interpolation in INITIAL_SIGMA else ("position",)
         for name in self.geometry_names:
             value = torch.empty((len(self.moving), *shape), device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(value))
@@ -72,7 +76,7 @@ class DclsKernel(Kernel):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.normal_(self.geometry["position"], 0, INITIAL_POSITION_STD)
         self._clamp_positions_()
-        if self.interpolation != "bilinear":
+        if self.interpolation in INITIAL_SIGMA:
             nn.init.constant_(self.geometry["sigma"], INITIAL_SIGMA[self.interpolation])
 
     @property
@@ -88,8 +92,8 @@ class DclsKernel(Kernel):
         )
 
     def constrain_(self) -> None:
-        """Clamp positions into the kernel, for "bilinear" only (Appendix C)."""
-        if self.interpolation == "bilinear":
+        """Clamp positions into the kernel, for elements without widths only (Appendix C)."""
+        if self.interpolation not in INITIAL_SIGMA:
             self._clamp_positions_()
 
     def penalty(self) -> Tensor:
@@ -126,6 +130,32 @@ class DclsKernel(Kernel):
     def summary(self) -> str:
         return f" / {self.kernel_count}"
 
+    @torch.no_grad()
+    def shown_elements(self) -> Elements | None:
+        """Positions and effective widths; None if elements move along some dimensions only."""
+        if len(self.moving) < len(self.kernel_size):
+            return None
+        position, reach = (one_per_output(value.movedim(0, -1)) for value in (self._position(), self._width()))
+        centre = position.new_tensor([size // 2 for size in self.moving])
+        form: Form = "ellipse" if self.interpolation == "gauss" else "box"
+        return Elements(position + centre, form, reach, one_per_output(self.weight.detach()))
+
+    @torch.no_grad()
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        position = Quantity("distance of elements from the centre", "pixels", self._position().flatten(1).mT)
+        if self.interpolation == "bilinear":
+            return (position,)
+        return (position, Quantity("width σ of elements", "pixels", self._width().reshape(-1, 1)))
+
+    def _position(self) -> Tensor:
+        """(moving dimensions, *weight.shape), in pixels from the kernel centre."""
+        return self.geometry["position"].detach().clone()
+
+    def _width(self) -> Tensor:
+        """Effective widths, like `_position`."""
+        sigma = self.geometry.get("sigma", torch.zeros_like(self.geometry["position"]))
+        return sigma.detach().abs() + MIN_WIDTH[self.interpolation]
+
     def extra_repr(self) -> str:
         text = f"kernel_count={self.kernel_count}, interpolation={self.interpolation}"
         return text if len(self.moving) == len(self.kernel_size) else f"{text}, position_dims={self.position_dims}"
@@ -136,7 +166,7 @@ class DclsSpec(KernelSpec):
 
     Attributes:
         kernel_size: size of the constructed kernel, one int for all dimensions or one each.
-        interpolation: "bilinear", "triangle" or "gauss".
+        interpolation: "bilinear", "triangle" or "gauss"; "normalized_bilinear" is version "v1" of the authors' package.
         kernel_count: m, elements per kernel, at least 1. In a patch None means the parameter rule of Appendix C: the
             largest number for which the model has no more parameters than before.
         position_dims: spatial dimensions along which elements move; None means all. Along the others, every pixel of
@@ -168,7 +198,7 @@ class DclsSpec(KernelSpec):
         moving = check_position_dims(self.position_dims, ndim)
         dense = math.prod(k for d, k in enumerate(self.sizes(ndim)) if d not in moving)
         places = [conv.weight.shape[:2].numel() * dense for conv in group]
-        shared_kinds = len(moving) * (1 if self.interpolation == "bilinear" else 2)
+        shared_kinds = len(moving) * (2 if self.interpolation in INITIAL_SIGMA else 1)
         return sum(places) + shared_kinds * places[0]
 
 

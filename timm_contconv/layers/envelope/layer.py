@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ...ops import is_plain
+from ...ops import plain_only
 from ..core.finite import require_finite
 from ..core.geometry import GeometryOwner
 from ..core.kept import may_look
 from ..core.plain import NEGLIGIBLE, PlainConv, copy_bias_, plain_arguments, plain_conv, relative_error, require_weights
 from ..core.replacement import CONV_ATTRIBUTES, ConvReplacement
+from ..core.shown import Elements, Quantity, ShownKernels
 from ..core.tracing import as_node, is_traced
 from .cost import largest_input, smoothing_multiply_adds
 from .gaussian import NEARLY_DELTA_VARIANCE, envelope_filter, is_delta, raw_from_variance, variance_from_raw
@@ -179,7 +181,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """Whether sigma needs a gradient, the image needs none, and `smooth_and_convolve` can run `conv`."""
         if x.requires_grad or not torch.is_grad_enabled() or not self.geometry["raw_sigma"].requires_grad:
             return False
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or is_plain():
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or plain_only():
             return False
         return _is_bare(self.conv)
 
@@ -273,6 +275,27 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """Pixels of the input that an output depends on outside training, per spatial dimension."""
         added = self.spec.taps(training=False) - 1
         return tuple(size + added * d for size, d in zip(self._reach, self.smoothing_distance, strict=True))
+
+    @torch.no_grad()
+    def shown_kernels(self) -> ShownKernels:
+        """The kernels with the envelope folded in, and the envelope's σ at their centre."""
+        shown = super().shown_kernels()
+        sigma = self.sigma.detach().expand(self.smoothed_channels)
+        if self.spec.order == "before":
+            per_group = self.in_channels // self.groups
+            outputs = torch.arange(self.out_channels, device=sigma.device)
+            group = outputs // (self.out_channels // self.groups)
+            sigma = sigma[group * per_group + outputs % per_group]  # as `one_per_output` chooses
+        distance = sigma.new_tensor(self.smoothing_distance)
+        centre = (sigma.new_tensor(shown.values.shape[1:]) - 1) / 2
+        position = centre.expand(len(sigma), 1, -1)
+        return dataclasses.replace(
+            shown, elements=Elements(position, "ellipse", sigma[:, None, None] * distance, label="envelope σ")
+        )
+
+    @torch.no_grad()
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        return (Quantity("σ of envelopes", "pixels", self.sigma.detach().reshape(-1, 1), "Kobayashi 2023, Fig. 4"),)
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         """Multiply-adds for one sample outside training, for the largest input with an output of this size."""

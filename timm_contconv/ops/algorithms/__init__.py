@@ -10,9 +10,11 @@ from .dft import DFT
 from .direct import Direct
 from .fft import FFT
 from .pytorch import ChannelsLast, PyTorch
-from .triton import Triton
+from .triton import TILES, Triton
 
 __all__ = ["ALGORITHMS", "Algorithm"]
 
 #: Every algorithm by its name.
-ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in (PyTorch(), ChannelsLast(), Direct(), FFT(), DFT(), Triton())}
+ALGORITHMS: dict[str, Algorithm] = {
+    a.name: a for a in (PyTorch(), ChannelsLast(), Direct(), FFT(), DFT(), *(Triton(*tile) for tile in TILES))
+}
