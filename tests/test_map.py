@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "timm_contconv"
 #: what may be missing on a user's machine: imported where it is used, and nothing else is
-OPTIONAL = ("matplotlib", "sklearn", "torch.distributed", "triton")
+OPTIONAL = ("matplotlib", "sklearn", "torch.distributed", "triton", "onnxruntime")
 
 
 @cache

@@ -10,6 +10,7 @@ Importing this package registers its architectures with timm.
 """
 
 from . import models
+from .export import Exported, export
 from .hub import from_pretrained, push_to_hub, save_pretrained
 from .inspect import Inspection, inspect
 from .layers.cc import cc_scales, scale_ensemble
@@ -20,12 +21,14 @@ from .train import constrain_, param_groups, penalty, training_hooks
 __version__ = "0.1.0"
 
 __all__ = [
+    "Exported",
     "Inspection",
     "PatchReport",
     "PatchSpec",
     "at_resolution",
     "cc_scales",
     "constrain_",
+    "export",
     "from_pretrained",
     "inspect",
     "list_patches",
