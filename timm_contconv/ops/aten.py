@@ -26,16 +26,23 @@ def plain_only() -> bool:
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int] | int = 1,
 ) -> Tensor:
     """The convolution of x (N, C_in, *size) with weight (C_out, C_in/groups, *kernel), plus bias (C_out,)."""
     convolve = _CONVOLUTIONS[weight.ndim - 2]
     if not _is_wrong_in_half_precision(x, weight):
-        return convolve(x, weight, bias, tuple(stride), tuple(padding), 1, groups)
+        return convolve(x, weight, bias, tuple(stride), tuple(padding), dilation, groups)
     with torch.autocast("cpu", enabled=False):
         wide = convolve(
-            x.float(), weight.float(), None if bias is None else bias.float(), tuple(stride), tuple(padding), 1, groups
-        )
+            x.float(), weight.float(), None if bias is None else bias.float(), tuple(stride), tuple(padding), dilation,
+            groups,
+        )  # fmt: skip
     return wide.to(autocast_dtype(x))
 
 

@@ -45,6 +45,8 @@ class ConvReplacement(nn.Module, ABC):
     method: str
     #: number of spatial dimensions
     ndim: ClassVar[int] = 2
+    #: whether it can stand in for a dilated convolution
+    dilates: ClassVar[bool] = False
 
     transposed = False
 
