@@ -16,7 +16,7 @@ from .inspect import Inspection, inspect
 from .layers.cc import cc_scales, scale_ensemble
 from .layers.flex import at_resolution
 from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
-from .train import constrain_, param_groups, penalty, training_hooks
+from .train import constrain_, no_split_modules, param_groups, penalty, training_hooks
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "load_patch",
     "merge",
     "models",
+    "no_split_modules",
     "param_groups",
     "patch",
     "penalty",

@@ -4,7 +4,8 @@ from .constraints import constrain_, penalty
 from .decay import warn_of_decay
 from .groups import param_groups
 from .hooks import training_hooks
+from .offload import no_split_modules
 
-__all__ = ["constrain_", "param_groups", "penalty", "training_hooks"]
+__all__ = ["constrain_", "no_split_modules", "param_groups", "penalty", "training_hooks"]
 
 warn_of_decay()

@@ -150,6 +150,7 @@ class KernelConv(ConvReplacement):
         """
         if is_traced(x):
             return as_node(self, x)
+        self._require_values(x)
         kernel, margins = self._cropped_kernel()
         x, padding = self._pad(x, margins)
         return convolve(x, kernel, self.bias, self.stride, padding, self.groups, self.dilation)

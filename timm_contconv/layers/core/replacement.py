@@ -94,6 +94,19 @@ class ConvReplacement(nn.Module, ABC):
         """The geometry parameters, by name. They have no weight decay; layers may share them."""
         return self.geometry_owner.geometry
 
+    def _require_values(self, x: Tensor) -> None:
+        """Refuse to run with geometry on the meta device, which has no values.
+
+        Raises:
+            ValueError: x has values.
+        """
+        for name, value in self.geometry.items():
+            if value.is_meta and not x.is_meta:
+                raise ValueError(
+                    f"{name}: is on the meta device, the input on {x.device}: load the weights first; with accelerate's"
+                    " offloading, give it tcc.no_split_modules(model) as preload_module_classes"
+                )
+
     @property
     def undecayed(self) -> list[nn.Parameter]:
         """The parameters that must have no weight decay, besides biases of one dimension: the geometry first."""

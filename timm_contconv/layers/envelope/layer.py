@@ -161,6 +161,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """
         if is_traced(x):
             return as_node(self, x)
+        self._require_values(x)
         if self.spec.order == "after":
             y = self._smooth(self.conv(x))
             return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
