@@ -10,7 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "timm_contconv"
 #: what may be missing on a user's machine: imported where it is used, and nothing else is
-OPTIONAL = ("captum", "jinja2", "matplotlib", "skimage", "sklearn", "torch.distributed", "triton", "vl_convert")
+OPTIONAL = (
+    "captum",
+    "jinja2",
+    "onnxruntime",
+    "matplotlib",
+    "skimage",
+    "sklearn",
+    "torch.distributed",
+    "triton",
+    "vl_convert",
+)
 
 
 @cache

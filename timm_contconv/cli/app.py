@@ -21,6 +21,7 @@ from timm.models._input import get_model_input_config
 from torch import nn
 
 from .. import patching
+from ..export import Format
 from ..hub import save_pretrained
 from ..hub.checks import BUILD_ERRORS
 from ..hub.exchange import made_folder
@@ -33,6 +34,7 @@ from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
 from ..train.groups import PositionScale
 from . import demo as demo_command
+from . import export as export_command
 from . import publish as publish_command
 from .images import load_images
 from .output import console, errors, open_closed_streams, respell
@@ -253,6 +255,31 @@ def publish(
             console, folder, file=file, repo_id=repo_id, private=private, revision=revision, create_pr=create_pr
         )
     except (ValueError, OSError) as error:
+        raise _refused(error) from None
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A timm model, or local-dir:FOLDER, or hf-hub:USER/NAME.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file, .onnx or .pt2.")],
+    format: Annotated[
+        Format, typer.Option(help="'onnx', 'torch' (torch.export) or 'aoti' (compiled for this machine).")
+    ] = "onnx",
+    dynamic: Annotated[
+        list[str] | None, typer.Option(help="A size that stays open: batch, height or width; may be repeated.")
+    ] = None,
+    merge: Annotated[bool, typer.Option(help="Write plain convolutions, not the construction of kernels.")] = True,
+    pretrained: Annotated[bool, typer.Option(help="Load timm's pretrained weights.")] = False,
+    input_size: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Channels, height and width of an image.")
+    ] = None,
+) -> None:
+    """Write a model to a file that runs without this package, and compare it with the model."""
+    try:
+        loaded = _create(model, pretrained or model.startswith(SAVED))
+        sizes = ("batch",) if dynamic is None else tuple(dynamic)
+        export_command.run(console, loaded, output, format, sizes, merge, input_size)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise _refused(error) from None
 
 

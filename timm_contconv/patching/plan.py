@@ -14,9 +14,8 @@ from rich.table import Table
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..layers import ConvReplacement
-from ..layers.core.arguments import check_module
 from ..layers import ConvReplacement, LayerSpec
+from ..layers.core.arguments import check_module
 from ..layers.core.plain import PlainConv
 from ..layers.core.replacement import FIT_TOLERANCE, Init
 from ..layers.core.spec import KernelSpec

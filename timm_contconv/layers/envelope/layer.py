@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ...ops import is_transformed
+from ...ops import plain_only
 from ..core.finite import require_finite
 from ..core.geometry import GeometryOwner
 from ..core.kept import may_look
@@ -171,6 +171,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """
         if is_traced(x):
             return as_node(self, x)
+        self._require_values(x)
         if self.spec.order == "after":
             y = self._smooth(self.conv(x))
             return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
@@ -191,7 +192,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """Whether sigma needs a gradient, the image needs none, and `smooth_and_convolve` can run `conv`."""
         if x.requires_grad or not torch.is_grad_enabled() or not self.geometry["raw_sigma"].requires_grad:
             return False
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or is_transformed():
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or plain_only():
             return False
         return _is_bare(self.conv)
 

@@ -25,7 +25,7 @@ from .fit import fit_magnet_
 from .formula import SMALLEST_SIGMA, flex_kernel, gaussian_mask
 from .grid import sampled_axis
 from .last_layer import fit_last_layer_
-from .magnet import ENVELOPE_CUT
+from .magnet import ENVELOPE_CUT, GABOR_PARAMETERS
 from .nets import NETS, KernelNet, NetName
 
 __all__ = ["FlexKernel", "FlexSpec"]
@@ -101,6 +101,7 @@ class FlexKernel(Kernel):
         self.penalty_form = spec.penalty_form
         shapes = self.net.shapes(ndim, spec.hidden_channels, spec.hidden_layers, outputs)
         self.net_parameters = tuple(shapes)
+        self.undecayed_names = tuple(name for name in shapes if name in GABOR_PARAMETERS or name.endswith("_bias"))
         if spec.mask:
             mask_shapes = dict(zip(MASK_PARAMETERS, ((ndim,), (ndim,), (1,)), strict=True))
             self.geometry_names = MASK_PARAMETERS if spec.steerable else MASK_PARAMETERS[:2]
