@@ -21,15 +21,20 @@ from timm.models._input import get_model_input_config
 from torch import nn
 
 from .. import patching
+from ..export import Format
 from ..hub import save_pretrained
 from ..hub.checks import BUILD_ERRORS
 from ..hub.exchange import made_folder
 from ..hub.names import PATCHED
+from ..hub.save import replaceable
+from ..inspect import inspect as inspect_model
+from ..inspect.writing import check_writable
 from ..layers.core.replacement import Init
 from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
 from ..train.groups import PositionScale
 from . import demo as demo_command
+from . import export as export_command
 from . import publish as publish_command
 from .images import load_images
 from .output import console, errors, open_closed_streams, respell
@@ -121,6 +126,9 @@ def patch(
         raise _refused(
             ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
         )
+    if save is not None:
+        with _writing("--save", save):
+            replaceable(save)  # before minutes are spent on a fit
     choice: dict[str, Any] = {"select": select, "min_kernel_size": min_kernel_size}
     if kernel_count is not None:
         choice["kernel_count"] = kernel_count
@@ -146,6 +154,35 @@ def patch(
         console.out(json.dumps(result.to_dict(), indent=2), highlight=False)
     else:
         console.print(result)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_FOLDER", help="A timm model, or a saved model's folder.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of images. Default: photographs of scikit-image.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL_OR_FOLDER", help="The model before its patch or training, to compare with."),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option(help="Load released weights of models that are given by name.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .html file to write.")] = Path("report.html"),
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+) -> None:
+    """Write a report of what a model's kernels learned: one HTML file with tables and figures."""
+    try:
+        with _writing("--output", output):
+            check_writable(output)
+        before = None if start is None else _created_or_loaded(start, pretrained)
+        found = inspect_model(_created_or_loaded(model, pretrained), images, start=before)
+        with _writing("--output", output):
+            found.save(output)
+    except (ValueError, ImportError) as error:
+        raise _refused(error) from None
+    for text in found.left_out.values():
+        console.print(text, highlight=False, markup=False)
+    console.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB", highlight=False, markup=False)
+    if show:
+        typer.launch(str(output.resolve()))
 
 
 @app.command()
@@ -221,6 +258,31 @@ def publish(
         raise _refused(error) from None
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A timm model, or local-dir:FOLDER, or hf-hub:USER/NAME.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file, .onnx or .pt2.")],
+    format: Annotated[
+        Format, typer.Option(help="'onnx', 'torch' (torch.export) or 'aoti' (compiled for this machine).")
+    ] = "onnx",
+    dynamic: Annotated[
+        list[str] | None, typer.Option(help="A size that stays open: batch, height or width; may be repeated.")
+    ] = None,
+    merge: Annotated[bool, typer.Option(help="Write plain convolutions, not the construction of kernels.")] = True,
+    pretrained: Annotated[bool, typer.Option(help="Load timm's pretrained weights.")] = False,
+    input_size: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Channels, height and width of an image.")
+    ] = None,
+) -> None:
+    """Write a model to a file that runs without this package, and compare it with the model."""
+    try:
+        loaded = _create(model, pretrained or model.startswith(SAVED))
+        sizes = ("batch",) if dynamic is None else tuple(dynamic)
+        export_command.run(console, loaded, output, format, sizes, merge, input_size)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise _refused(error) from None
+
+
 def _position_scale(text: str | None) -> PositionScale | None:
     """The scale that --position-lr-scale names."""
     if text is None or text == "paper":
@@ -263,13 +325,23 @@ def _create(name: str, pretrained: bool) -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models())
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         folder = f"a saved model is {SAVED[0]}{name}; " if Path(name).is_dir() else ""
+        if name in patching.list_patches():
+            hint = "it is a recipe: the model comes first; "
         raise ValueError(f"MODEL={name!r}: timm has no such model; {hint}{folder}timm.list_models() lists all")
     try:
         return timm.create_model(name, pretrained=pretrained)
     except (ValueError, OSError, *BUILD_ERRORS) as error:  # unknown tag, no weights, no such folder or repository
-        raise ValueError(
-            f"MODEL={name!r}: {type(error).__name__}: {error}" if is_saved else f"MODEL={name!r}: {error}"
-        ) from None
+        raise ValueError(f"MODEL={name!r}: {error}") from None
+
+
+def _created_or_loaded(name: str, pretrained: bool) -> nn.Module:
+    """A model by its name, or from the folder where it was saved."""
+    if not timm.is_model(name) and Path(name).is_dir():
+        try:
+            return timm.create_model(f"local-dir:{name}", pretrained=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name}: no model can be loaded from this folder: {error}") from None
+    return _create(name, pretrained)
 
 
 def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Module) -> None:
@@ -285,11 +357,8 @@ def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Mo
 def _report(model: nn.Module, size: tuple[int, int, int] | None) -> PatchReport:
     try:
         return patching.report(model, size)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        if size is None:
-            raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{_option(size)}: the model can't take it: {reason}; try another size") from None
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"input_size={size}", "" if size is None else _option(size))) from None
 
 
 def _option(input_size: tuple[int, int, int]) -> str:
@@ -301,7 +370,7 @@ def _writing(option: str, folder: Path) -> Iterator[None]:
     """Report errors in writing to a folder as errors of the option that named it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         cause = getattr(error, "strerror", None)
         text = str(error).removeprefix(f"folder={str(folder)!r}: ")
         reason = f"can't be written: {cause}; choose another" if cause else text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import sys
 import warnings
@@ -23,8 +22,9 @@ from ..layers.core.replacement import FIT_TOLERANCE, Init, check_init
 from ..layers.core.shown import one_per_output
 from .copies import copy_without_hooks, with_hooks
 from .folding import refusing_fold
+from .optimizer_hints import optimizer_hints
 from .plan import PatchPlan, plan_patch, with_fit_settings
-from .record import RECORD, PatchRecord, Start
+from .record import OVERRIDDEN, RECORD, PatchRecord, Start
 from .select import Selector, find_convolutions
 from .spec import PatchSpec, Share
 from .transaction import Transaction
@@ -221,7 +221,8 @@ def _apply(
         for method, refuse in refusing_fold(block, size).items():
             changes.set(block, method, refuse)
     changes.set(model, RECORD, _record(model, plan, layers, errors, tolerance))
-    changes.set(model, "no_weight_decay", _without_decay(model, plan, layers))
+    for name, hint in optimizer_hints(model, plan, layers).items():
+        changes.set(model, name, hint)
     changes.apply()
 
 
@@ -242,7 +243,7 @@ def _record(
         fit_errors=errors,
         fit_tolerance=tolerance,
         starts=_starts(plan, layers) if errors else {},
-        no_weight_decay=model.__dict__.get("no_weight_decay"),
+        overridden={name: model.__dict__[name] for name in OVERRIDDEN if name in model.__dict__},
     )
 
 
@@ -263,14 +264,3 @@ def _put_inside(module: nn.Module, prefix: str, layers: Mapping[str, ConvReplace
     for name, layer in layers.items():
         if name.startswith(prefix):
             module.set_submodule(name.removeprefix(prefix), layer)
-
-
-def _without_decay(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacement]) -> Any:
-    """The model's `no_weight_decay`, which timm's optimiser factory calls, with the geometry's names added."""
-    names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
-    for name, layer in layers.items():
-        geometry = {id(parameter) for parameter in layer.geometry.values()}
-        names.update(f"{name}.{key}" for key, parameter in layer.named_parameters() if id(parameter) in geometry)
-    for group, home in zip(plan.shared_groups, plan.homes, strict=True):
-        names.update(f"{'.'.join(home)}.{key}" for key in layers[group[0]].geometry)
-    return functools.partial(set, frozenset(names))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..layers import ConvReplacement, LayerSpec
+from ..layers.core.arguments import check_module
 from ..layers.core.plain import PlainConv
 from ..layers.core.replacement import FIT_TOLERANCE, Init
 from ..layers.core.spec import KernelSpec
@@ -122,8 +123,7 @@ def plan_patch(
     Raises:
         TypeError, ValueError: as `tcc.patch`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected a module, as timm.create_model returns one")
+    check_module(model)
     spec = as_patch_spec(patch)
     if layer_overrides:
         spec = spec.with_layer(**layer_overrides)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_counts
+from ..layers.core.replacement import undecayed_names
 from .copies import copy_without_hooks
 from .damage import Damage, measure_damage
 from .folding import folding_blocks
 from .originals import first_images
-from .record import PatchRecord, require_record
+from .record import PatchRecord, patched_inside, require_record
 from .restore import merge, original_architecture
 from .stem_pool import Rewired
 from .tables import as_text
@@ -63,6 +65,7 @@ class PatchReport:
         rows: one per replaced convolution, shared geometry and other changed module.
         refused: selected convolutions that were not replaced, and why.
         notes: warnings about the modules around the new layers.
+        no_weight_decay: names of the parameters that must have no weight decay, in the model that was given.
         parameters_before, parameters_after: of the whole model.
         multiply_adds_before, multiply_adds_after: of the whole model for one sample; None without an input size.
         multiply_adds_published: multiply_adds_after as the method's paper counts; more if this package needs fewer.
@@ -75,6 +78,7 @@ class PatchReport:
     rows: tuple[PatchRow, ...]
     refused: dict[str, str]
     notes: tuple[str, ...]
+    no_weight_decay: tuple[str, ...]
     parameters_before: int
     parameters_after: int
     multiply_adds_before: int | None
@@ -121,8 +125,9 @@ class PatchReport:
             )
         for name, reason in self.refused.items():
             table.add_row(name, "refused", reason)
-        if self.notes:
-            table.caption = "\n".join(self.notes)
+        undecayed = ", ".join(sorted({name.rpartition(".")[2] for name in self.no_weight_decay}))
+        decay = f"no weight decay for {undecayed} ({len(self.no_weight_decay)} parameters): see tcc.param_groups"
+        table.caption = "\n".join((decay, *self.notes))
         return table
 
     def __str__(self) -> str:
@@ -139,7 +144,8 @@ def report(
     """What the patch on a model changed.
 
     Args:
-        model: a patched model; it is not changed. Neither it nor its hooks run, unless there are images.
+        model: a patched model, or a module around one (compiled, of Lightning, of your own); it is not changed. Neither
+            it nor its hooks run, unless there are images. Names are those in the patched model.
         input_size: (channels, *size) of one sample, for multiply-adds. They are counted without scales that were set
             on layers later. Default: the size in the model's `pretrained_cfg`; without one, no multiply-adds.
         original: the model before its patch, with `images`.
@@ -148,10 +154,15 @@ def report(
 
     Raises:
         TypeError: original or images is of a wrong type.
-        ValueError: the model is not patched, or its layers were exchanged since; one of original and images is missing;
-            original is another architecture, or images are not what the models take.
+        ValueError: the model is not patched, or its layers were exchanged since; it can't take this input size; one of
+            original and images is missing; original is another architecture, or images are not what the models take;
+            the model holds several patched models.
     """
+    no_weight_decay = tuple(undecayed_names(model))
+    model = patched_inside(model)
     record = require_record(model)
+    if input_size is not None:
+        _check_input_size(model, input_size)
     damage = None
     if (original is None) != (images is None):
         missing = "original" if original is None else "images"
@@ -180,6 +191,7 @@ def report(
         refused=dict(record.refused),
         notes=(*_notes(model, record.replaced), *_note_of_settings(record)),
         parameters_before=sum(p.numel() for p in shadow.parameters()),
+        no_weight_decay=no_weight_decay,
         parameters_after=sum(p.numel() for p in model.parameters()),
         multiply_adds_before=before,
         multiply_adds_after=after,
@@ -187,6 +199,19 @@ def report(
         input_size=None if input_size is None else tuple(input_size),
         damage=damage,
     )
+
+
+def _check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
+    if isinstance(input_size, str) or not isinstance(input_size, Sequence) or len(input_size) < 2:
+        raise ValueError(f"input_size={input_size!r}: expected (channels, *size) of one sample, as (3, 224, 224)")
+    check_counts(**{f"input_size[{i}]": size for i, size in enumerate(input_size)})
+    try:
+        _count_multiply_adds(original_architecture(model), input_size, ())
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"input_size={tuple(input_size)}: the model can't take it: {reason}; try another size"
+        ) from None
 
 
 def _as_built(shadow: nn.Module) -> nn.Module:

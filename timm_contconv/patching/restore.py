@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
 from ..layers.core.plain import PlainConv, without_zero_borders
 from .copies import copy_without_hooks, with_hooks
 from .folding import fold_methods
@@ -44,6 +45,7 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
         ValueError: the model holds no such layer, or holds one that equals no plain convolution, such as a CC layer
             of scale 0.7; nothing is changed then.
     """
+    check_module(model)
     if not any(isinstance(module, ConvReplacement) for module in model.modules()):
         raise ValueError(f"model: this {type(model).__name__} holds no layer of timm_contconv: nothing to merge")
     if isinstance(model, ConvReplacement):

@@ -153,7 +153,10 @@ def load_patch(name_or_path: str | Path) -> PatchSpec:
         ValueError: the recipe does not exist (the message names similar ones), or its content is wrong (the message
             names file, line and key).
         FileNotFoundError: the file does not exist.
+        TypeError: it is neither a text nor a path.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"name_or_path={name_or_path!r}: expected a recipe's name or the path of a .toml")
     if str(name_or_path) in list_patches():
         path = data_folder("patches") / f"{name_or_path}.toml"
     elif isinstance(name_or_path, Path) or name_or_path.endswith(".toml"):

@@ -196,6 +196,7 @@ class ContinuousConv2d(ConvReplacement):
         """
         if is_traced(x):
             return as_node(self, x, scale=scale, size=size)
+        self._require_values(x)
         if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
             channels = self.in_channels
             raise ValueError(f"x: expected (N, {channels}, H, W) or ({channels}, H, W), got {tuple(x.shape)}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .compilation import CompileMode, construct
+from .finite import require_finite
 from .geometry import GeometryOwner
 from .replacement import FIT_TOLERANCE
 from .shown import Elements, Quantity, parameter_quantities
@@ -59,7 +60,13 @@ class Kernel(GeometryOwner, ABC):
         return {**own, **self.geometry}
 
     def inputs(self) -> dict[str, Tensor]:
-        """The arguments of `function()`, by name: the parameters, unless a kernel needs more."""
+        """The arguments of `function()`, by name: the parameters, unless a kernel needs more.
+
+        Raises:
+            ValueError: geometry is not finite (checked on the CPU).
+        """
+        for name, value in self.geometry.items():
+            require_finite(name, value)
         return self.sources()
 
     def forward(self) -> Tensor:

@@ -91,7 +91,7 @@ def plain_arguments(conv: PlainConv, kernel_size: Sequence[int]) -> dict[str, An
     else:
         old: Sequence[int] = (0,) * len(kernel_size) if isinstance(conv.padding, str) else conv.padding
         growth = [new - now for new, now in zip(kernel_size, conv.kernel_size, strict=True)]
-        padding = tuple(p + g // 2 for p, g in zip(old, growth, strict=True))
+        padding = tuple(p + g // 2 * d for p, g, d in zip(old, growth, conv.dilation, strict=True))
         if any(g % 2 for g in growth) or min(padding) < 0:
             raise ValueError(
                 f"kernel_size={tuple(kernel_size)} can't be centred on a {conv.kernel_size} kernel with"

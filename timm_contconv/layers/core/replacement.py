@@ -17,7 +17,15 @@ from .geometry import GeometryOwner
 from .plain import PlainConv, kernel_in_size, relative_error, require_weights
 from .shown import Quantity, ShownKernels, one_per_output, parameter_quantities
 
-__all__ = ["CONV_ATTRIBUTES", "FIT_TOLERANCE", "ConvReplacement", "Init", "check_init", "live_layers"]
+__all__ = [
+    "CONV_ATTRIBUTES",
+    "FIT_TOLERANCE",
+    "ConvReplacement",
+    "Init",
+    "check_init",
+    "live_layers",
+    "undecayed_names",
+]
 
 Init = Literal["fit", "random"]
 
@@ -48,6 +56,8 @@ class ConvReplacement(nn.Module, ABC):
     method: str
     #: number of spatial dimensions
     ndim: ClassVar[int] = 2
+    #: whether it can stand in for a dilated convolution
+    dilates: ClassVar[bool] = False
 
     transposed = False
 
@@ -94,6 +104,25 @@ class ConvReplacement(nn.Module, ABC):
     def geometry(self) -> dict[str, nn.Parameter]:
         """The geometry parameters, by name. They have no weight decay; layers may share them."""
         return self.geometry_owner.geometry
+
+    def _require_values(self, x: Tensor) -> None:
+        """Refuse to run with geometry on the meta device, which has no values.
+
+        Raises:
+            ValueError: x has values.
+        """
+        for name, value in self.geometry.items():
+            if value.is_meta and not x.is_meta:
+                raise ValueError(
+                    f"{name}: is on the meta device, the input on {x.device}: load the weights first; with accelerate's"
+                    " offloading, give it tcc.no_split_modules(model) as preload_module_classes"
+                )
+
+    @property
+    def undecayed(self) -> list[nn.Parameter]:
+        """The parameters that must have no weight decay, besides biases of one dimension: the geometry first."""
+        owner = self.geometry_owner
+        return [*self.geometry.values(), *(getattr(owner, name) for name in owner.undecayed_names)]
 
     # ---- in place of a convolution, and back
 
@@ -223,11 +252,24 @@ class ConvReplacement(nn.Module, ABC):
     def reset_setting(self) -> None:
         """Undo what `unsaved_setting` names, if it prevents merging the layer."""
 
+    def __prepare_scriptable__(self) -> Self:
+        raise NotImplementedError(
+            f"{type(self).__name__}: torch.jit.script can't compile the construction of kernels; script"
+            " tcc.merge(model), or use torch.jit.trace or torch.export"
+        )
+
     def _replicate_for_data_parallel(self) -> Self:
         raise NotImplementedError(
             f"{type(self).__name__}: nn.DataParallel does not copy the parameters of constructed kernels; use"
             " DistributedDataParallel, or tcc.merge(model) to evaluate"
         )
+
+
+def undecayed_names(model: nn.Module) -> list[str]:
+    """Names of the model's parameters that must have no weight decay because a method says so."""
+    layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
+    exempt = {id(parameter) for layer in layers for parameter in layer.undecayed}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in exempt]
 
 
 _CREATED = itertools.count()

@@ -70,7 +70,7 @@ class LayerSpec(BaseModel):
         """Why this method can't stand in for `conv`; None if it can."""
         if len(conv.kernel_size) not in self.layers:
             return f"{self.method} has no {len(conv.kernel_size)}-D layer"
-        if max(conv.dilation) > 1:
+        if max(conv.dilation) > 1 and not self.layers[len(conv.kernel_size)].dilates:
             return f"dilation {conv.dilation}: only 1 can be replaced"
         try:
             self.check_conv(conv)

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ...ops import is_transformed
+from ...ops import plain_only
 from ..core.finite import require_finite
 from ..core.geometry import GeometryOwner
 from ..core.kept import may_look
@@ -117,9 +117,10 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         if self.spec.order == "after" and self.bias is not None:
             bound = (self.in_channels // self.groups * math.prod(self.kernel_size)) ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
-        sigma = self.spec.initial_sigma
-        start = 0.0 if sigma is None else raw_from_variance(sigma**2)
-        nn.init.constant_(self.geometry["raw_sigma"], start)
+        if self.spec.initial_sigma is None:
+            nn.init.zeros_(self.geometry["raw_sigma"])
+        else:
+            self.set_sigma_(self.spec.initial_sigma)
 
     @property
     def geometry_owner(self) -> GeometryOwner:
@@ -144,6 +145,14 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """Widths of the envelopes in pixels, (C,) or (1,); differentiable."""
         return self.variance.sqrt()
 
+    @torch.no_grad()
+    def set_sigma_(self, sigma: float) -> Self:
+        """Give all envelopes this width, in pixels, in place."""
+        if not 0 <= sigma < math.inf:
+            raise ValueError(f"sigma={sigma!r}: expected a finite number of at least 0, in pixels")
+        nn.init.constant_(self.geometry["raw_sigma"], raw_from_variance(sigma**2))
+        return self
+
     def shrink(self, size: int) -> Self:
         """Use another k_g outside training, with the same sigma (Table 1e); `envelope_size` undoes it.
 
@@ -162,6 +171,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """
         if is_traced(x):
             return as_node(self, x)
+        self._require_values(x)
         if self.spec.order == "after":
             y = self._smooth(self.conv(x))
             return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
@@ -182,7 +192,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """Whether sigma needs a gradient, the image needs none, and `smooth_and_convolve` can run `conv`."""
         if x.requires_grad or not torch.is_grad_enabled() or not self.geometry["raw_sigma"].requires_grad:
             return False
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or is_transformed():
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or plain_only():
             return False
         return _is_bare(self.conv)
 

@@ -13,7 +13,6 @@ from pydantic import Field, StrictBool, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from ..core.arguments import Int
-from ..core.finite import require_finite
 from ..core.kept import may_look
 from ..core.kernel import Kernel, Margins
 from ..core.padding import pad_image
@@ -26,7 +25,7 @@ from .fit import fit_magnet_
 from .formula import SMALLEST_SIGMA, flex_kernel, gaussian_mask
 from .grid import sampled_axis
 from .last_layer import fit_last_layer_
-from .magnet import ENVELOPE_CUT
+from .magnet import ENVELOPE_CUT, GABOR_PARAMETERS
 from .nets import NETS, KernelNet, NetName
 
 __all__ = ["FlexKernel", "FlexSpec"]
@@ -102,6 +101,7 @@ class FlexKernel(Kernel):
         self.penalty_form = spec.penalty_form
         shapes = self.net.shapes(ndim, spec.hidden_channels, spec.hidden_layers, outputs)
         self.net_parameters = tuple(shapes)
+        self.undecayed_names = tuple(name for name in shapes if name in GABOR_PARAMETERS or name.endswith("_bias"))
         if spec.mask:
             mask_shapes = dict(zip(MASK_PARAMETERS, ((ndim,), (ndim,), (1,)), strict=True))
             self.geometry_names = MASK_PARAMETERS if spec.steerable else MASK_PARAMETERS[:2]
@@ -147,10 +147,8 @@ class FlexKernel(Kernel):
         )
 
     def inputs(self) -> dict[str, Tensor]:
-        for name, value in self.geometry.items():
-            require_finite(name, value)
         axes = self._coordinates(self.output_bias)
-        return {**self.sources(), **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
+        return {**super().inputs(), **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
 
     def _coordinates(self, like: Tensor) -> list[Tensor]:
         """The axes of the grid within the margins."""

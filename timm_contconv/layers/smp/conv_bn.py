@@ -57,6 +57,8 @@ class SmpConvBn(ConvReplacement):
                 f"conv: has small_kernel={conv.kernel.small_kernel} without a batch norm; expected None; give"
                 f" small_kernel to {type(self).__name__}"
             )
+        if max(conv.dilation) > 1:
+            raise ValueError(f"conv: has dilation={conv.dilation}; expected 1")
         like: dict[str, Any] = {"device": conv.kernel.weight.device, "dtype": conv.kernel.weight.dtype}
         self.conv = conv
         self.bn = self.norm_class(conv.out_channels, **like)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.arguments import Int, as_int
-from ..core.finite import require_finite
 from ..core.kernel import Kernel
 from ..core.plain import PlainConv, centred, kernels_inside
 from ..core.replacement import FIT_TOLERANCE
@@ -99,11 +98,6 @@ class SmpKernel(Kernel):
         if self.small_kernel is None:
             return functools.partial(function, kernel_size=self.kernel_size)
         return functools.partial(_plus_small, function=function, kernel_size=self.kernel_size, causal=self.causal)
-
-    def inputs(self) -> dict[str, Tensor]:
-        for name, value in self.geometry.items():
-            require_finite(name, value)
-        return super().inputs()
 
     def constrain_(self) -> None:
         """Clip radii to [min_radius, 1]. Coordinates are not clipped: that costs accuracy (section 3.3)."""
