@@ -205,7 +205,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
     @classmethod
     @torch.no_grad()
     def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
-        """Take the widest envelopes with which kernels can stay within half of the tolerance, and solve for the kernels.
+        """Take the widest envelopes with which kernels can stay within half of the tolerance; solve for the kernels.
 
         Half, because every strided layer of a network smooths, and pretrained networks keep what they say then.
 
