@@ -179,16 +179,6 @@ def test_a_warm_start_is_the_same_whatever_surrounds_it(recipe):
             assert torch.equal(value, expected[name]), name
 
 
-def test_layers_of_a_stage_with_kernels_of_other_sizes_share_positions():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 5, padding=2, groups=4))
-    x = torch.randn(2, 4, 9, 9)
-    expected = output(model, x)
-    tcc.patch(model, "dcls", kernel_size=9, kernel_count=25)
-    first, second = geometry_of(model, "position")
-    assert first is second
-    assert relative(output(model, x), expected) < 1e-5
-
-
 @pytest.mark.parametrize("recipe", ["dcls", "dcls_triangle", "dcls_gauss", "smp"])
 def test_a_gradient_reaches_the_geometry_after_a_fit(recipe):
     model = awake(tcc.patch(convnext(), recipe, kernel_size=9, kernel_count=6, select="stages.[01].*dw"))

@@ -249,7 +249,7 @@ def test_half_as_many_elements_as_pixels_come_near(interpolation, limit):
     """Three layers that share positions. The search must beat elements that stay on the 26 pixels that matter most."""
     convs = smooth_convs(16, 3)
     spec = DclsSpec(interpolation=interpolation, kernel_size=13, kernel_count=26)
-    layers = [spec.build(conv, "random") for conv in convs]
+    layers = [spec.build(conv) for conv in convs]
     share_geometry([layer.kernel for layer in layers])
     DclsConv2d.fit_(layers, convs)
     errors = [layer.fit_error(conv) for layer, conv in zip(layers, convs, strict=True)]
