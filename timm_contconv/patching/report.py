@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ConvReplacement
-from ..layers.core.arguments import check_counts
+from ..layers.core.arguments import check_counts, check_module
 from ..layers.core.replacement import undecayed_names
 from .copies import copy_without_hooks
 from .damage import Damage, measure_damage
@@ -153,11 +153,12 @@ def report(
             alone does to the outputs, and what all do together. Both models run on them, once per layer.
 
     Raises:
-        TypeError: original or images is of a wrong type.
+        TypeError: model is not a module; original or images is of a wrong type.
         ValueError: the model is not patched, or its layers were exchanged since; it can't take this input size; one of
             original and images is missing; original is another architecture, or images are not what the models take;
             the model holds several patched models.
     """
+    check_module(model)
     no_weight_decay = tuple(undecayed_names(model))
     model = patched_inside(model)
     record = require_record(model)
