@@ -42,9 +42,22 @@ def test_patch_prints_the_report():
     assert "DclsConv2d 17×17" in result.output
 
 
+@pytest.mark.parametrize("model", ["test_convnext_dcls_gauss", "test_convnext"])
+def test_tune_prints_what_was_chosen_for_each_convolution(model):
+    result = contconv("tune", model, "--batch-size", "2", "--input-size", "3", "64", "64", "--train")
+    assert result.exit_code == 0
+    assert ("patched with the recipe 'engine'" in result.output) == (model == "test_convnext")
+    for text in ("training step, batch of 2", "output", "weight", "algorithm", "gain", "the whole model"):
+        assert text in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("tune", "no_such_model"), "timm has no such model"),
+        (("tune", "resnet18"), "matches no convolution"),
+        (("tune", "test_convnext", "--input-size", "1", "64", "64"), "expected 3 channels"),
+        (("tune", "test_convnext", "--batch-size", "0"), "--batch-size"),
         (("show", "dcls_gaus"), "did you mean dcls_gauss"),
         (("patch", "no_such_model", "dcls"), "timm has no such model"),
         (("patch", "resnet18", "dcls"), "matches no convolution"),
