@@ -55,8 +55,8 @@ def error(kind: str, digits: Digits, epochs: int, seed: int) -> float:
 
 def main() -> None:
     parser = new_parser(__doc__, "envelope_comparison.json")
-    parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=15)
     options = arguments(parser)
     digits = load_digits()
     few = dataclasses.replace(

@@ -80,7 +80,7 @@ def main() -> None:
     parser = new_parser(__doc__, "sequence_digits.json")
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)}; default all")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     options = arguments(parser)
     if unknown := set(options.models) - MODELS.keys():
         parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")

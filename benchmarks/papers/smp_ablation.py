@@ -49,7 +49,7 @@ def few_digits() -> Digits:
 
 def main() -> None:
     parser = new_parser(__doc__, "smp_ablation.json")
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=12)
     options = arguments(parser)
     digits, results = few_digits(), {}

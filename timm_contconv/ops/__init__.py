@@ -1,10 +1,10 @@
 """The convolution engine: one entry, one operator, several algorithms, and what chooses among them."""
 
-from .aten import is_transformed
+from .aten import plain_only
 from .choose import Choice, choices
 from .conv import conv
 from .forced import algorithm, algorithms
 from .measure import measuring
 from .problem import compute_dtype
 
-__all__ = ["Choice", "algorithm", "algorithms", "choices", "compute_dtype", "conv", "is_transformed", "measuring"]
+__all__ = ["Choice", "algorithm", "algorithms", "choices", "compute_dtype", "conv", "measuring", "plain_only"]

@@ -16,13 +16,19 @@ __all__ = ["conv"]
 
 
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int] = (),
 ) -> Tensor:
     """Convolution with symmetric zero padding, in 1, 2 or 3 spatial dimensions, by the fastest algorithm known.
 
-    Differentiable to any order, and one operator in compiled and exported graphs. It is PyTorch's own convolution where
-    nothing is gained by another, under the transforms of torch.func, in forward mode, under torch.jit.trace, and for
-    integers and complex numbers; and PyTorch's own error where arguments do not fit.
+    Differentiable to any order, and one operator in compiled graphs. It is PyTorch's own convolution where nothing is
+    gained by another, with dilation, under the transforms of torch.func, in forward mode, under torch.export and torch.jit.trace, and
+    for integers and complex numbers; and PyTorch's own error where arguments do not fit.
 
     A NaN or Inf in an image does not reach other images. Large kernels may run by Fourier transforms, which spread it
     over its image and not only to the outputs whose kernels meet it (not so under `torch.autograd.detect_anomaly`).
@@ -33,6 +39,7 @@ def conv(
         bias: (C_out,), or None.
         stride, padding: one int per spatial dimension.
         groups: number of blocks of channels that are convolved apart.
+        dilation: pixels between neighbours of the kernel, one int per spatial dimension; 1 if not given.
 
     Returns:
         (N, C_out, *output_size), in the memory format of `x`; without N as `x` is.
@@ -42,9 +49,11 @@ def conv(
         RuntimeError: from PyTorch, if shapes, dtypes or devices do not fit together.
     """
     if x.ndim == weight.ndim - 1:
-        return conv(x.unsqueeze(0), weight, bias, stride, padding, groups).squeeze(0)
+        return conv(x.unsqueeze(0), weight, bias, stride, padding, groups, dilation).squeeze(0)
     geometry = tuple(stride), tuple(padding), groups
-    if not x.is_floating_point() or aten.is_transformed() or torch.jit.is_tracing():
+    if max(dilation, default=1) > 1:
+        return aten.convolution(x, weight, bias, *geometry, tuple(dilation))
+    if not x.is_floating_point() or aten.plain_only():
         return aten.convolution(x, weight, bias, *geometry)
     if torch.compiler.is_compiling():
         is_ours = _may_gain(x, weight, bias, *geometry)

@@ -96,17 +96,17 @@ def _format(channels_last: bool, ndim: int) -> torch.memory_format:
 
 
 def _to_output(x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-    return (aten.convolution if aten.is_transformed() else conv)(x, weight, None, *geometry)
+    return (aten.convolution if aten.plain_only() else conv)(x, weight, None, *geometry)
 
 
 def _to_x(grad: Tensor, weight: Tensor, size: Sequence[int], last: bool, geometry: tuple[Any, ...]) -> Tensor:
-    if aten.is_transformed():
+    if aten.plain_only():
         return aten.input_gradient(grad, weight, size, *geometry)
     return input_gradient(grad, weight, size, last, *geometry)
 
 
 def _to_weight(grad: Tensor, x: Tensor, size: Sequence[int], geometry: tuple[Any, ...]) -> Tensor:
-    return (aten.weight_gradient if aten.is_transformed() else weight_gradient)(grad, x, size, *geometry)
+    return (aten.weight_gradient if aten.plain_only() else weight_gradient)(grad, x, size, *geometry)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

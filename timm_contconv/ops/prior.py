@@ -16,8 +16,6 @@ __all__ = ["candidates", "is_large"]
 # Below this many taps, by spatial dimensions, no algorithm of ours gains.
 _FEWEST_TAPS = {1: 65, 2: 25, 3: 65}
 _FEWEST_DEPTHWISE_TAPS = {1: 7, 2: 9, 3: 65}
-# In exported graphs, which other programs read: there an operator of our own has to gain more.
-_FEWEST_TAPS_EXPORTED = 65
 # Products that compiled loops make in the time of an FFT per pixel and halving of a line. FFTs are faster where more
 # are to be made, and not worth a try where far fewer are; but without compiled loops they are, up to PyTorch's own.
 _PRODUCTS, _FEWEST_PRODUCTS, _FEWEST_PRODUCTS_OF_PYTORCH = 40, 8, 2
@@ -28,8 +26,6 @@ _MOST_TILES = 4
 def is_large(kernel_size: Sequence[int], is_depthwise: bool) -> bool:
     """Whether an algorithm of ours may gain anything for kernels of this size."""
     taps, dims = math.prod(kernel_size), len(kernel_size)
-    if torch.compiler.is_exporting():
-        return taps >= _FEWEST_TAPS_EXPORTED
     return taps >= (_FEWEST_DEPTHWISE_TAPS if is_depthwise else _FEWEST_TAPS).get(dims, math.inf)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ops import is_transformed
+from ...ops import plain_only
 
 __all__ = [
     "FACTORS",
@@ -121,7 +121,7 @@ def triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]
 
 def gauss_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
     widths = GAUSS_MIN_WIDTH + sigma.abs()
-    bell = _bell if is_transformed() else _Bell.apply
+    bell = _bell if plain_only() else _Bell.apply
     factors = [bell(position[d], widths[d], size) for d, size in enumerate(kernel_size)]
     return factors, _mass(factors)
 
