@@ -85,7 +85,7 @@ def output_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["batch", "tiles_per_split"])
 def weight_kernel(  # type: ignore[no-untyped-def]
-    grad, images, parts, batch, g, tiles_per_split, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, images, parts, batch, tiles_per_split, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, VECTOR: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sums over tiles of the products of every output in a tile with every pixel of one line that it may need.
@@ -115,7 +115,7 @@ def weight_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["splits"])
 def diagonal_kernel(  # type: ignore[no-untyped-def]
-    parts, out, g, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TAPS: tl.constexpr
+    parts, out, splits, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TAPS: tl.constexpr
 ):
     """Sums of `parts` along their diagonals: TAPS taps of `out` (C, KH, KW); grid (KW / TAPS, KH, C)."""
     tap_x = tl.program_id(0) * TAPS + tl.arange(0, TAPS)
