@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow soak zoo check format wheel clean
+.PHONY: demo test slow soak zoo ecosystem check format wheel clean
 
 # The environment is up to date if this file is newer than pyproject.toml.
 $(VENV)/.installed: pyproject.toml

@@ -99,8 +99,9 @@ def rebuild_merged(model: nn.Module, table: Mapping[str, Any]) -> None:
         layer = model.get_submodule(name)
         if not steps or (layer.in_channels, layer.out_channels) != (steps[0].in_channels, steps[-1].out_channels):
             raise ValueError(
-                f"merged: {name} has {layer.in_channels} input and {layer.out_channels} output channels where timm builds"
-                f" the model, and others in its description; a merged model keeps the in_chans that it was saved with"
+                f"merged: {name} has {layer.in_channels} input and {layer.out_channels} output channels where timm"
+                " builds the model, and others in its description; a merged model keeps the in_chans that it was saved"
+                " with"
             )
         convs = [step.build() for step in steps]
         merged: nn.Module = convs[0] if len(convs) == 1 else nn.Sequential(*convs)
