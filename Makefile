@@ -30,6 +30,13 @@ soak: $(VENV)/.installed
 zoo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.papers.zoo
 
+# Patched models in other libraries, in an environment of its own; writes docs/works_with.md and docs/deploy.md.
+ecosystem:
+	test -x .ecosystem/bin/python || $(PYTHON) -m venv .ecosystem
+	.ecosystem/bin/python -m pip install --quiet --editable '.[test,ecosystem]'
+	OMP_NUM_THREADS=1 .ecosystem/bin/python -m benchmarks.ecosystem
+	OMP_NUM_THREADS=1 .ecosystem/bin/python -m benchmarks.speed.deploy
+
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
