@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow soak zoo ecosystem check format wheel clean
+.PHONY: demo test slow soak gpu browser-test zoo ecosystem check format wheel clean
 
 # The environment is up to date if this file is newer than pyproject.toml.
 $(VENV)/.installed: pyproject.toml
@@ -25,6 +25,16 @@ slow: $(VENV)/.installed
 # Random walks, damaged folders, kill -9; takes about 20 minutes, writes docs/security.md.
 soak: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks
+
+# On an NVIDIA card, under eight minutes: the tests that need one, then each pass and whole models against cuDNN.
+gpu: $(VENV)/.installed
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs an NVIDIA card that PyTorch can use, and found none.')"
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.speed.gpu
+# Open reports in headless Chromium; needs the packages chromium and chromium-driver of the system.
+browser-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 # Patch every family of timm with every method; takes about an hour, writes docs/zoo.md.
 zoo: $(VENV)/.installed

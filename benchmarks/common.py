@@ -161,7 +161,7 @@ def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
         model: gives at least ten logits; it is put into training mode.
         images: what it takes.
     """
-    labels = torch.randint(10, (len(images),))
+    labels = torch.randint(10, (len(images),), device=images.device)
     optimizer = torch.optim.AdamW(tcc.param_groups(model.train(), lr=1e-5, weight_decay=0.05))
 
     def step() -> None:

@@ -41,7 +41,6 @@ def _smp_bn_causal(**options) -> SmpConvBn1d:
 KERNEL_LAYERS: dict[str, Callable[..., ConvReplacement]] = {
     "dcls": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5),
     "dcls_bilinear": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="bilinear"),
-    "dcls_normalized": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="normalized_bilinear"),
     "dcls_triangle": functools.partial(DclsConv2d, 8, 8, **_2D, kernel_count=5, interpolation="triangle"),
     "dcls_rows": functools.partial(DclsConv2d, 8, 4, (6, 5), 2, "same", groups=4, kernel_count=2, position_dims=(1,)),
     "dcls_reflect": functools.partial(DclsConv2d, 8, 6, 7, padding=3, padding_mode="reflect", groups=2, kernel_count=3),
@@ -53,12 +52,11 @@ KERNEL_LAYERS: dict[str, Callable[..., ConvReplacement]] = {
     "smp_dense": functools.partial(SmpConv2d, 8, 8, (5, 9), padding="same", groups=2, kernel_count=9),
     "smp_causal": functools.partial(SmpConv1d, 8, 8, 9, groups=8, kernel_count=5, small_kernel=4),
     "flex": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6),
-    "flex_whole": functools.partial(FlexConv2d, 8, 8, **_2D, hidden_channels=6, mask=False),
-    "flex_gabor": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6, kernel_net="gabor"),
-    "flex_turned": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6, steerable=True),
-    "flex_fourier_causal": functools.partial(FlexConv1d, 8, 8, 9, groups=2, hidden_channels=6, kernel_net="fourier"),
-    "flex_siren": functools.partial(FlexConv2d, 8, 8, 7, groups=8, hidden_channels=6, kernel_net="siren"),
-    "flex_causal": functools.partial(FlexConv1d, 8, 8, 9, groups=2, hidden_channels=6),
+    "flex_whole": functools.partial(FlexConv2d, 8, 8, **_2D, hidden_channels=6, mask=False, kernel_net="siren"),
+    "flex_turned": functools.partial(
+        FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6, steerable=True, kernel_net="gabor"
+    ),
+    "flex_causal": functools.partial(FlexConv1d, 8, 8, 9, groups=2, hidden_channels=6, kernel_net="fourier"),
 }
 #: every kind of layer
 LAYERS: dict[str, Callable[..., ConvReplacement]] = {

@@ -15,7 +15,7 @@ from .hub import from_pretrained, push_to_hub, save_pretrained
 from .inspect import Inspection, inspect
 from .layers.cc import cc_scales, scale_ensemble
 from .layers.flex import at_resolution
-from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, report, unpatch
+from .patching import PatchReport, PatchSpec, list_patches, load_patch, merge, patch, refit_, report, unpatch
 from .train import constrain_, no_split_modules, param_groups, penalty, training_hooks
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "patch",
     "penalty",
     "push_to_hub",
+    "refit_",
     "report",
     "save_pretrained",
     "scale_ensemble",

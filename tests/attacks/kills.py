@@ -22,8 +22,8 @@ __all__ = ["attack"]
 def attack(count: int, seed: int = 0) -> Counter[str]:
     """Kill so many processes while they save, and look at what stands.
 
-    Every second one is killed at any time, the others within milliseconds of the moment when the new folder takes the
-    place of the old one.
+    Every second one is killed at any time, the others within a tenth of a second after the picture was begun: the card
+    is written then, and the new folder takes the place of the old one.
 
     Returns:
         How often the old model stood under its name, or the new one, or the old one was restored from beside it.
@@ -41,8 +41,8 @@ def attack(count: int, seed: int = 0) -> Counter[str]:
             if number % 2:
                 time.sleep(chance.uniform(0, 1.5))
             else:
-                _wait_for_exchange(folder)
-                time.sleep(chance.uniform(0, 0.002))
+                _wait_for_picture(folder, process)
+                time.sleep(chance.uniform(0, 0.1))
             _kill(process)
             where = "under its name" if folder.is_dir() else "restored from beside it"
             stands = tcc.from_pretrained(folder)
@@ -64,15 +64,17 @@ def _saving(model: torch.nn.Module, folder: Path) -> int:
     return process
 
 
-def _wait_for_exchange(folder: Path) -> None:
-    """Until the card, which is written last, stands in the new folder."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end and not [*folder.parent.glob(".model.saving-*/new/README.md")]:
-        time.sleep(0.0002)
+def _wait_for_picture(folder: Path, process: int) -> None:
+    while not _is_ended(process) and not [*folder.parent.glob(".model.saving-*/new/kernels.png")]:
+        time.sleep(0.0005)
+
+
+def _is_ended(process: int) -> bool:
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _kill(process: int) -> None:
-    os.kill(process, signal.SIGKILL)
+    os.kill(process, signal.SIGKILL)  # of a process that has ended too: it is not waited for yet
     os.waitpid(process, 0)
 
 

@@ -25,6 +25,14 @@ def test_it_has_as_many_parameters_as_in_the_paper():
     assert sum(p.numel() for p in on_meta().parameters()) == 489_646
 
 
+# Table 9; the paper rounds to thousands
+@pytest.mark.parametrize(("points", "thousands"), [(4, 250), (8, 330), (16, 490), (32, 809), (64, 1447)])
+def test_parameter_counts_by_number_of_points_are_those_of_the_paper(points, thousands):
+    with torch.device("meta"):
+        model = timm.create_model("smpnet7", smp_args={"kernel_count": points})
+    assert round(sum(p.numel() for p in model.parameters()) / 1000) == thousands
+
+
 def test_keys_and_shapes_of_the_release_are_those_of_the_model():
     with torch.device("meta"):
         release = ReleasedSmpNet()

@@ -27,7 +27,7 @@ def test_a_plan_changes_nothing(base, recipe):
 @pytest.mark.parametrize("recipe", ["dcls_gauss", "smp", "genv5"])
 def test_a_plan_is_what_the_patch_then_does(recipe):
     model = timm.create_model("resnet18" if recipe == "genv5" else "test_convnext")
-    plan = plan_patch(model, recipe)
+    plan = plan_patch(model, recipe, init="random")
     report = tcc.report(tcc.patch(model, recipe, init="random"))
     assert plan.to_dict()["patch"] == report.patch
     assert set(plan.convs) <= {row.name for row in report.rows}

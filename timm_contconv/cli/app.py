@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
@@ -25,6 +26,9 @@ from ..hub import save_pretrained
 from ..hub.checks import BUILD_ERRORS
 from ..hub.exchange import made_folder
 from ..hub.names import PATCHED
+from ..hub.save import replaceable
+from ..inspect import inspect as inspect_model
+from ..inspect.writing import check_writable
 from ..layers.core.replacement import Init
 from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
@@ -32,6 +36,7 @@ from ..train.groups import PositionScale
 from . import demo as demo_command
 from . import export as export_command
 from . import publish as publish_command
+from .images import load_images
 from .output import console, errors, open_closed_streams, respell
 from .run import run_script
 
@@ -39,6 +44,9 @@ __all__ = ["app", "main"]
 
 #: how timm's names of saved models start
 SAVED = ("local-dir:", "hf-hub:", "hf_hub:")
+
+#: images that refit layers, and that a report runs once per layer
+REFIT_IMAGES, REPORT_IMAGES = 64, 16
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Continuous convolutions for timm.")
 
@@ -96,6 +104,16 @@ def patch(
     pretrained: Annotated[
         bool, typer.Option(help="Start from timm's pretrained weights, or from the saved ones.")
     ] = False,
+    kernel_count: Annotated[
+        int | None, typer.Option(min=1, help="Elements per kernel, instead of as many as the fit needs.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Up to 64 of its images refit the new layers, and show what each does to the outputs.",
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print the plan; make and save no weights.")] = False,
     input_size: Annotated[
@@ -108,7 +126,12 @@ def patch(
         raise _refused(
             ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
         )
+    if save is not None:
+        with _writing("--save", save):
+            replaceable(save)  # before minutes are spent on a fit
     choice: dict[str, Any] = {"select": select, "min_kernel_size": min_kernel_size}
+    if kernel_count is not None:
+        choice["kernel_count"] = kernel_count
     try:
         if dry_run:
             with torch.device("meta"):
@@ -118,7 +141,10 @@ def patch(
         else:
             patched = _create(model, pretrained)
             _check_input_size(input_size, model, patched)
-            result = _report(patching.patch(patched, recipe, init=init, **choice), input_size)
+            if images is None:
+                result = _report(patching.patch(patched, recipe, init=init, **choice), input_size)
+            else:
+                result = _patch_with_images(patched, recipe, images, input_size, init=init, **choice)
             if save is not None:
                 with _writing("--save", save):
                     save_pretrained(patched, save)
@@ -128,6 +154,35 @@ def patch(
         console.out(json.dumps(result.to_dict(), indent=2), highlight=False)
     else:
         console.print(result)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_FOLDER", help="A timm model, or a saved model's folder.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of images. Default: photographs of scikit-image.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL_OR_FOLDER", help="The model before its patch or training, to compare with."),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option(help="Load released weights of models that are given by name.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .html file to write.")] = Path("report.html"),
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+) -> None:
+    """Write a report of what a model's kernels learned: one HTML file with tables and figures."""
+    try:
+        with _writing("--output", output):
+            check_writable(output)
+        before = None if start is None else _created_or_loaded(start, pretrained)
+        found = inspect_model(_created_or_loaded(model, pretrained), images, start=before)
+        with _writing("--output", output):
+            found.save(output)
+    except (ValueError, ImportError) as error:
+        raise _refused(error) from None
+    for text in found.left_out.values():
+        console.print(text, highlight=False, markup=False)
+    console.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB", highlight=False, markup=False)
+    if show:
+        typer.launch(str(output.resolve()))
 
 
 @app.command()
@@ -259,6 +314,18 @@ def _position_scale(text: str | None) -> PositionScale | None:
     return scale
 
 
+def _patch_with_images(
+    model: nn.Module, recipe: str, folder: Path, input_size: tuple[int, int, int] | None, **choice: Any
+) -> PatchReport:
+    """Patch a model, refit what can be refit, and report what the patch does to the outputs."""
+    found = load_images(folder, model, REFIT_IMAGES)
+    original = copy.deepcopy(model)
+    patching.patch(model, recipe, **choice)
+    if patching.can_refit(model):
+        patching.refit_(model, original, found)
+    return patching.report(model, input_size, original=original, images=found[:REPORT_IMAGES])
+
+
 def _recipe(name: str) -> PatchSpec:
     recipes = patching.list_patches()
     if name in recipes or name.endswith(".toml"):
@@ -276,13 +343,23 @@ def _create(name: str, pretrained: bool) -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models())
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         folder = f"a saved model is {SAVED[0]}{name}; " if Path(name).is_dir() else ""
+        if name in patching.list_patches():
+            hint = "it is a recipe: the model comes first; "
         raise ValueError(f"MODEL={name!r}: timm has no such model; {hint}{folder}timm.list_models() lists all")
     try:
         return timm.create_model(name, pretrained=pretrained)
     except (ValueError, OSError, *BUILD_ERRORS) as error:  # unknown tag, no weights, no such folder or repository
-        raise ValueError(
-            f"MODEL={name!r}: {type(error).__name__}: {error}" if is_saved else f"MODEL={name!r}: {error}"
-        ) from None
+        raise ValueError(f"MODEL={name!r}: {error}") from None
+
+
+def _created_or_loaded(name: str, pretrained: bool) -> nn.Module:
+    """A model by its name, or from the folder where it was saved."""
+    if not timm.is_model(name) and Path(name).is_dir():
+        try:
+            return timm.create_model(f"local-dir:{name}", pretrained=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name}: no model can be loaded from this folder: {error}") from None
+    return _create(name, pretrained)
 
 
 def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Module) -> None:
@@ -298,11 +375,8 @@ def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Mo
 def _report(model: nn.Module, size: tuple[int, int, int] | None) -> PatchReport:
     try:
         return patching.report(model, size)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        if size is None:
-            raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{_option(size)}: the model can't take it: {reason}; try another size") from None
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"input_size={size}", "" if size is None else _option(size))) from None
 
 
 def _option(input_size: tuple[int, int, int]) -> str:
@@ -314,7 +388,7 @@ def _writing(option: str, folder: Path) -> Iterator[None]:
     """Report errors in writing to a folder as errors of the option that named it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         cause = getattr(error, "strerror", None)
         text = str(error).removeprefix(f"folder={str(folder)!r}: ")
         reason = f"can't be written: {cause}; choose another" if cause else text

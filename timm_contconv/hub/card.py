@@ -46,7 +46,7 @@ class CardFacts:
 
 
 def write_card(model: nn.Module, record: PatchRecord | MergedRecord | None, facts: CardFacts, folder: Path) -> None:
-    """Write the card and, with matplotlib, a picture of kernels beside it.
+    """Write the card and, with the extra `viz`, a picture of kernels beside it.
 
     Args:
         model: a named model or one patched by hand.
@@ -122,12 +122,12 @@ def _results(results: Sequence[EvalResult]) -> str:
 
 
 def _picture(model: nn.Module, folder: Path) -> str:
-    if find_spec("matplotlib") is None:
+    if find_spec("vl_convert") is None:
         warnings.warn("the model card has no picture of kernels: install timm_contconv[viz]", stacklevel=5)
         return ""
-    from ..inspect.figures import save_kernel_figure
+    from ..inspect.figures import kernels
 
-    save_kernel_figure(model, folder / PICTURE)
+    kernels(model).save(folder / PICTURE)
     return f"![Learned kernels]({PICTURE})"
 
 

@@ -16,7 +16,16 @@ from typing import Any
 import timm
 from timm.models import PretrainedCfg
 
-__all__ = ["BUILD_ERRORS", "CONFIG", "RESERVED", "WEIGHTS", "check_arguments", "check_config", "check_foreign"]
+__all__ = [
+    "BUILD_ERRORS",
+    "CONFIG",
+    "RESERVED",
+    "WEIGHTS",
+    "check_arguments",
+    "check_config",
+    "check_foreign",
+    "check_path",
+]
 
 CONFIG = "config.json"
 #: the only weights file that is loaded without the caller naming it
@@ -48,6 +57,16 @@ LARGEST_IMAGE = 10_000
 LONGEST_TEXT = 1000
 LONGEST_LIST = 10_000
 LARGEST_CONFIG = 16 * 2**20
+
+
+def check_path(argument: str, value: object) -> None:
+    """Check that an argument is a path.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, str | Path):
+        raise TypeError(f"{argument}={_short(value)}: expected a path, as a str or a pathlib.Path")
 
 
 def check_config(path: Path) -> str:

@@ -14,17 +14,19 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from timm.models._input import get_model_args
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
 from ..patching.record import MERGED, MergedRecord, PatchRecord, get_record, require_record
 from .build import check_folder
 from .card import CARD, PICTURE, CardFacts, write_card
-from .checks import CONFIG, RESERVED, WEIGHTS
+from .checks import CONFIG, RESERVED, WEIGHTS, check_path
 from .exchange import replaced, restore
 from .merged import describe_merged
 from .names import HAND_PATCHED, PATCHED
 
-__all__ = ["save_pretrained", "write_folder"]
+__all__ = ["replaceable", "save_pretrained", "write_folder"]
 
 #: everything that `write_folder` may write
 FILES = frozenset((CONFIG, WEIGHTS, CARD, PICTURE))
@@ -49,15 +51,27 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         ValueError: the model is not patched, is not a timm model, or was edited so that timm does
             not rebuild it; or the folder can not be replaced.
+        TypeError: model is not a module, or folder is not a path.
         FileExistsError: the folder holds something other than a saved model, or something beside one.
     """
+    check_path("folder", folder)
     _saveable_record(model)
-    target = _target(Path(folder))
-    restore(target)
-    _check_replaceable(target, str(folder))
+    target = replaceable(Path(folder))
     with replaced(target) as new:
         write_folder(model, new, CardFacts(target.name, f"local-dir:{target.name}"))
     return Path(folder)
+
+
+def replaceable(folder: Path) -> Path:
+    """The folder that a save replaces: absolute, without symbolic links. A save that was killed is put right first.
+
+    Raises:
+        ValueError, FileExistsError: it can not be replaced, as in `save_pretrained`.
+    """
+    target = _target(folder)
+    restore(target)
+    _check_replaceable(target, str(folder))
+    return target
 
 
 def write_folder(model: nn.Module, folder: Path, facts: CardFacts) -> None:
@@ -135,6 +149,11 @@ def _saveable_record(model: nn.Module) -> PatchRecord | MergedRecord | None:
     Raises:
         ValueError: the model is not patched, or was not made by timm.
     """
+    check_module(model)
+    if isinstance(model, OptimizedModule):
+        raise ValueError(
+            f"model: a compiled {type(model._orig_mod).__name__}: pass the model that was compiled, model._orig_mod"
+        )
     merged: MergedRecord | None = model.__dict__.get(MERGED)
     record = merged or (None if _is_own_architecture(model) else require_record(model))
     if not hasattr(model, "pretrained_cfg"):

@@ -111,6 +111,10 @@ def _feature_cfg(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _entrypoint(architecture: PatchedArchitecture, spec: PatchSpec) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, patch_args: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+        if not isinstance(patch_args, Mapping | None):
+            raise TypeError(
+                f"patch_args={patch_args!r}: expected a dict of the layer's settings, as {{'kernel_size': 11}}"
+            )
         changed = spec.with_layer(**patch_args) if patch_args else spec
         return _build(architecture.name, architecture.base, changed, pretrained, {}, **kwargs)
 

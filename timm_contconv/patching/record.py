@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
 from ..layers.core.plain import PlainConv
 from ..layers.core.shown import Quantity
 from .spec import PatchSpec
@@ -62,6 +63,7 @@ class PatchRecord:
         rewired: other changes of the model, with the old values.
         unfoldable: names of blocks that now refuse to fold themselves.
         fit_errors: relative error of each kernel at the start, by name; empty for a random start.
+        fit_tolerance: that of the fit; None for a random start, and for settings as in the method's paper.
         starts: what each layer was fitted to, by name; empty for a random start, and for a model that was loaded.
         overridden: the model's own attributes that the patch replaced, by name.
         architecture: the registered name of the model; None for a model patched by hand.
@@ -74,6 +76,7 @@ class PatchRecord:
     rewired: tuple[Rewired, ...] = ()
     unfoldable: tuple[str, ...] = ()
     fit_errors: dict[str, float] = field(default_factory=dict)
+    fit_tolerance: float | None = None
     starts: dict[str, Start] = field(default_factory=dict)
     overridden: dict[str, Any] = field(default_factory=dict)
     architecture: str | None = None
@@ -104,7 +107,9 @@ def require_record(model: nn.Module) -> PatchRecord:
 
     Raises:
         ValueError: the model is not patched, or parts of the patch were removed since.
+        TypeError: model is not a module.
     """
+    check_module(model)
     record = get_record(model)
     if record is None:
         raise ValueError(

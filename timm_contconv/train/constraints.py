@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
 from .distributed import edit_whole_parameters, whole_parameters
 
 __all__ = ["constrain_", "constrain_layers_", "mean_penalty", "penalty"]
@@ -63,4 +64,5 @@ def _penalised_once(layers: Sequence[ConvReplacement]) -> list[ConvReplacement]:
 
 
 def _layers(model: nn.Module) -> list[ConvReplacement]:
+    check_module(model)
     return [module for module in model.modules() if isinstance(module, ConvReplacement)]

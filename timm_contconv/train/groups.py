@@ -10,6 +10,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
 
 __all__ = ["PositionScale", "check_position_scale", "param_groups", "split_geometry"]
 
@@ -105,6 +106,7 @@ def _is_rate(value: Any) -> bool:
 
 def _require_geometry(model: nn.Module) -> None:
     """Refuse a part of a model if trainable geometry of its layers is registered outside of it."""
+    check_module(model)
     registered = {id(parameter) for parameter in model.parameters()}
     orphans = [
         name or type(layer).__name__

@@ -13,6 +13,7 @@ __all__ = ["receptive_field"]
 
 MOST_CELLS = 64
 SIZE = 280
+WHITE_HALO = {"stroke": "white", "strokeWidth": 3}
 
 
 def receptive_field(field: ReceptiveField, title: str = "") -> Figure:
@@ -37,6 +38,8 @@ def receptive_field(field: ReceptiveField, title: str = "") -> Figure:
     y = _axis("y", height, reverse=True)
     box = {"x": x, "y": y, "x2": {"field": "x2"}, "y2": {"field": "y2"}}
     squares = [_square(field, share) for share in SHARES]
+    name = {"type": "text", "align": "left", "baseline": "top", "dx": 4, "dy": 4}
+    at = {"x": x, "y": y, "text": {"field": "name", "type": "nominal"}}
     layers = [
         {
             "data": data(rows),
@@ -48,11 +51,7 @@ def receptive_field(field: ReceptiveField, title: str = "") -> Figure:
             "mark": {"type": "rect", "filled": False, "stroke": ALERT, "strokeWidth": 1.5},
             "encoding": box,
         },
-        {
-            "data": data(squares),
-            "mark": {"type": "text", "align": "left", "baseline": "top", "dx": 3, "dy": 3, "color": INK},
-            "encoding": {"x": x, "y": y, "text": {"field": "name", "type": "nominal"}},
-        },
+        *({"data": data(squares), "mark": {**name, **halo}, "encoding": at} for halo in (WHITE_HALO, {"color": INK})),
     ]
     return Figure({"title": title, "layer": layers, "width": SIZE, "height": round(SIZE * height / width)})
 
@@ -64,12 +63,12 @@ def _axis(field: str, size: int, title: str | None = None, **scale: Any) -> dict
 
 def _square(field: ReceptiveField, share: float) -> dict[str, Any]:
     height, width = field.contributions.shape
-    half = field.square(share) / 2
-    row, column = height // 2 + 0.5, width // 2 + 0.5
+    half = field.square(share) // 2
+    row, column = height // 2, width // 2
     return {
         "x": max(column - half, 0),
-        "x2": min(column + half, width),
+        "x2": min(column + half + 1, width),
         "y": max(row - half, 0),
-        "y2": min(row + half, height),
+        "y2": min(row + half + 1, height),
         "name": f"{round(100 * share)} %",
     }

@@ -16,7 +16,7 @@ from .kept import Kept
 from .kernel import Kernel, Margins
 from .padding import pad_image, sides_of
 from .plain import PlainConv, copy_bias_, kernels_inside, plain_arguments, plain_conv, require_weights
-from .replacement import ConvReplacement
+from .replacement import FIT_TOLERANCE, ConvReplacement
 from .shown import Quantity, ShownKernels, one_per_output
 from .spec import KernelSpec
 from .tracing import as_node, is_traced
@@ -180,10 +180,10 @@ class KernelConv(ConvReplacement):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
         require_weights(convs)
         kernels = [layer.kernel for layer in layers]
-        type(kernels[0]).fit_(kernels, kernels_inside(convs, layers[0].kernel_size))
+        type(kernels[0]).fit_(kernels, kernels_inside(convs, layers[0].kernel_size), tolerance)
         for layer, conv in zip(layers, convs, strict=True):
             copy_bias_(layer.bias, conv)
 

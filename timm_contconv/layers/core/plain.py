@@ -23,6 +23,7 @@ __all__ = [
     "plain_conv",
     "relative_error",
     "require_weights",
+    "without_zero_borders",
 ]
 
 PlainConv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -158,6 +159,47 @@ def centred(kernel: Tensor, size: Sequence[int]) -> Tensor:
     for old, new in reversed(list(zip(kernel.shape[-len(size) :], size, strict=True))):
         padding += [margin(old, new), new - old - margin(old, new)]
     return F.pad(kernel, padding)
+
+
+def without_zero_borders(conv: PlainConv) -> PlainConv:
+    """The convolution without borders of zeros around its kernel, as far as its padding can follow.
+
+    Values below a rounding error of the kernel's largest count as zero. The output stays the same. A kernel on the meta
+    device has no values, and a dilated one is not cropped; then it is the same convolution.
+    """
+    if conv.weight.is_meta or max(conv.dilation) > 1:
+        return conv
+    cut = [_border(conv, dim) for dim in range(len(conv.kernel_size))]
+    if not any(cut):
+        return conv
+    size = [k - 2 * c for k, c in zip(conv.kernel_size, cut, strict=True)]
+    same = has_same_padding(conv)
+    cropped = plain_conv(
+        centred(conv.weight.detach(), size), conv.bias, stride=conv.stride,
+        padding="same" if same else [p - c for p, c in zip(_padding(conv), cut, strict=True)],
+        groups=conv.groups, padding_mode=conv.padding_mode,
+    )  # fmt: skip
+    cropped.weight.requires_grad_(conv.weight.requires_grad)
+    return cropped.train(conv.training)
+
+
+@torch.no_grad()
+def _border(conv: PlainConv, dim: int) -> int:
+    """Pixels that can be cut off both ends of a convolution's kernel along a dimension."""
+    kernel = conv.weight.abs()
+    size, stride = conv.kernel_size[dim], conv.stride[dim]
+    rounding = min(torch.finfo(kernel.dtype).eps, torch.finfo(torch.float32).eps) / 8
+    others = [d for d in range(kernel.ndim) if d != 2 + dim]
+    largest = kernel.amax(others)
+    used = (largest > rounding * largest.max()).nonzero().flatten().tolist() or [size // 2]
+    border = min(used[0], size - 1 - used[-1])
+    if not has_same_padding(conv):
+        return min(border, _padding(conv)[dim])
+    return min(border, max((size - stride) // 2, 0))  # a smaller kernel would need a negative padding for some images
+
+
+def _padding(conv: PlainConv) -> tuple[int, ...]:
+    return (0,) * len(conv.kernel_size) if isinstance(conv.padding, str) else tuple(conv.padding)
 
 
 def kernels_inside(convs: Sequence[PlainConv], size: Sequence[int]) -> list[Tensor]:

@@ -14,12 +14,23 @@ from torch import Tensor, nn
 from .arguments import PADDING_MODES, check_channels, check_choice, check_padding, per_dimension
 from .compilation import CompileMode
 from .geometry import GeometryOwner
-from .plain import PlainConv, kernel_in_size, relative_error
+from .plain import PlainConv, kernel_in_size, relative_error, require_weights
 from .shown import Quantity, ShownKernels, one_per_output, parameter_quantities
 
-__all__ = ["CONV_ATTRIBUTES", "ConvReplacement", "Init", "check_init", "live_layers", "undecayed_names"]
+__all__ = [
+    "CONV_ATTRIBUTES",
+    "FIT_TOLERANCE",
+    "ConvReplacement",
+    "Init",
+    "check_init",
+    "live_layers",
+    "undecayed_names",
+]
 
 Init = Literal["fit", "random"]
+
+#: relative error of a kernel that a fit may have, unless the caller says otherwise
+FIT_TOLERANCE = 0.01
 
 #: attributes of `nn.Conv2d` that other code reads; `bias` comes on top
 CONV_ATTRIBUTES = (
@@ -116,21 +127,25 @@ class ConvReplacement(nn.Module, ABC):
     # ---- in place of a convolution, and back
 
     @classmethod
-    def from_conv(cls, conv: PlainConv, spec: Any, init: Init = "fit") -> Self:
+    def from_conv(cls, conv: PlainConv, spec: Any, init: Init = "fit", fit_tolerance: float = FIT_TOLERANCE) -> Self:
         """A layer that stands in for `conv`: same channels, stride, bias, output size, device and dtype.
 
         Args:
             conv: the convolution; it is not changed.
             spec: the method's `LayerSpec`.
             init: "fit" reproduces the kernel of `conv` as well as the layer can, "random" draws all parameters.
+            fit_tolerance: relative error of the kernel that is good enough. Settings that the spec leaves open, such
+                as the number of elements, are chosen for it.
 
         Raises:
             ValueError: another init, settings that this convolution does not allow, or no values to fit (meta device).
         """
         check_init(init)
-        layer = cls.in_place_of(conv, spec)
-        if init == "fit":
-            cls.fit_([layer], [conv])
+        if init == "random":
+            return cls.in_place_of(conv, spec)
+        require_weights([conv])
+        layer = cls.in_place_of(conv, spec.for_fit([conv], fit_tolerance))
+        cls.fit_([layer], [conv], fit_tolerance)
         return layer
 
     @classmethod
@@ -140,14 +155,16 @@ class ConvReplacement(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
         """Let layers reproduce the kernels and biases of plain convolutions, in place, as well as they can.
 
-        Deterministic, and exact where the method can be exact.
+        Deterministic.
 
         Args:
             layers: layers of one geometry, each made by `in_place_of`; several share it.
             convs: the convolution that each stands in for.
+            tolerance: relative error of each kernel that is good enough; what it leaves free serves a geometry that
+                can learn.
         """
 
     @abstractmethod

@@ -13,11 +13,11 @@ from pydantic import Field, StrictBool, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from ..core.arguments import Int
-from ..core.finite import require_finite
 from ..core.kept import may_look
 from ..core.kernel import Kernel, Margins
 from ..core.padding import pad_image
 from ..core.plain import PlainConv, centred
+from ..core.replacement import FIT_TOLERANCE
 from ..core.shown import Elements, Quantity
 from ..core.spec import KernelSpec
 from .crop import Crop, MaskValues, margins_of_mask, read_mask
@@ -147,10 +147,8 @@ class FlexKernel(Kernel):
         )
 
     def inputs(self) -> dict[str, Tensor]:
-        for name, value in self.geometry.items():
-            require_finite(name, value)
         axes = self._coordinates(self.output_bias)
-        return {**self.sources(), **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
+        return {**super().inputs(), **{f"coordinate_{d}": axis for d, axis in enumerate(axes)}}
 
     def _coordinates(self, like: Tensor) -> list[Tensor]:
         """The axes of the grid within the margins."""
@@ -338,7 +336,7 @@ class FlexKernel(Kernel):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor], tolerance: float = FIT_TOLERANCE) -> None:
         """A mask that leaves the size of the old kernels, and the best kernels inside it.
 
         A MAGNet is exact if the old kernels have at most hidden_channels + 1 pixels; otherwise an approximation with as
@@ -407,6 +405,10 @@ class FlexSpec(KernelSpec):
     """
 
     kernel: ClassVar[type[Kernel]] = FlexKernel
+    fit_advice: ClassVar[str] = (
+        "Give more hidden_channels: with one less than the pixels of an old kernel the fit is exact; a kernel_size"
+        " below the old one cuts kernels off."
+    )
 
     method: Literal["flex"] = "flex"
     kernel_net: NetName = "magnet"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..core.compilation import CompileMode
 from ..core.geometry import GeometryOwner
 from ..core.plain import PlainConv, plain_conv
-from ..core.replacement import CONV_ATTRIBUTES, ConvReplacement
+from ..core.replacement import CONV_ATTRIBUTES, FIT_TOLERANCE, ConvReplacement
 from ..core.shown import Quantity, ShownKernels
 from ..core.tracing import as_node, is_traced
 from .conv import SmpConv1d, SmpConv2d
@@ -125,10 +125,10 @@ class SmpConvBn(ConvReplacement):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
         """The large branch fits the kernel, the small one starts at zero; in eval mode as exact as the large one."""
         large: Any = [layer.conv for layer in layers]
-        cls.conv_class.fit_(large, convs)
+        cls.conv_class.fit_(large, convs, tolerance)
         for layer in layers:
             if layer.small_conv is not None:
                 for parameter in layer.small_conv.parameters():

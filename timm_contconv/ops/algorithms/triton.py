@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _VECTOR_BYTES = 16
 # Programs that keep a large device busy: fewer than these share a weight's gradient.
 _FEWEST_PROGRAMS = 512
-# Products that tensor cores make in the time in which a pixel is loaded: their peak on an H100 by the cache's bandwidth.
+# Products that tensor cores make while a pixel is loaded from the cache, by an H100's data sheet.
 _PRODUCTS_PER_LOAD = 100
 # Taps whose gradients one program sums up.
 _MOST_TAPS = 32
@@ -116,12 +116,15 @@ class Triton(Algorithm):
             return "it is for depthwise convolutions only"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        if problem.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        if problem.device.type != "cuda" and not _is_interpreted():
             return "it runs on CUDA only (or with TRITON_INTERPRET=1 in the environment)"
         if problem.dtype not in _DTYPES:
             return "it computes float32, bfloat16 and float16 only"
         if problem.ndim > 2:
             return "it needs 1 or 2 spatial dimensions"
+        width = problem.input_size[-1] if pass_ == "input" else problem.output_size[-1]
+        if self.tile[1] > max(8, 2 * width - 1):
+            return f"half of its tile would be empty, with images of {width} pixels in a row"
         return None
 
     def cost(self, pass_: str, problem: Problem) -> float:
@@ -155,10 +158,10 @@ class Triton(Algorithm):
         bands = x.new_empty(channels, g.steps, depth, rows * columns)
         out = x.new_empty(batch, channels, g.out_height, g.out_width)
         bias = x.new_zeros(channels) if bias is None else bias
-        options = _options(x, rows * columns, depth)
+        options = _options(x, 64, 64 * rows * columns, (64 + rows * columns) * depth)
         grid = (-(-batch * -(-g.out_height // rows) // options["TILES"]), -(-g.out_width // columns), channels)
         with _device(x):
-            band_kernel[g.steps, channels](weight.to(x.dtype).contiguous(), bands, g, rows, columns, depth)
+            band_kernel[g.steps, channels](weight.to(x.dtype).contiguous(), bands, g, rows, columns, depth, num_warps=8)
             output_kernel[grid](
                 _lines(x, spread),
                 bands,
@@ -179,10 +182,9 @@ class Triton(Algorithm):
 
         rows, columns = self.tile
         g, depth = Geometry.of(problem.in_channels, _axes(problem), self.tile, _vector(x.dtype))
-        options = _options(x, rows * columns, depth)
+        options = _options(x, 32, rows * columns * depth, 32 * (rows * columns + depth))
         tiles = problem.batch * -(-g.out_height // rows)
-        per_split = _multiple(-(-tiles * g.steps * g.channels // _FEWEST_PROGRAMS), options["TILES"])
-        per_split = min(per_split, _multiple(tiles, options["TILES"]))
+        per_split = _multiple(min(tiles, -(-tiles * g.steps * g.channels // _FEWEST_PROGRAMS)), options["TILES"])
         splits = -(-tiles // per_split)
         parts = torch.empty(splits, g.channels, g.steps, rows * columns * depth, dtype=torch.float32, device=x.device)
         out = x.new_empty(problem.weight_shape)
@@ -192,7 +194,7 @@ class Triton(Algorithm):
                 _lines(grad), _lines(x), parts, problem.batch, g, per_split, rows, columns, depth, **options
             )
             grid = (-(-g.kernel_width // taps), g.kernel_height, g.channels)
-            diagonal_kernel[grid](parts, out, g, splits, rows, columns, depth, taps)
+            diagonal_kernel[grid](parts, out, g, splits, rows, columns, depth, taps, num_warps=8)
         return out
 
 
@@ -235,18 +237,23 @@ def _lines(images: Tensor, stride: tuple[int, ...] = (1, 1)) -> Tensor:
     return lines
 
 
-def _options(x: Tensor, cells: int, depth: int) -> dict[str, Any]:
-    """How blocks are multiplied. What a stage of the pipeline loads has to fit into a small card's memory."""
-    tiles = 128 if cells < 64 else 64
-    stage = (tiles + cells) * depth * x.element_size()
+def _options(x: Tensor, tiles: int, sums: int, loaded: int) -> dict[str, Any]:
+    """How blocks are multiplied: so many tiles at a time, with so many sums in registers and numbers loaded.
+
+    The stages of the pipeline have to fit into a small card's memory.
+    """
     return {
         "VECTOR": _vector(x.dtype),
         "TILES": tiles,
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
-        "UPCAST": not x.is_cuda,
-        "num_warps": 8 if tiles * cells > 64 * 64 else 4,
-        "num_stages": 3 if stage <= 1 << 15 else 2,
+        "UPCAST": _is_interpreted(),
+        "num_warps": 8 if sums > 64 * 64 else 4,
+        "num_stages": 3 if loaded * x.element_size() <= 1 << 15 else 2,
     }
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _device(x: Tensor) -> Any:
