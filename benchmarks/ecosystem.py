@@ -454,8 +454,8 @@ def version(package: str) -> str:
 
 def page(only: str | None) -> Iterator[str]:
     yield "# What patched models work with\n"
-    yield "`make ecosystem` (benchmarks/ecosystem.py) wrote this page. Each cell is a run with real steps on the CPU; after"
-    yield "training no geometry may be out of its bounds or decayed. Models: " + ", ".join(MODELS.values()) + ".\n"
+    yield "`make ecosystem` (benchmarks/ecosystem.py) wrote this page. Each cell is a run with real steps on the CPU;"
+    yield "after training no geometry may be out of its bounds or decayed. Models: " + ", ".join(MODELS.values()) + ".\n"
     yield f"Python {platform.python_version()}, torch {version('torch')}, timm {version('timm')}.\n"
     yield f"| library | what | {' | '.join(MODELS)} |"
     yield "|---|---|" + "---|" * len(MODELS)
