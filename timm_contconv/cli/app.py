@@ -296,6 +296,24 @@ def publish(
 
 
 @app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="A saved model: local-dir:FOLDER, hf-hub:USER/NAME, or a folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model; timm loads it.")],
+) -> None:
+    """Turn a saved model's layers into plain convolutions, and save that model."""
+    try:
+        name = f"{SAVED[0]}{model}" if Path(model).is_dir() else model
+        if not name.startswith(SAVED):
+            raise ValueError(f"MODEL={model!r}: expected a folder, or {SAVED[0]}FOLDER or hf-hub:USER/NAME")
+        merged = patching.merge(_create(name, pretrained=True))
+        with _writing("--output", output):
+            save_pretrained(merged, output)
+    except (ValueError, OSError) as error:
+        raise _refused(error) from None
+    console.print(f"{output}: {sum(p.numel() for p in merged.parameters()):,} parameters", soft_wrap=True)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A timm model, or local-dir:FOLDER, or hf-hub:USER/NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file, .onnx or .pt2.")],
