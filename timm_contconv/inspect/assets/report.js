@@ -9,12 +9,12 @@ const options = { actions: false, renderer: "canvas", logLevel: 1 }; // 1: error
 function fitted(spec, width) {
   const gap = spec.spacing ?? 10;
   if (spec.spec) return { ...spec, columns: Math.max(1, Math.floor((width + gap) / (spec.spec.width + gap))) };
-  if (typeof spec.height === "number") return { ...spec, ...square(spec, width) };
+  if (spec.usermeta?.isPicture) return { ...spec, ...shrunk(spec, width) };
   return { ...spec, width: "container", autosize: { type: "fit-x", contains: "padding" } };
 }
 
 // Pictures keep their proportions, and shrink where there is less room; 60 pixels are for the axes.
-function square(spec, width) {
+function shrunk(spec, width) {
   const factor = Math.min(1, (width - 60) / spec.width);
   return { width: spec.width * factor, height: spec.height * factor };
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .figure import AFTER, BEFORE, WIDTH, Figure, data
+from .figure import AFTER, BEFORE, STEP, WIDTH, Figure, data
 
 __all__ = ["LayerCost", "cost"]
 
@@ -50,4 +50,6 @@ def cost(layers: Sequence[LayerCost]) -> Figure:
             {"field": "part", "type": "quantitative", "title": "percent"},
         ],
     }
-    return Figure({"data": data(rows), "mark": "bar", "encoding": encoding, "width": WIDTH, "height": {"step": 10}})
+    return Figure(
+        {"data": data(rows), "mark": "bar", "encoding": encoding, "width": WIDTH, "height": STEP * len(layers)}
+    )

@@ -53,7 +53,7 @@ def frequencies(model: Layers) -> Figure:
         {**bar, "encoding": {**bar["encoding"], "y": y, "tooltip": tooltip}}
         for bar in percentile_bars(x, whiskers=False)
     ]
-    return Figure({"data": data(rows), "layer": [*bars, limits, nyquist], "width": WIDTH, "height": {"step": STEP}})
+    return Figure({"data": data(rows), "layer": [*bars, limits, nyquist], "width": WIDTH, "height": STEP * len(rows)})
 
 
 def _row(layer: ShownLayer) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def receptive_field(field: ReceptiveField, title: str = "") -> Figure:
         },
         *({"data": data(squares), "mark": {**name, **halo}, "encoding": at} for halo in (WHITE_HALO, {"color": INK})),
     ]
-    return Figure({"title": title, "layer": layers, "width": SIZE, "height": round(SIZE * height / width)})
+    shape = {"width": SIZE, "height": round(SIZE * height / width), "usermeta": {"isPicture": True}}
+    return Figure({"title": title, "layer": layers, **shape})
 
 
 def _axis(field: str, size: int, title: str | None = None, **scale: Any) -> dict[str, Any]:
