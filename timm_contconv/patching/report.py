@@ -19,7 +19,7 @@ from .restore import merge, original_architecture
 from .stem_pool import Rewired
 from .tables import as_text
 
-__all__ = ["PatchReport", "PatchRow", "report"]
+__all__ = ["PatchReport", "PatchRow", "count_multiply_adds", "report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +134,9 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
         channels, *size = config["input_size"]
         input_size = (getattr(model, "in_chans", channels), *size)
     original = original_architecture(model)
-    before, old_outputs = _count_multiply_adds(original, input_size, record.replaced)
+    before, old_outputs = count_multiply_adds(original, input_size, record.replaced)
     merged = merge(_as_built(copy_without_hooks(model).to("meta")), inplace=True)
-    after, outputs = _count_multiply_adds(merged, input_size, record.replaced)
+    after, outputs = count_multiply_adds(merged, input_size, record.replaced)
     existed = dict(original.named_modules())
     rows = [_row(model, record, n, existed.get(n), old_outputs.get(n), outputs.get(n)) for n in record.replaced]
     rows += [_home_row(model, record, home, attribute) for home, attribute in record.homes]
@@ -165,7 +165,7 @@ def _as_built(shadow: nn.Module) -> nn.Module:
     return shadow
 
 
-def _count_multiply_adds(
+def count_multiply_adds(
     shadow: nn.Module, input_size: Sequence[int] | None, names: Iterable[str]
 ) -> tuple[int | None, dict[str, tuple[int, ...]]]:
     """Multiply-adds of a model on the meta device, and output sizes of the named modules."""

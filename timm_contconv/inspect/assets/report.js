@@ -167,7 +167,7 @@ function spectrumRows(kernel, { window: { size }, spacing }) {
 }
 
 const circleRows = (radius) =>
-  radius === null ? [] : range(65).map((o) => ({ x: radius * Math.cos((Math.PI * o) / 32), y: radius * Math.sin((Math.PI * o) / 32), o }));
+  range(65).map((o) => ({ x: radius * Math.cos((Math.PI * o) / 32), y: radius * Math.sin((Math.PI * o) / 32), o }));
 const nyquistRows = [[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5], [-0.5, -0.5]].map(([x, y], o) => ({ x, y, o }));
 
 // ---- the gallery
@@ -203,10 +203,12 @@ class Gallery {
     const rows = { pixels: pixelRows(kernel, entry.now), dots: dotRows(elements), outlines: outlineRows(elements, entry.elements?.form) };
     await this.show("now", rows, this.describe("now", entry.now, kernel, entry.kernelSize));
     await this.drawStart(entry, index);
-    const highest = entry.highest === null ? "" : `; red: f⁺ = ${short(entry.highest)} cycles per pixel`;
+    const isInside = entry.highest !== null && entry.highest <= 0.5 / entry.now.spacing;
+    const place = isInside ? "red" : "beyond the picture";
+    const highest = entry.highest === null ? "" : `; ${place}: f⁺ = ${short(entry.highest)} cycles per pixel`;
     await this.show(
       "spectrum",
-      { pixels: spectrumRows(kernel, entry.now), circle: circleRows(entry.highest), nyquist: nyquistRows },
+      { pixels: spectrumRows(kernel, entry.now), circle: isInside ? circleRows(entry.highest) : [], nyquist: nyquistRows },
       `its spectrum, relative to the largest; dashed: Nyquist${highest}`,
     );
   }

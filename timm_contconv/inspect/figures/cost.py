@@ -37,8 +37,8 @@ def cost(layers: Sequence[LayerCost]) -> Figure:
         for key, text in names.items()
         if getattr(layer, key) is not None
     ]
-    order = list(names.values())
-    legend = {"domain": order, "range": [AFTER, BEFORE]}
+    order = [text for text in names.values() if any(row["of"] == text for row in rows)]
+    legend = {"domain": order, "range": [AFTER, BEFORE][: len(order)]}
     encoding = {
         "x": {"field": "part", "type": "quantitative", "title": "percent of the model"},
         "y": {"field": "layer", "type": "nominal", "sort": None, "title": None},
