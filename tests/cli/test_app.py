@@ -8,6 +8,7 @@ import timm
 from click.testing import Result
 from typer.testing import CliRunner
 
+import timm_contconv as tcc
 from timm_contconv.cli import app
 
 HUB = Path(__file__).parents[2] / "hub"
@@ -189,3 +190,35 @@ def test_demo_runs_to_a_saved_model_and_a_picture(tmp_path):
     assert "test accuracy" in result.output
     assert (tmp_path / "demo_output" / "test_convnext_dcls_gauss" / "model.safetensors").is_file()
     assert (tmp_path / "demo_output" / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_writes_a_report_of_a_name_and_of_a_folder(tmp_path):
+    saved = tcc.save_pretrained(timm.create_model("test_resnet_genv", num_classes=10), tmp_path / "model")
+    report = tmp_path / "report.html"
+    result = contconv("inspect", str(saved), "--start", "test_resnet", "-o", str(report))
+    assert result.exit_code == 0, result.output
+    assert f"{report}: 1." in result.output.replace("\n", "")
+    text = report.read_text(encoding="utf-8")
+    assert "Effective receptive field, before" in text
+    assert "Effective receptive field, now" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("test_resnet",), "holds no layer of timm_contconv"),
+        (("no_such_model",), "timm has no such model"),
+        (("test_resnet_genv", "--images", "."), "holds no image file"),
+        (("test_resnet_genv", "--images", "nowhere"), "no such folder"),
+        (("test_resnet_genv", "-o", "nowhere/report.html"), "--output nowhere/report.html: can't be written"),
+        (("test_resnet_genv", "-o", "."), "--output .: can't be written: it is a folder"),
+        (("model",), "no model can be loaded from this folder"),
+    ],
+)
+def test_inspect_explains_mistakes_and_writes_nothing(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    result = contconv("inspect", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output.replace("\n", " ")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -23,7 +23,7 @@ from .restore import merge, original_architecture
 from .stem_pool import Rewired
 from .tables import as_text
 
-__all__ = ["PatchReport", "PatchRow", "report"]
+__all__ = ["PatchReport", "PatchRow", "count_multiply_adds", "report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +175,9 @@ def report(
         channels, *size = config["input_size"]
         input_size = (getattr(model, "in_chans", channels), *size)
     shadow = original_architecture(model)
-    before, old_outputs = _count_multiply_adds(shadow, input_size, record.replaced)
+    before, old_outputs = count_multiply_adds(shadow, input_size, record.replaced)
     merged = merge(_as_built(copy_without_hooks(model).to("meta")), inplace=True)
-    after, outputs = _count_multiply_adds(merged, input_size, record.replaced)
+    after, outputs = count_multiply_adds(merged, input_size, record.replaced)
     existed = dict(shadow.named_modules())
     rows = [_row(model, record, n, existed.get(n), old_outputs.get(n), outputs.get(n)) for n in record.replaced]
     if damage is not None:
@@ -207,7 +207,7 @@ def _check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
         raise ValueError(f"input_size={input_size!r}: expected (channels, *size) of one sample, as (3, 224, 224)")
     check_counts(**{f"input_size[{i}]": size for i, size in enumerate(input_size)})
     try:
-        _count_multiply_adds(original_architecture(model), input_size, ())
+        count_multiply_adds(original_architecture(model), input_size, ())
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -223,7 +223,7 @@ def _as_built(shadow: nn.Module) -> nn.Module:
     return shadow
 
 
-def _count_multiply_adds(
+def count_multiply_adds(
     shadow: nn.Module, input_size: Sequence[int] | None, names: Iterable[str]
 ) -> tuple[int | None, dict[str, tuple[int, ...]]]:
     """Multiply-adds of a model on the meta device, and output sizes of the named modules."""
