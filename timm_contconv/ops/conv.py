@@ -27,8 +27,8 @@ def conv(
     """Convolution with symmetric zero padding, in 1, 2 or 3 spatial dimensions, by the fastest algorithm known.
 
     Differentiable to any order, and one operator in compiled graphs. It is PyTorch's own convolution where nothing is
-    gained by another, with dilation, under the transforms of torch.func, in forward mode, under torch.export and torch.jit.trace, and
-    for integers and complex numbers; and PyTorch's own error where arguments do not fit.
+    gained by another, with dilation, under the transforms of torch.func, in forward mode, under torch.export and
+    torch.jit.trace, and for integers and complex numbers; and PyTorch's own error where arguments do not fit.
 
     A NaN or Inf in an image does not reach other images. Large kernels may run by Fourier transforms, which spread it
     over its image and not only to the outputs whose kernels meet it (not so under `torch.autograd.detect_anomaly`).
