@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow soak gpu browser-test zoo check format wheel clean
+.PHONY: demo test slow soak gpu browser-test zoo ecosystem check format wheel clean
 
 # The environment is up to date if this file is newer than pyproject.toml.
 $(VENV)/.installed: pyproject.toml
@@ -39,6 +39,13 @@ browser-test: $(VENV)/.installed
 # Patch every family of timm with every method; takes about an hour, writes docs/zoo.md.
 zoo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.papers.zoo
+
+# Patched models in other libraries, in an environment of its own; writes docs/works_with.md and docs/deploy.md.
+ecosystem:
+	test -x .ecosystem/bin/python || $(PYTHON) -m venv .ecosystem
+	.ecosystem/bin/python -m pip install --quiet --editable '.[test,ecosystem]'
+	OMP_NUM_THREADS=1 .ecosystem/bin/python -m benchmarks.ecosystem
+	OMP_NUM_THREADS=1 .ecosystem/bin/python -m benchmarks.speed.deploy
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

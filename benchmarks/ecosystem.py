@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
+import json
 import platform
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 import timm_contconv as tcc
 from tests.models_for_tests import awake, layers_of, scatter
 
+RESULTS = Path(__file__).parent / "results" / "ecosystem.json"
 PAGE = Path(__file__).parent.parent / "docs" / "works_with.md"
 MODELS = {
     "dcls": "test_convnext_dcls_gauss",
@@ -452,29 +454,37 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def page(only: str | None) -> Iterator[str]:
-    yield "# What patched models work with\n"
-    yield "`make ecosystem` (benchmarks/ecosystem.py) wrote this page. Each cell is a run with real steps on the CPU; after"
-    yield "training no geometry may be out of its bounds or decayed. Models: " + ", ".join(MODELS.values()) + ".\n"
-    yield f"Python {platform.python_version()}, torch {version('torch')}, timm {version('timm')}.\n"
-    yield f"| library | what | {' | '.join(MODELS)} |"
-    yield "|---|---|" + "---|" * len(MODELS)
-    for package, does, cell in ROWS:
-        if only and only not in (package, cell.__name__):
-            continue
-        found = [run(cell, name) for name in MODELS.values()]
-        print(package, cell.__name__, found, flush=True)
-        yield f"| {package} {version(package)} | {does} | {' | '.join(found)} |"
+def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        "# What patched models work with",
+        "",
+        "`make ecosystem` (benchmarks/ecosystem.py) wrote this page. Each cell is a run with real steps on the CPU;",
+        f"after training no geometry may be out of its bounds or decayed. Models: {', '.join(MODELS.values())}.",
+        "",
+        f"Python {platform.python_version()}, torch {version('torch')}, timm {version('timm')}.",
+        "",
+        f"| library | what | {' | '.join(MODELS)} |",
+        "|---|---|" + "---|" * len(MODELS),
+    ]
+    for _, does, cell in ROWS:
+        if found := results.get(cell.__name__):
+            lines.append(f"| {found['library']} | {does} | {' | '.join(found['cells'])} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="a package or a cell's name; then nothing is written")
-    only = parser.parse_args().only
-    lines = list(page(only))
-    if not only:
-        notes = PAGE.read_text(encoding="utf-8").partition("\n## ") if PAGE.exists() else ("", "", "")
-        PAGE.write_text("\n".join(lines) + "\n" + notes[1] + notes[2], encoding="utf-8")
+    parser.add_argument("rows", nargs="*", help="names of cells' functions to run again; all without any")
+    rows = parser.parse_args().rows
+    for package, _, cell in ROWS:
+        if rows and cell.__name__ not in rows:
+            continue
+        found = [run(cell, name) for name in MODELS.values()]
+        print(package, cell.__name__, found, flush=True)
+        results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        results[cell.__name__] = {"library": f"{package} {version(package)}", "cells": found}
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        PAGE.write_text(page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

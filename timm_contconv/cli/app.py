@@ -29,6 +29,7 @@ from ..hub.names import PATCHED
 from ..hub.save import replaceable
 from ..inspect import inspect as inspect_model
 from ..inspect.writing import check_writable
+from ..layers import ConvReplacement
 from ..layers.core.replacement import Init
 from ..patching import PatchPlan, PatchReport, PatchSpec
 from ..train import training_hooks
@@ -36,6 +37,7 @@ from ..train.groups import PositionScale
 from . import demo as demo_command
 from . import export as export_command
 from . import publish as publish_command
+from . import tune as tune_command
 from .images import load_images
 from .output import console, errors, open_closed_streams, respell
 from .run import run_script
@@ -195,6 +197,41 @@ def demo(
         demo_command.run(console, output, epochs)
 
 
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="A timm model.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
+    input_size: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Channels, height and width. Default: the model's own.")
+    ] = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Run in bfloat16 with autocast.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Images in channels-last layout.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Measure training steps, not only inference.")] = False,
+) -> None:
+    """Measure a model's convolutions on this machine, and print what was chosen and what that gains.
+
+    The results are remembered: later processes with as many threads start with them. A model without layers of this
+    package is patched with the recipe `engine` first. Runs on CUDA where there is one.
+    """
+    try:
+        network = _create(model, pretrained=False)
+        _check_input_size(input_size, model, network)
+        size = input_size or get_model_input_config(network)["input_size"]
+        if not any(isinstance(module, ConvReplacement) for module in network.modules()):
+            console.print(f"{model}: patched with the recipe 'engine', because it has no layer of this package")
+            patching.patch(network, "engine")
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        images = torch.randn(batch_size, *size, device=device).to(memory_format=layout)
+        step = tune_command.step_of(network.to(device, memory_format=layout), images, amp, train)
+        kind = "training step" if train else "inference"
+        with _taking(input_size):
+            step()
+        console.print(tune_command.tune(step, console, f"{model}: {kind}, batch of {batch_size}"))
+    except ValueError as error:
+        raise _refused(error) from None
+
+
 @app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
 def run(
     context: typer.Context,
@@ -256,6 +293,24 @@ def publish(
         )
     except (ValueError, OSError) as error:
         raise _refused(error) from None
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="A saved model: local-dir:FOLDER, hf-hub:USER/NAME, or a folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model; timm loads it.")],
+) -> None:
+    """Turn a saved model's layers into plain convolutions, and save that model."""
+    try:
+        name = f"{SAVED[0]}{model}" if Path(model).is_dir() else model
+        if not name.startswith(SAVED):
+            raise ValueError(f"MODEL={model!r}: expected a folder, or {SAVED[0]}FOLDER or hf-hub:USER/NAME")
+        merged = patching.merge(_create(name, pretrained=True))
+        with _writing("--output", output):
+            save_pretrained(merged, output)
+    except (ValueError, OSError) as error:
+        raise _refused(error) from None
+    console.print(f"{output}: {sum(p.numel() for p in merged.parameters()):,} parameters", soft_wrap=True)
 
 
 @app.command()
@@ -359,6 +414,18 @@ def _report(model: nn.Module, size: tuple[int, int, int] | None) -> PatchReport:
         return patching.report(model, size)
     except ValueError as error:
         raise ValueError(str(error).replace(f"input_size={size}", "" if size is None else _option(size))) from None
+
+
+@contextmanager
+def _taking(size: tuple[int, int, int] | None) -> Iterator[None]:
+    """Report errors of a model that runs at --input-size as errors of that option."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if size is None:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{_option(size)}: the model can't take it: {reason}; try another size") from None
 
 
 def _option(input_size: tuple[int, int, int]) -> str:

@@ -17,7 +17,7 @@ from .choose import choose
 from .forced import forced, inherited
 from .problem import Problem, fits, has_outputs, in_format, memory_format, new_tensor, output_size
 
-__all__ = ["conv", "input_gradient", "output", "weight_gradient"]
+__all__ = ["conv", "input_gradient", "weight_gradient"]
 
 
 @torch.library.custom_op("timm_contconv::conv", mutates_args=())
@@ -27,11 +27,7 @@ def conv(
     """Convolution of x (N, C_in, *size) with weight (C_out, C_in/groups, *kernel), plus bias (C_out,)."""
     if not (fits(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding)):
         return in_format(aten.convolution(x, weight, bias, stride, padding, groups), x.dtype, memory_format(x))
-    return output(Problem.of(x.shape, weight.shape, stride, padding, groups, x), x, weight, bias)
-
-
-def output(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `conv` does once its arguments are known to fit."""
+    problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)
     algorithm = choose("output", problem, (x, weight, bias))
     return in_format(algorithm.output(problem, x, weight, bias), x.dtype, memory_format(x))
 

@@ -9,12 +9,12 @@ const options = { actions: false, renderer: "canvas", logLevel: 1 }; // 1: error
 function fitted(spec, width) {
   const gap = spec.spacing ?? 10;
   if (spec.spec) return { ...spec, columns: Math.max(1, Math.floor((width + gap) / (spec.spec.width + gap))) };
-  if (typeof spec.height === "number") return { ...spec, ...square(spec, width) };
+  if (spec.usermeta?.isPicture) return { ...spec, ...shrunk(spec, width) };
   return { ...spec, width: "container", autosize: { type: "fit-x", contains: "padding" } };
 }
 
 // Pictures keep their proportions, and shrink where there is less room; 60 pixels are for the axes.
-function square(spec, width) {
+function shrunk(spec, width) {
   const factor = Math.min(1, (width - 60) / spec.width);
   return { width: spec.width * factor, height: spec.height * factor };
 }
@@ -167,7 +167,7 @@ function spectrumRows(kernel, { window: { size }, spacing }) {
 }
 
 const circleRows = (radius) =>
-  radius === null ? [] : range(65).map((o) => ({ x: radius * Math.cos((Math.PI * o) / 32), y: radius * Math.sin((Math.PI * o) / 32), o }));
+  range(65).map((o) => ({ x: radius * Math.cos((Math.PI * o) / 32), y: radius * Math.sin((Math.PI * o) / 32), o }));
 const nyquistRows = [[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5], [-0.5, -0.5]].map(([x, y], o) => ({ x, y, o }));
 
 // ---- the gallery
@@ -203,10 +203,12 @@ class Gallery {
     const rows = { pixels: pixelRows(kernel, entry.now), dots: dotRows(elements), outlines: outlineRows(elements, entry.elements?.form) };
     await this.show("now", rows, this.describe("now", entry.now, kernel, entry.kernelSize));
     await this.drawStart(entry, index);
-    const highest = entry.highest === null ? "" : `; red: f⁺ = ${short(entry.highest)} cycles per pixel`;
+    const isInside = entry.highest !== null && entry.highest <= 0.5 / entry.now.spacing;
+    const place = isInside ? "red" : "beyond the picture";
+    const highest = entry.highest === null ? "" : `; ${place}: f⁺ = ${short(entry.highest)} cycles per pixel`;
     await this.show(
       "spectrum",
-      { pixels: spectrumRows(kernel, entry.now), circle: circleRows(entry.highest), nyquist: nyquistRows },
+      { pixels: spectrumRows(kernel, entry.now), circle: isInside ? circleRows(entry.highest) : [], nyquist: nyquistRows },
       `its spectrum, relative to the largest; dashed: Nyquist${highest}`,
     );
   }

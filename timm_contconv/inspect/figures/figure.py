@@ -21,6 +21,7 @@ __all__ = [
     "BEFORE",
     "DIVERGING",
     "INK",
+    "OVERLAP",
     "STEP",
     "WIDTH",
     "Figure",
@@ -32,6 +33,8 @@ __all__ = [
 
 #: colours: the model now, what it started from, limits, text and outlines
 AFTER, BEFORE, ALERT, INK = "#1f5fa8", "#8a8f98", "#b3411e", "#222222"
+#: size of a square relative to the step to the next one, so that no seams are seen
+OVERLAP = 1.1
 #: pixels of a chart, and of a row in it
 WIDTH, STEP = 560, 18
 
@@ -53,7 +56,7 @@ _CONFIG: dict[str, Any] = {
     },
     "legend": {"labelColor": INK, "titleColor": INK, "orient": "top"},
     "title": {"anchor": "start", "color": INK, "fontSize": 12, "fontWeight": "normal"},
-    "header": {"labelColor": INK, "title": None},
+    "header": {"labelColor": INK, "title": None, "labelLimit": 100},
 }
 
 

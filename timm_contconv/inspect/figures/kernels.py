@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...layers.core.shown import Elements
 from ..shown import Layers, ShownLayer, as_layers
-from .figure import DIVERGING, INK, Figure, bare, colour, data
+from .figure import DIVERGING, INK, OVERLAP, Figure, bare, colour, data
 
 __all__ = ["Window", "kernel_panel", "kernels", "spread", "window_of"]
 
@@ -18,7 +18,6 @@ __all__ = ["Window", "kernel_panel", "kernels", "spread", "window_of"]
 NOTHING = 1e-2
 PANEL = 105  # pixels of a kernel in `kernels`
 LARGEST_DOT = 0.0012  # area of a dot relative to that of the picture
-OVERLAP = 1.1  # of neighbouring squares, so that no seams are seen
 CORNERS = {"ellipse": 24, "diamond": 4, "box": 4, "point": 0}
 
 
