@@ -138,8 +138,9 @@ def bench_models(name: str, compiled: bool, clock: Clock, images: Tensor) -> Ite
         calls = {}
         for who, model in contenders(name).items():
             model = model.to(images.device)
-            run = torch.compile(model) if compiled else model
-            call = training_step(run, images) if work == "training step" else functools.partial(infer, run, images)
+            if compiled:
+                model.compile()
+            call = training_step(model, images) if work == "training step" else functools.partial(infer, model, images)
             calls[who] = functools.partial(with_autocast, call, images.device.type)
         yield {**row, **{f"{who}, ms": 1000 * s for who, s in clock.medians(calls).items()}}
         torch._dynamo.reset()
