@@ -42,6 +42,17 @@ def test_penalty_is_zero_where_no_layer_has_one():
     assert tcc.penalty(torch.nn.Linear(2, 2)).item() == 0
 
 
+def test_penalty_without_a_gradient_takes_backward(model):
+    plain = torch.nn.Linear(2, 2)
+    tcc.penalty(plain).backward()
+    (plain(torch.ones(2)).sum() + tcc.penalty(plain)).backward()
+    assert plain.weight.grad.tolist() == [[1, 1], [1, 1]]
+    model.requires_grad_(False)
+    penalty = tcc.penalty(model)
+    penalty.backward()
+    assert penalty > 0
+
+
 def test_penalty_pushes_elements_apart(model):
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "position" in n], lr=100.0)
     before = tcc.penalty(model).item()

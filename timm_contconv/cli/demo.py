@@ -46,7 +46,7 @@ def run(console: Console, output: Path, epochs: int) -> None:
     merged = patching.merge(trained.eval())
     _print_difference(console, f"{PATCHED}, trained and merged", trained, merged, digits.test_images)
     _save_and_load(console, trained, digits, output / PATCHED)
-    picture = figures.save_kernel_figure(trained, output / "kernels.png")
+    picture = figures.kernels(trained).save(output / "kernels.png")
     console.print(f"learned kernels and the positions of their elements: {picture}")
 
 

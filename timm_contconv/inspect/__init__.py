@@ -1,6 +1,7 @@
 """What a model's kernels learned, in pictures.
 
-- `inspection`: `tcc.inspect` and what it returns; `page`: that as one HTML file, from `assets/`
+- `inspection`: `tcc.inspect` and what it returns; `findings`: its facts; `page`, `gallery`: them as one HTML file, from
+  `assets/`
 - `figures/`: every figure as a function of a model
 - `shown`: what pictures show of each layer; the layers say it themselves
 - `timing`, `receptive_field`, `activation`, `images`: what is measured for a report, and with which images
@@ -10,7 +11,8 @@
 `tcc.inspect.figures` and `from timm_contconv.inspect import figures`.
 """
 
-from .inspection import Inspect, Inspection, LayerRow
+from .findings import LayerRow
+from .inspection import Inspect, Inspection
 
 __all__ = ["Inspection", "LayerRow", "inspect"]
 

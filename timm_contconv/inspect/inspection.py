@@ -15,80 +15,24 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from ..patching import PatchReport, report
+from ..patching import PatchReport, merge, report
 from ..patching.copies import copy_without_hooks
 from ..patching.record import get_record
+from ..patching.report import count_multiply_adds
+from .findings import Findings, LayerRow
 from .images import Images, ImagesGiven, load_images
 from .receptive_field import SHARES, ReceptiveField, effective_receptive_field
 from .shown import ShownLayer, labels, layers_of, shown_layers
 from .timing import ModelTime, measure_times
 from .writing import check_writable, write_whole
 
-__all__ = ["Inspect", "Inspection", "LayerRow"]
+__all__ = ["Inspect", "Inspection"]
 
 NOTEBOOK_HEIGHT = 900
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerRow:
-    """One row of the table of layers.
-
-    Attributes:
-        name: module name.
-        label: a short name.
-        before, after: the layers, as text; before is "" if nothing was replaced.
-        parameters_before, parameters_after: numbers of parameters; before is None if nothing was replaced.
-        multiply_adds_before, multiply_adds_after: for one sample; None if they are not known.
-        receptive_field: pixels of the input that an output depends on, per spatial dimension.
-        fit_error: ||new kernel - old kernel|| / ||old kernel|| at the start; None for a random start.
-        seconds, share: measured time, and its part of the model's; None if nothing was measured.
-        algorithm: the engine's; "" if nothing was measured.
-    """
-
-    name: str
-    label: str
-    before: str
-    after: str
-    parameters_before: int | None
-    parameters_after: int
-    multiply_adds_before: int | None
-    multiply_adds_after: int | None
-    receptive_field: tuple[int, ...] | None
-    fit_error: float | None
-    seconds: float | None
-    share: float | None
-    algorithm: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Inspection:
-    """What `tcc.inspect` found. Notebooks show it as a page.
-
-    Attributes:
-        title: the model's name.
-        parameters_before, parameters_after: of the whole model; before is None for a model that was not patched.
-        multiply_adds_before, multiply_adds_after: of the whole model for one sample; None if they are not known.
-        rows: one per layer and other change.
-        layers: what pictures show of each layer.
-        time: of a forward pass; None without an input.
-        images: what the model was run with; None if there were none.
-        receptive_fields: by "start" and "now".
-        activations: (heat, class) for each image, by "start" and "now".
-        left_out: parts of the report that are left out, and why.
-    """
-
-    title: str
-    parameters_before: int | None
-    parameters_after: int
-    multiply_adds_before: int | None
-    multiply_adds_after: int | None
-    rows: tuple[LayerRow, ...]
-    layers: tuple[ShownLayer, ...]
-    time: ModelTime | None
-    images: Images | None
-    receptive_fields: dict[str, ReceptiveField]
-    activations: dict[str, list[tuple[Tensor, int]]]
-    left_out: dict[str, str]
+class Inspection(Findings):
+    """What `tcc.inspect` found, and its page. Notebooks show it."""
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers of the report, as plain values for JSON."""
@@ -193,14 +137,14 @@ class _Inspector:
         time = None
         if loaded is not None:
             with _bar(self.progress, 1 + len(copies) * (len(loaded.batch) + 1)) as step:
-                step("measuring times", 0)
+                step("times", 0)
                 time = measure_times(copies["now"], layers_of(copies["now"]), loaded.batch[:1])
                 step("effective receptive field", 1)
-                fields = self._fields(copies, loaded.batch, lambda: step(None, 1))
+                fields = self._fields(copies, loaded.batch, lambda: step("effective receptive field", 1))
                 for when, model in copies.items():
                     step("class activation", 0)
                     activations |= self._activations(when, model, loaded.batch)
-                    step(None, 1)
+                    step("class activation", 1)
         if self.start is None:
             self.left_out["comparison"] = (
                 "the receptive field and the class activation of the model before its patch or training are left out:"
@@ -252,13 +196,12 @@ class _Inspector:
         changes = None
         if get_record(self.model) is not None:
             changes = report(self.model, None if time is None else time.input_shape[1:])
-        config = getattr(self.model, "pretrained_cfg", None) or {}
         return Inspection(
-            title=str(config.get("architecture") or type(self.model).__name__),
+            title=_title(self.model),
             parameters_before=None if changes is None else changes.parameters_before,
             parameters_after=sum(p.numel() for p in self.model.parameters()),
             multiply_adds_before=None if changes is None else changes.multiply_adds_before,
-            multiply_adds_after=None if changes is None else changes.multiply_adds_after,
+            multiply_adds_after=_multiply_adds(self.model, time) if changes is None else changes.multiply_adds_after,
             rows=tuple(_rows(self.model, changes, time)),
             layers=tuple(shown),
             time=time,
@@ -267,6 +210,28 @@ class _Inspector:
             activations=activations,
             left_out=self.left_out,
         )
+
+
+def _title(model: nn.Module) -> str:
+    """The model's architecture, and how it was patched by hand."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = str(config.get("architecture") or type(model).__name__)
+    record = get_record(model)
+    if record is None or record.architecture is not None:
+        return name
+    return f"{name}, patched with {record.spec.layer.method}"
+
+
+def _multiply_adds(model: nn.Module, time: ModelTime | None) -> int | None:
+    """Multiply-adds of a model that was not patched, for one sample; None if there is no input, or no merged model."""
+    if time is None:
+        return None
+    try:
+        merged = merge(copy_without_hooks(model).to("meta"), inplace=True)
+    except ValueError:
+        return None
+    total, _ = count_multiply_adds(merged, time.input_shape[1:], ())
+    return total
 
 
 def _runnable(model: nn.Module) -> nn.Module:
@@ -309,7 +274,7 @@ def _measured(time: ModelTime | None, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _bar(progress: bool | None, total: int) -> Iterator[Callable[[str | None, int], None]]:
+def _bar(progress: bool | None, total: int) -> Iterator[Callable[[str, int], None]]:
     """A progress bar; yields a function that names the present work and advances."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -317,7 +282,7 @@ def _bar(progress: bool | None, total: int) -> Iterator[Callable[[str | None, in
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("inspecting", total=total)
 
-        def step(text: str | None, advance: int) -> None:
-            bar.update(task, advance=advance, **({} if text is None else {"description": text}))
+        def step(text: str, advance: int) -> None:
+            bar.update(task, advance=advance, description=text)
 
         yield step

@@ -16,8 +16,8 @@ from markupsafe import Markup
 from . import figures
 from .figures.frequencies import spectrum_panel
 from .figures.kernels import kernel_panel
+from .findings import Findings, LayerRow
 from .gallery import gallery
-from .inspection import Inspection, LayerRow
 from .receptive_field import SHARES
 
 __all__ = ["page"]
@@ -57,22 +57,23 @@ class Section:
     drawings: tuple[Drawing, ...]
 
 
-def page(inspection: Inspection) -> str:
+def page(findings: Findings) -> str:
     """The whole page."""
-    entries, arrays = gallery(inspection.layers)
-    sections = list(_sections(inspection))
+    entries, arrays = gallery(findings.layers)
+    sections = list(_sections(findings))
     specs = [drawing.figure.to_dict() for section in sections for drawing in section.drawings]
     panels = {
         "kernel": figures.Figure(kernel_panel("pixels", "dots", "outlines", 250)).to_dict(),
         "spectrum": figures.Figure(spectrum_panel("pixels", "circle", "nyquist", 250)).to_dict(),
     }
+    columns, rows = _table(findings)
     return _template().render(
-        inspection=inspection,
+        findings=findings,
         sections=sections,
-        facts=_facts(inspection),
-        columns=COLUMNS,
-        rows=[_cells(row) for row in inspection.rows],
-        squares=_squares(inspection),
+        facts=_facts(findings),
+        columns=columns,
+        rows=rows,
+        squares=_squares(findings),
         style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
         script=Markup((ASSETS / "report.js").read_text(encoding="utf-8")),
         vega=Markup(_vega().replace("</script", "<\\/script")),
@@ -80,8 +81,8 @@ def page(inspection: Inspection) -> str:
         panels=_json(panels),
         entries=_json(entries),
         arrays=Markup(arrays),
-        has_start=any(layer.start is not None for layer in inspection.layers),
-        labels={layer.name: layer.label for layer in inspection.layers},
+        has_start=any(layer.start is not None for layer in findings.layers),
+        labels={layer.name: layer.label for layer in findings.layers},
     )
 
 
@@ -94,7 +95,7 @@ def _template() -> jinja2.Template:
 
 @cache
 def _vega() -> str:
-    bundle: str = vl_convert.javascript_bundle()
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return bundle
 
 
@@ -132,23 +133,25 @@ def _change(before: int | None, after: int | None) -> str:
     return count(after) if before is None or before == after else f"{count(before)} → {count(after)}"
 
 
-def _facts(inspection: Inspection) -> dict[str, str]:
+def _facts(findings: Findings) -> dict[str, str]:
     """The head of the page: a few numbers by name."""
-    time = inspection.time
+    time = findings.time
     facts = {
-        "layers of timm_contconv": str(len(inspection.layers)),
-        "parameters": _change(inspection.parameters_before, inspection.parameters_after),
-        "multiply-adds": _change(inspection.multiply_adds_before, inspection.multiply_adds_after),
+        "layers of timm_contconv": str(len(findings.layers)),
+        "parameters": _change(findings.parameters_before, findings.parameters_after),
+        "multiply-adds": _change(findings.multiply_adds_before, findings.multiply_adds_after),
     }
     if time is not None:
         spent = sum(layer.share for layer in time.layers.values())
         shape = "×".join(map(str, time.input_shape))
         facts["forward pass"] = duration(time.seconds)
         facts["of it in these layers"] = f"{spent:.0%}"
-        facts["measured on"] = f"{time.device}, {time.threads} threads, input {shape}"
+        facts["measured on"] = f"{time.device}, {time.threads} thread{'s' * (time.threads > 1)}, input {shape}"
     return {name: text for name, text in facts.items() if text}
 
 
+#: a cell of the table: text, and what its column is sorted by
+Cell = tuple[str, str | float | None]
 #: the table's columns: heading, and whether they hold numbers
 COLUMNS = (
     ("layer", False),
@@ -164,7 +167,14 @@ COLUMNS = (
 )
 
 
-def _cells(row: LayerRow) -> list[tuple[str, str | float | None]]:
+def _table(findings: Findings) -> tuple[list[tuple[str, bool]], list[list[Cell]]]:
+    """The columns and the rows of the table, without columns that are empty."""
+    rows = [_cells(row) for row in findings.rows]
+    used = [index for index in range(len(COLUMNS)) if any(row[index][0] for row in rows)]
+    return [COLUMNS[index] for index in used], [[row[index] for index in used] for row in rows]
+
+
+def _cells(row: LayerRow) -> list[Cell]:
     """The cells of a row: text, and what the column is sorted by."""
     field = row.receptive_field
     return [
@@ -174,39 +184,39 @@ def _cells(row: LayerRow) -> list[tuple[str, str | float | None]]:
         (_change(row.parameters_before, row.parameters_after), row.parameters_after),
         (_change(row.multiply_adds_before, row.multiply_adds_after), row.multiply_adds_after),
         ("" if field is None else "×".join(map(str, field)), None if field is None else max(field)),
-        ("" if row.fit_error is None else f"{row.fit_error:.0e}", row.fit_error),
+        ("" if row.fit_error is None else f"{row.fit_error:.2g}", row.fit_error),
         (duration(row.seconds), row.seconds),
         ("" if row.share is None else f"{row.share:.1%}", row.share),
         (row.algorithm, row.algorithm),
     ]
 
 
-def _squares(inspection: Inspection) -> list[tuple[str, list[str]]]:
+def _squares(findings: Findings) -> list[tuple[str, list[str]]]:
     """For each receptive field: when, and side and area of the squares that hold parts of it."""
     return [
         (when, [f"{field.square(share)} pixels ({field.area(share):.1%} of the image)" for share in SHARES])
-        for when, field in inspection.receptive_fields.items()
+        for when, field in findings.receptive_fields.items()
     ]
 
 
 # ---- sections
 
 
-def _sections(inspection: Inspection) -> Iterator[Section]:
+def _sections(findings: Findings) -> Iterator[Section]:
     makers = (_cost, _geometry, _footprints, _frequencies, _receptive_fields, _activations)
     for make in makers:
-        section = make(inspection)
+        section = make(findings)
         if section.drawings:
             yield section
 
 
-def _cost(inspection: Inspection) -> Section:
-    total = inspection.multiply_adds_after
+def _cost(findings: Findings) -> Section:
+    total = findings.multiply_adds_after
     layers = [
         figures.LayerCost(
             row.label, row.share, row.multiply_adds_after / total if total and row.multiply_adds_after else None
         )
-        for row in inspection.rows
+        for row in findings.rows
         if row.share is not None
     ]
     drawing = Drawing(figures.cost(layers), "Percent of the model's time and of its multiply-adds, by layer")
@@ -220,44 +230,44 @@ def _cost(inspection: Inspection) -> Section:
     )
 
 
-def _geometry(inspection: Inspection) -> Section:
+def _geometry(findings: Findings) -> Section:
     drawings, sources = [], []
-    for name in figures.quantity_names(inspection.layers):
-        quantities = [(layer, q) for layer in inspection.layers for q in layer.quantities if q.name == name]
+    for name in figures.quantity_names(findings.layers):
+        quantities = [(layer, q) for layer in findings.layers for q in layer.quantities if q.name == name]
         sources += [q.source for _, q in quantities if q.source]
-        drawings.append(Drawing(figures.geometry(inspection.layers, name), f"{name.capitalize()}, by layer"))
+        drawings.append(Drawing(figures.geometry(findings.layers, name), f"{name.capitalize()}, by layer"))
         if any(layer.moved(q) is not None for layer, q in quantities):
             text = f"How far each value has moved since the start: {name}, by layer"
-            drawings.append(Drawing(figures.movements(inspection.layers, name), text))
+            drawings.append(Drawing(figures.movements(findings.layers, name), text))
     return Section(
         "geometry",
         "Geometry by depth",
-        "Look for a trend from the first layer (top) to the last: do kernels widen with depth? Bars hold the middle half"
-        " of the values, lines 90 % of them, the dark mark is the median.",
+        "Look for a trend from the first layer (top) to the last: do kernels widen with depth? Bars hold the middle"
+        " half of the values, lines 90 % of them, the dark mark is the median.",
         "; ".join(dict.fromkeys(sources)),
         tuple(drawings),
     )
 
 
-def _footprints(inspection: Inspection) -> Section:
+def _footprints(findings: Findings) -> Section:
     drawing = Drawing(
-        figures.footprints(inspection.layers), "Mean of the absolute kernels of each layer, one scale for all"
+        figures.footprints(findings.layers), "Mean of the absolute kernels of each layer, one scale for all"
     )
     return Section(
         "footprints",
         "Where kernels are large",
-        "Look for how much of a large kernel is used, and whether it is used evenly: the mean of the absolute kernels of"
-        " each layer, from white (0) to dark (the layer's largest).",
+        "Look for how much of a large kernel is used, and whether it is used evenly: the mean of the absolute kernels"
+        " of each layer, from white (0) to dark (the layer's largest).",
         "Kim and Park 2023, Fig. 5",
         (drawing,),
     )
 
 
-def _frequencies(inspection: Inspection) -> Section:
+def _frequencies(findings: Findings) -> Section:
     drawing = Drawing(
-        figures.frequencies(inspection.layers), "Frequency below which 95 % of a kernel's power lies, by layer"
+        figures.frequencies(findings.layers), "Frequency below which 95 % of a kernel's power lies, by layer"
     )
-    known = any(layer.highest_frequency is not None for layer in inspection.layers)
+    known = any(layer.highest_frequency is not None for layer in findings.layers)
     limits = " and diamonds (f⁺, the highest frequency that the kernel's function can hold)" * known
     return Section(
         "frequencies",
@@ -269,7 +279,7 @@ def _frequencies(inspection: Inspection) -> Section:
     )
 
 
-def _receptive_fields(inspection: Inspection) -> Section:
+def _receptive_fields(findings: Findings) -> Section:
     titles = {"start": "before", "now": "now"}
     drawings = tuple(
         Drawing(
@@ -277,24 +287,24 @@ def _receptive_fields(inspection: Inspection) -> Section:
             f"Effective receptive field, {titles[when]}: 99 % of the contributions lie in a square of"
             f" {field.square(0.99)} pixels",
         )
-        for when, field in inspection.receptive_fields.items()
+        for when, field in findings.receptive_fields.items()
     )
-    count = next((field.images for field in inspection.receptive_fields.values()), 0)
-    source = "" if inspection.images is None else inspection.images.source
+    count = next((field.images for field in findings.receptive_fields.values()), 0)
+    source = "" if findings.images is None else findings.images.source
     return Section(
         "receptive-field",
         "Effective receptive field",
         f"Look for how far from the centre the last feature map still depends on the image; the mean over {count}"
-        f" {source}. Squares hold 20, 50 and 99 % of the contributions.",
+        f" {source}. The squares, from the inside, hold 20, 50 and 99 % of the contributions.",
         "Luo et al. 2016; squares as in Ding et al. 2022 (RepLKNet)",
         drawings,
     )
 
 
-def _activations(inspection: Inspection) -> Section:
-    images = inspection.images
+def _activations(findings: Findings) -> Section:
+    images = findings.images
     drawings = []
-    for when, found in inspection.activations.items():
+    for when, found in findings.activations.items():
         assert images is not None
         titles = [f"{name}: class {label}" for name, (_, label) in zip(images.names, found, strict=True)]
         figure = figures.activation(images.pictures(), [heat for heat, _ in found], titles)

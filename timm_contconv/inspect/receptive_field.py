@@ -37,7 +37,7 @@ class ReceptiveField:
             rows = slice(max(height // 2 - half, 0), height // 2 + half + 1)
             columns = slice(max(width // 2 - half, 0), width // 2 + half + 1)
             if self.contributions[rows, columns].sum() >= share:
-                return 2 * half + 1
+                return min(2 * half + 1, max(height, width))
         return max(height, width)
 
     def area(self, share: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -32,9 +33,9 @@ def write_whole(path: Path, content: bytes) -> Path:
 def check_writable(path: Path) -> None:
     """Raise an OSError if `write_whole` can't write this file, before work is done for it."""
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; expected the name of a file")
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+        raise FileNotFoundError(errno.ENOENT, f"there is no folder {path.parent}", str(path))
     handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     os.unlink(unfinished)

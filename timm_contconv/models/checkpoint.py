@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.models import get_model_traits
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..layers import ConvReplacement
 
@@ -70,7 +71,7 @@ def check_keys(native: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     if missing or unexpected:
         raise ValueError(
             f"the checkpoint does not fit {type(model).__name__}: {_listed('missing', missing)};"
-            f" {_listed('unexpected', unexpected)}"
+            f" {_listed('unexpected', unexpected)}{_hint(model)}"
         )
     return _with_input_channels(native, model)
 
@@ -111,6 +112,17 @@ def _adapted_keys(model: nn.Module) -> set[str]:
     if getattr(model, "num_classes", None) == config.get("num_classes"):
         return set()
     return {f"{name}.{key}" for name in names for key in ("weight", "bias")}
+
+
+def _hint(model: nn.Module) -> str:
+    """Why a checkpoint of the same architecture may not fit."""
+    convs = (module for module in model.modules() if isinstance(module, _ConvNd | ConvReplacement))
+    if all(max(conv.dilation) == 1 for conv in convs):
+        return ""
+    return (
+        "; this model is dilated (output_stride): strides became dilations, so methods that replace strided"
+        " convolutions (genv, cc) replace fewer; load the weights without output_stride"
+    )
 
 
 def _listed(kind: str, keys: list[str], shown: int = 8) -> str:

@@ -23,10 +23,12 @@ def penalty(model: nn.Module) -> Tensor:
     the parameters for this.
 
     Returns:
-        The mean over the layers that have a regulariser; 0 if there are none. DCLS layers that share their positions
-        count as one, as in the released training code.
+        The mean over the layers that have a regulariser. DCLS layers that share their positions count as one, as in the
+        released training code. If there are none, or their parameters are frozen, it still takes `backward()`, which
+        then changes nothing; it is 0 without a regulariser.
     """
-    return mean_penalty(_layers(model))
+    value = mean_penalty(_layers(model))
+    return value if value.requires_grad or not torch.is_grad_enabled() else value.detach().requires_grad_()
 
 
 def constrain_(model: nn.Module) -> None:

@@ -26,11 +26,12 @@ def param_groups(
     *,
     layer_decay: float | None = None,
     position_lr_scale: PositionScale | None = None,
+    apply_lr_scale: bool = False,
 ) -> list[Group]:
     """Parameter groups as timm's optimiser factory makes them, with the settings of the methods' papers.
 
-    Biases, one-dimensional parameters, the names of `model.no_weight_decay()` and geometry parameters (positions,
-    widths, radii, masks) have no weight decay. Geometry has its own learning rate.
+    Biases, one-dimensional parameters, the names of `model.no_weight_decay()`, geometry parameters (positions, widths,
+    radii, masks) and the filters of a MAGNet have no weight decay. Geometry has its own learning rate.
 
     Args:
         model: any model; each trainable parameter is in exactly one group. A part of a model must hold the geometry
@@ -42,10 +43,12 @@ def param_groups(
         position_lr_scale: learning rate of the geometry relative to the weights of the same layer: one for all, or by
             name, as {"radius": 0.1}. Parameters without a name in it, and all for None, have their method's own: 5 for
             DCLS, 0.1 for SMP's radii and FlexConv's masks, 1 for others.
+        apply_lr_scale: give each group lr times its lr_scale, and no lr_scale. For schedulers that do not know
+            timm's lr_scale: those of PyTorch, transformers, Lightning, fastai.
 
     Returns:
-        Groups {"params", "param_names", "lr", "weight_decay", "lr_scale"}. timm's schedulers multiply lr by
-        lr_scale; with another scheduler, do so yourself: `for g in groups: g["lr"] *= g.pop("lr_scale")`.
+        Groups {"params", "param_names", "lr", "weight_decay", "lr_scale", "use_fallback"}. timm's schedulers multiply
+        lr by lr_scale. timm's Muon leaves a group with use_fallback to AdamW: geometry is no matrix.
 
     Raises:
         ValueError: a number is out of range, or the model's layers train geometry that is registered outside of it.
@@ -59,16 +62,20 @@ def param_groups(
     else:
         groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [
-        {
-            "params": group["params"],
-            "param_names": [names[id(parameter)] for parameter in group["params"]],
-            "lr": lr,
-            "weight_decay": group["weight_decay"],
-            "lr_scale": group.get("lr_scale", 1.0),
-        }
-        for group in split_geometry(groups, model, scale)
-    ]
+    made: list[Group] = []
+    for group in split_geometry(groups, model, scale):
+        factor = group.get("lr_scale", 1.0)
+        made.append(
+            {
+                "params": group["params"],
+                "param_names": [names[id(parameter)] for parameter in group["params"]],
+                "lr": lr * factor if apply_lr_scale else lr,
+                "weight_decay": group["weight_decay"],
+                **({} if apply_lr_scale else {"lr_scale": factor}),
+                "use_fallback": group.get("use_fallback", False),
+            }
+        )
+    return made
 
 
 def _require_rates(**rates: float) -> None:
@@ -119,6 +126,8 @@ def _require_geometry(model: nn.Module) -> None:
 def split_geometry(groups: Iterable[Group], model: nn.Module, lr_scale: PositionScale) -> list[Group]:
     """Move geometry parameters into separate groups, without weight decay and with their own lr_scale.
 
+    Other parameters that the layers exempt from weight decay are moved too, and keep their lr_scale.
+
     Args:
         groups: groups of the model's parameters; all keys are kept.
         model: the model.
@@ -131,10 +140,9 @@ def split_geometry(groups: Iterable[Group], model: nn.Module, lr_scale: Position
     Raises:
         ValueError: lr_scale names a parameter that no layer of the model has as geometry.
     """
-    groups = list(groups)
     layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
-    factors = _geometry_factors(layers, lr_scale)
-    depths = _scale_of_users(groups, layers)
+    factors = {id(parameter): 1.0 for layer in layers for parameter in layer.undecayed}
+    factors |= _geometry_factors(layers, lr_scale)
     split: list[Group] = []
     for group in groups:
         if rest := [parameter for parameter in group["params"] if id(parameter) not in factors]:
@@ -142,10 +150,10 @@ def split_geometry(groups: Iterable[Group], model: nn.Module, lr_scale: Position
         by_scale: dict[float, list[nn.Parameter]] = {}
         for parameter in group["params"]:
             if id(parameter) in factors:
-                depth = depths.get(id(parameter), group.get("lr_scale", 1.0))
-                by_scale.setdefault(depth * factors[id(parameter)], []).append(parameter)
+                scale = group.get("lr_scale", 1.0) * factors[id(parameter)]
+                by_scale.setdefault(scale, []).append(parameter)
         split += [
-            {**group, "params": parameters, "weight_decay": 0.0, "lr_scale": scale}
+            {**group, "params": parameters, "weight_decay": 0.0, "lr_scale": scale, "use_fallback": True}
             for scale, parameters in by_scale.items()
         ]
     return split
@@ -166,24 +174,3 @@ def _geometry_factors(layers: Sequence[ConvReplacement], lr_scale: PositionScale
             given = lr_scale.get(name) if isinstance(lr_scale, Mapping) else lr_scale
             factors[id(parameter)] = own.get(name, 1.0) if given is None else given
     return factors
-
-
-def _scale_of_users(groups: Sequence[Group], layers: Iterable[ConvReplacement]) -> Mapping[int, float]:
-    """The largest lr_scale among the layers that use a geometry, by id of the parameter.
-
-    No `group_matcher` knows the names of shared geometry: timm gives it the scale of the head.
-    """
-    geometry = {id(parameter) for layer in layers for parameter in layer.geometry.values()}
-    scales = {
-        id(parameter): group["lr_scale"]
-        for group in groups
-        if "lr_scale" in group
-        for parameter in group["params"]
-        if id(parameter) not in geometry
-    }
-    found: dict[int, float] = {}
-    for layer in layers:
-        if own := [scales[id(parameter)] for parameter in layer.parameters() if id(parameter) in scales]:
-            for parameter in layer.geometry.values():
-                found[id(parameter)] = max(found.get(id(parameter), 0.0), *own)
-    return found

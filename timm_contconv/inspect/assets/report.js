@@ -1,21 +1,20 @@
 // Draws the figures, sorts tables, and fills the gallery of kernels from compact arrays.
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const range = (count) => Array.from({ length: count }, (_, index) => index);
-const options = { actions: false, renderer: "canvas", ast: false };
+const options = { actions: false, renderer: "canvas", logLevel: 1 }; // 1: errors alone
 
 // ---- figures
 
 // A specification that fits into `width` pixels: single charts stretch, grids of small ones get fewer columns.
 function fitted(spec, width) {
   const gap = spec.spacing ?? 10;
-  const cell = spec.spec?.width ?? spec.concat?.[0]?.width;
-  if (cell) return { ...spec, columns: Math.max(1, Math.floor((width + gap) / (cell + gap))) };
-  if (typeof spec.height === "number") return { ...spec, ...square(spec, width) };
+  if (spec.spec) return { ...spec, columns: Math.max(1, Math.floor((width + gap) / (spec.spec.width + gap))) };
+  if (spec.usermeta?.isPicture) return { ...spec, ...shrunk(spec, width) };
   return { ...spec, width: "container", autosize: { type: "fit-x", contains: "padding" } };
 }
 
 // Pictures keep their proportions, and shrink where there is less room; 60 pixels are for the axes.
-function square(spec, width) {
+function shrunk(spec, width) {
   const factor = Math.min(1, (width - 60) / spec.width);
   return { width: spec.width * factor, height: spec.height * factor };
 }
@@ -80,15 +79,22 @@ const largest = (values) => values.reduce((most, value) => Math.max(most, Math.a
 
 const CORNERS = { ellipse: 24, diamond: 4, box: 4, point: 0 };
 const LARGEST_DOT = 0.0012 * 250 ** 2;
-const OVERLAP = 1.02;
+const OVERLAP = 1.1;
+
+// size x size squares from (left, top) on. Neighbours overlap, so that no seams are seen.
+function squares(size, left, top, step, value) {
+  const [right, bottom] = [left + size * step, top + size * step];
+  return range(size * size).map((index) => {
+    const [x, y] = [left + (index % size) * step, top + Math.floor(index / size) * step];
+    const [x2, y2] = [Math.min(x + OVERLAP * step, right), Math.min(y + OVERLAP * step, bottom)];
+    return { x, y, x2, y2, v: value(index) };
+  });
+}
 
 function pixelRows(kernel, { window: { row, column, size }, spacing }) {
   const limit = largest(kernel) || 1;
-  return range(size * size).map((index) => {
-    const y = (row + Math.floor(index / size)) * spacing - 0.5;
-    const x = (column + (index % size)) * spacing - 0.5;
-    return { x, y, x2: x + OVERLAP * spacing, y2: y + OVERLAP * spacing, v: kernel[index] / limit };
-  });
+  const [left, top] = [column * spacing - 0.5, row * spacing - 0.5];
+  return squares(size, left, top, spacing, (index) => kernel[index] / limit);
 }
 
 function elementsOf(buffer, elements, index) {
@@ -156,18 +162,12 @@ function spectrumRows(kernel, { window: { size }, spacing }) {
   const table = magnitudes(kernel, size);
   const most = Math.max(...table.map((line) => Math.max(...line))) || 1;
   const step = 1 / (POINTS - 1) / spacing;
-  const rows = [];
-  table.forEach((line, j) =>
-    line.forEach((value, i) => {
-      const [x, y] = [(i - (POINTS - 1) / 2 - 0.5) * step, (j - (POINTS - 1) / 2 - 0.5) * step];
-      rows.push({ x, y, x2: x + OVERLAP * step, y2: y + OVERLAP * step, v: value / most });
-    }),
-  );
-  return rows;
+  const corner = (-POINTS / 2) * step;
+  return squares(POINTS, corner, corner, step, (index) => table[Math.floor(index / POINTS)][index % POINTS] / most);
 }
 
 const circleRows = (radius) =>
-  radius === null ? [] : range(65).map((o) => ({ x: radius * Math.cos((Math.PI * o) / 32), y: radius * Math.sin((Math.PI * o) / 32), o }));
+  range(65).map((o) => ({ x: radius * Math.cos((Math.PI * o) / 32), y: radius * Math.sin((Math.PI * o) / 32), o }));
 const nyquistRows = [[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5], [-0.5, -0.5]].map(([x, y], o) => ({ x, y, o }));
 
 // ---- the gallery
@@ -203,10 +203,12 @@ class Gallery {
     const rows = { pixels: pixelRows(kernel, entry.now), dots: dotRows(elements), outlines: outlineRows(elements, entry.elements?.form) };
     await this.show("now", rows, this.describe("now", entry.now, kernel, entry.kernelSize));
     await this.drawStart(entry, index);
-    const highest = entry.highest === null ? "" : `; red: f⁺ = ${short(entry.highest)} cycles per pixel`;
+    const isInside = entry.highest !== null && entry.highest <= 0.5 / entry.now.spacing;
+    const place = isInside ? "red" : "beyond the picture";
+    const highest = entry.highest === null ? "" : `; ${place}: f⁺ = ${short(entry.highest)} cycles per pixel`;
     await this.show(
       "spectrum",
-      { pixels: spectrumRows(kernel, entry.now), circle: circleRows(entry.highest), nyquist: nyquistRows },
+      { pixels: spectrumRows(kernel, entry.now), circle: isInside ? circleRows(entry.highest) : [], nyquist: nyquistRows },
       `its spectrum, relative to the largest; dashed: Nyquist${highest}`,
     );
   }
@@ -229,7 +231,7 @@ class Gallery {
     const view = this.views[name];
     Object.entries(rows).forEach(([key, values]) => view.data(key, values));
     document.getElementById(`${name}-text`).textContent = text;
-    await view.runAsync();
+    await view.resize().runAsync();
   }
 }
 

@@ -4,8 +4,8 @@
 
     figures.kernels(model).save("kernels.png")
 
-A figure is a Vega-Lite specification: it shows itself in a notebook, and saves itself as .png or .svg. A layer says what
-it can show (`shown_kernels` and `shown_quantities` of `ConvReplacement`), so these work for every method.
+A figure is a Vega-Lite specification: it shows itself in a notebook, and saves itself as .png or .svg. A layer says
+what it can show (`shown_kernels` and `shown_quantities` of `ConvReplacement`), so these work for every method.
 """
 
 from .activation import activation

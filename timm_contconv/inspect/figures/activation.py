@@ -25,18 +25,17 @@ def activation(pictures: Sequence[Image.Image], heats: Sequence[Tensor], titles:
         heats: (H, W) each, from 0 to 1, in their sizes.
         titles: of each.
     """
-    panels = [
-        {
-            "data": data([{"url": _url(overlay(picture, heat)), "x": 0, "y": 0}]),
-            "mark": {"type": "image", "width": SIZE, "height": SIZE},
-            "encoding": {"url": {"field": "url", "type": "nominal"}},
-            "width": SIZE,
-            "height": SIZE,
-            "title": title,
-        }
-        for picture, heat, title in zip(pictures, heats, titles, strict=True)
-    ]
-    return Figure({"concat": panels, "columns": 4, "spacing": 10})
+    urls = [_url(overlay(picture, heat)) for picture, heat in zip(pictures, heats, strict=True)]
+    rows = [{"title": title, "url": url, "at": 0.5} for title, url in zip(titles, urls, strict=True)]
+    middle = {"field": "at", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
+    panel = {
+        "mark": {"type": "image", "width": SIZE, "height": SIZE},
+        "encoding": {"url": {"field": "url", "type": "nominal"}, "x": middle, "y": middle},
+        "width": SIZE,
+        "height": SIZE,
+    }
+    facet = {"field": "title", "type": "nominal", "sort": list(titles), "title": None}
+    return Figure({"data": data(rows), "facet": facet, "columns": 4, "spacing": 10, "spec": panel})
 
 
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "BEFORE",
     "DIVERGING",
     "INK",
+    "OVERLAP",
     "STEP",
     "WIDTH",
     "Figure",
@@ -32,11 +33,15 @@ __all__ = [
 
 #: colours: the model now, what it started from, limits, text and outlines
 AFTER, BEFORE, ALERT, INK = "#1f5fa8", "#8a8f98", "#b3411e", "#222222"
+#: size of a square relative to the step to the next one, so that no seams are seen
+OVERLAP = 1.1
 #: pixels of a chart, and of a row in it
 WIDTH, STEP = 560, 18
 
+#: 0 is white
+SEQUENTIAL = ("#ffffff", "#a9cbe6", AFTER, "#08264d")
 #: negative values are blue, positive ones red, 0 is white
-DIVERGING = ["#0b3c75", "#3b7fbd", "#9cc6e0", "#ffffff", "#f2b098", "#d0583f", "#8a1522"]
+DIVERGING = ("#0b3c75", "#3b7fbd", "#9cc6e0", "#ffffff", "#f2b098", "#d0583f", "#8a1522")
 
 _CONFIG: dict[str, Any] = {
     "font": "system-ui, 'Liberation Sans', sans-serif",
@@ -51,7 +56,7 @@ _CONFIG: dict[str, Any] = {
     },
     "legend": {"labelColor": INK, "titleColor": INK, "orient": "top"},
     "title": {"anchor": "start", "color": INK, "fontSize": 12, "fontWeight": "normal"},
-    "header": {"labelColor": INK, "title": None},
+    "header": {"labelColor": INK, "title": None, "labelLimit": 100},
 }
 
 
@@ -107,9 +112,11 @@ def bare(field: str, **scale: Any) -> dict[str, Any]:
     return {"field": field, "type": "quantitative", "axis": None, "scale": scale}
 
 
-def colour(field: str, **scale: Any) -> dict[str, Any]:
-    """A value as a colour, without a legend; from 0 to 1 in blue, unless the scale is given."""
-    scale = scale or {"range": ["#ffffff", "#a9cbe6", AFTER, "#08264d"], "domain": [0, 1]}
+def colour(field: str, colours: Sequence[str] = SEQUENTIAL, low: float = 0.0) -> dict[str, Any]:
+    """A value from `low` to 1 as a colour, without a legend."""
+    steps = len(colours) - 1
+    domain = [round(low + (1 - low) * step / steps, 3) for step in range(steps + 1)]
+    scale = {"range": list(colours), "domain": domain, "interpolate": "rgb"}
     return {"field": field, "type": "quantitative", "scale": scale, "legend": None}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...layers.core.shown import Elements
 from ..shown import Layers, ShownLayer, as_layers
-from .figure import DIVERGING, INK, Figure, bare, colour, data
+from .figure import DIVERGING, INK, OVERLAP, Figure, bare, colour, data
 
 __all__ = ["Window", "kernel_panel", "kernels", "spread", "window_of"]
 
@@ -18,7 +18,6 @@ __all__ = ["Window", "kernel_panel", "kernels", "spread", "window_of"]
 NOTHING = 1e-2
 PANEL = 105  # pixels of a kernel in `kernels`
 LARGEST_DOT = 0.0012  # area of a dot relative to that of the picture
-OVERLAP = 1.02  # of neighbouring squares, so that no seams are seen
 CORNERS = {"ellipse": 24, "diamond": 4, "box": 4, "point": 0}
 
 
@@ -105,7 +104,7 @@ def kernel_panel(
         {
             "data": data(pixels),
             "mark": {"type": "rect", "strokeWidth": 0},
-            "encoding": {**box, "color": colour("v", range=DIVERGING, domain=[-1, 1])},
+            "encoding": {**box, "color": colour("v", DIVERGING, low=-1)},
         },
         {
             "data": data(outlines),
@@ -140,15 +139,19 @@ def kernel_panel(
 def pixel_rows(kernel: Tensor, window: Window, spacing: float = 1.0) -> list[dict[str, float]]:
     """A kernel (size, size) as squares from (x, y) to (x2, y2), with values relative to the largest."""
     limit = float(kernel.abs().max()) or 1.0
-    rows = []
-    for r, line in enumerate((kernel / limit).tolist()):
-        y = (window.row + r) * spacing - 0.5
-        for c, value in enumerate(line):
-            x = (window.column + c) * spacing - 0.5
-            rows.append(
-                {"x": x, "y": y, "x2": x + OVERLAP * spacing, "y2": y + OVERLAP * spacing, "v": round(value, 3)}
-            )
-    return rows
+    left, top = window.column * spacing - 0.5, window.row * spacing - 0.5
+    right, bottom = left + window.size * spacing, top + window.size * spacing
+    return [
+        {
+            "x": (x := left + c * spacing),
+            "y": (y := top + r * spacing),
+            "x2": min(x + OVERLAP * spacing, right),
+            "y2": min(y + OVERLAP * spacing, bottom),
+            "v": round(value, 3),
+        }
+        for r, line in enumerate((kernel / limit).tolist())
+        for c, value in enumerate(line)
+    ]
 
 
 def dot_rows(elements: Elements, channel: int, size: int) -> list[dict[str, float]]:

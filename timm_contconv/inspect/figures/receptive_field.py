@@ -7,7 +7,7 @@ from typing import Any
 from torch.nn import functional as F
 
 from ..receptive_field import SHARES, ReceptiveField
-from .figure import ALERT, INK, Figure, colour, data
+from .figure import ALERT, OVERLAP, Figure, colour, data
 
 __all__ = ["receptive_field"]
 
@@ -28,14 +28,14 @@ def receptive_field(field: ReceptiveField, title: str = "") -> Figure:
     step = max(1, -(-max(height, width) // MOST_CELLS))
     cells = F.avg_pool2d(field.contributions[None, None], step, ceil_mode=True)[0, 0].float()
     cells = (cells / cells.max()).pow(0.25)
+    step_over = OVERLAP * step
     rows = [
-        {"x": c * step, "x2": min((c + 1) * step, width), "y": r * step, "y2": min((r + 1) * step, height), "v": value}
-        for r, line in enumerate(cells.tolist())
-        for c, value in enumerate(round(v, 3) for v in line)
+        {"x": x, "y": y, "x2": min(x + step_over, width), "y2": min(y + step_over, height), "v": round(value, 3)}
+        for y, line in zip(range(0, height, step), cells.tolist(), strict=True)
+        for x, value in zip(range(0, width, step), line, strict=True)
     ]
-    x = _axis("x", width, title="pixels of the image")
-    y = _axis("y", height, reverse=True)
-    box = {"x": x, "y": y, "x2": {"field": "x2"}, "y2": {"field": "y2"}}
+    place = {"x": _axis("x", width, title="pixels of the image"), "y": _axis("y", height, reverse=True)}
+    box = {**place, "x2": {"field": "x2"}, "y2": {"field": "y2"}}
     squares = [_square(field, share) for share in SHARES]
     layers = [
         {
@@ -48,13 +48,9 @@ def receptive_field(field: ReceptiveField, title: str = "") -> Figure:
             "mark": {"type": "rect", "filled": False, "stroke": ALERT, "strokeWidth": 1.5},
             "encoding": box,
         },
-        {
-            "data": data(squares),
-            "mark": {"type": "text", "align": "left", "baseline": "top", "dx": 3, "dy": 3, "color": INK},
-            "encoding": {"x": x, "y": y, "text": {"field": "name", "type": "nominal"}},
-        },
     ]
-    return Figure({"title": title, "layer": layers, "width": SIZE, "height": round(SIZE * height / width)})
+    shape = {"width": SIZE, "height": round(SIZE * height / width), "usermeta": {"isPicture": True}}
+    return Figure({"title": title, "layer": layers, **shape})
 
 
 def _axis(field: str, size: int, title: str | None = None, **scale: Any) -> dict[str, Any]:
@@ -64,12 +60,11 @@ def _axis(field: str, size: int, title: str | None = None, **scale: Any) -> dict
 
 def _square(field: ReceptiveField, share: float) -> dict[str, Any]:
     height, width = field.contributions.shape
-    half = field.square(share) / 2
-    row, column = height // 2 + 0.5, width // 2 + 0.5
+    half = field.square(share) // 2
+    row, column = height // 2, width // 2
     return {
         "x": max(column - half, 0),
-        "x2": min(column + half, width),
+        "x2": min(column + half + 1, width),
         "y": max(row - half, 0),
-        "y2": min(row + half, height),
-        "name": f"{round(100 * share)} %",
+        "y2": min(row + half + 1, height),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,7 +18,7 @@ from ..core.compilation import CompileMode, check_compile_mode
 from ..core.geometry import GeometryOwner
 from ..core.kept import Kept
 from ..core.plain import PlainConv, copy_bias_, require_weights
-from ..core.replacement import ConvReplacement
+from ..core.replacement import FIT_TOLERANCE, ConvReplacement
 from ..core.shown import Elements, Quantity, ShownKernels
 from ..core.tracing import as_node, is_traced
 from .features_first import features_first
@@ -32,8 +33,10 @@ from .grid import (
     reference_axes,
     scale_of,
     scale_text,
+    strided_axes,
 )
 from .merge import (
+    common_plateaus,
     covering_support,
     distance_from,
     fit_last_layer,
@@ -193,6 +196,7 @@ class ContinuousConv2d(ConvReplacement):
         """
         if is_traced(x):
             return as_node(self, x, scale=scale, size=size)
+        self._require_values(x)
         if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
             channels = self.in_channels
             raise ValueError(f"x: expected (N, {channels}, H, W) or ({channels}, H, W), got {tuple(x.shape)}")
@@ -293,7 +297,7 @@ class ContinuousConv2d(ConvReplacement):
         )  # fmt: skip
 
     @classmethod
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
         """Solve the last layers of the internal nets by least squares, so that the kernels are those of `convs`.
 
         The fit covers all distances that occur at the layers' scale. It is exact if the support holds the pixels that a
@@ -304,14 +308,22 @@ class ContinuousConv2d(ConvReplacement):
             if isinstance(conv, nn.ConvTranspose2d):
                 fit_upscaling(layer.net.weight, layer.net.features, conv, layer.kernel_size)
             else:
+                rows, columns = (common_plateaus(convs, d, layer.kernel_size[d], layer.rounding) for d in (0, 1))
+                if layer.net.hidden is None and rows is not None and columns is not None:
+                    layer.net.interpolate_((rows, columns))
                 fit_last_layer(layer.net.weight, layer.net.features, conv, layer.kernel_size, layer.rounding)
             copy_bias_(layer.bias, conv)
 
     def fit_error(self, conv: PlainConv | nn.ConvTranspose2d) -> float:
-        """||kernel - kernel of conv|| / ||kernel of conv||, for input sizes that are multiples of the stride."""
+        """||kernel - kernel of conv|| / ||kernel of conv||, the largest for any size of the input."""
         if isinstance(conv, nn.ConvTranspose2d):
             return transposed_error(conv, self.kernel_at(*self._phase_distances()), self.kernel_size)
-        return distance_from(conv, self.construct(), self._reference_axes)
+        strided = [strided_axes(self.stride[d], self.kernel_size[d], self.rounding) for d in (0, 1)]
+        errors = []
+        for axes in itertools.product(*strided):
+            rows, columns = (distances(axis, 0, 1, torch.device("cpu"))[0] for axis in axes)
+            errors.append(distance_from(conv, self.kernel_at(rows, columns).detach(), axes))
+        return max(errors)
 
     def to_conv(self) -> nn.Module:
         """The strided convolution with the same output, for input sizes that are multiples of the stride.

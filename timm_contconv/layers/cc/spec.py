@@ -34,6 +34,10 @@ class CcSpec(LayerSpec):
     """
 
     replaces_transposed: ClassVar[bool] = True
+    fit_advice: ClassVar[str] = (
+        "Leave kernel_size and hidden out: the default support holds the pixels that a convolution reads, and the"
+        " default net reproduces any kernel."
+    )
 
     method: Literal["cc"] = "cc"
     kernel_size: KernelSize | None = None

@@ -18,6 +18,8 @@ class GeometryOwner(nn.Module):
 
     #: names of the geometry parameters
     geometry_names: tuple[str, ...] = ()
+    #: names of other parameters without weight decay: several biases in one tensor, filters' frequencies and widths
+    undecayed_names: tuple[str, ...] = ()
     #: learning rates relative to that of the weights, by name, as in the method's paper or release; 1 where not named
     geometry_lr_scale: ClassVar[Mapping[str, float]] = {}
     #: whether the method's penalty depends on the geometry alone, so that layers that share it have one

@@ -12,6 +12,7 @@ from torch import Tensor
 from .compilation import CompileMode, construct
 from .finite import require_finite
 from .geometry import GeometryOwner
+from .replacement import FIT_TOLERANCE
 from .shown import Elements, Quantity, parameter_quantities
 
 __all__ = ["Kernel", "Margins"]
@@ -92,12 +93,13 @@ class Kernel(GeometryOwner, ABC):
 
     @classmethod
     @abstractmethod
-    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor], tolerance: float = FIT_TOLERANCE) -> None:
         """Let kernels reproduce others, in place, as well as they can. Deterministic; exact where that is possible.
 
         Args:
             kernels: kernels of one geometry; several share it.
             targets: (C_out, C_in/groups, *size) kernels of one size, at most kernel_size, with the same centre.
+            tolerance: relative error that is good enough; what it leaves free serves a geometry that can learn.
         """
 
     def constrain_(self) -> None:

@@ -12,16 +12,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ...ops import is_transformed
+from ...ops import plain_only
 from ..core.finite import require_finite
 from ..core.geometry import GeometryOwner
 from ..core.kept import may_look
 from ..core.plain import NEGLIGIBLE, PlainConv, copy_bias_, plain_arguments, plain_conv, relative_error, require_weights
-from ..core.replacement import CONV_ATTRIBUTES, ConvReplacement
+from ..core.replacement import CONV_ATTRIBUTES, FIT_TOLERANCE, ConvReplacement
 from ..core.shown import Elements, Quantity, ShownKernels
 from ..core.tracing import as_node, is_traced
 from .cost import largest_input, smoothing_multiply_adds
-from .gaussian import NEARLY_DELTA_VARIANCE, envelope_filter, is_delta, raw_from_variance, variance_from_raw
+from .fit import EnvelopeFit
+from .gaussian import envelope_filter, is_delta, raw_from_variance, variance_from_raw
 from .merge import dense_kernel, dense_padding, is_plain, smoothing_convs, spread_taps
 from .smoothing import smooth, smooth_and_convolve
 from .spec import EnvelopeSpec
@@ -170,6 +171,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """
         if is_traced(x):
             return as_node(self, x)
+        self._require_values(x)
         if self.spec.order == "after":
             y = self._smooth(self.conv(x))
             return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
@@ -190,7 +192,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """Whether sigma needs a gradient, the image needs none, and `smooth_and_convolve` can run `conv`."""
         if x.requires_grad or not torch.is_grad_enabled() or not self.geometry["raw_sigma"].requires_grad:
             return False
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or is_transformed():
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or plain_only():
             return False
         return _is_bare(self.conv)
 
@@ -202,14 +204,21 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
-        """Copy kernels and biases. Envelopes start as deltas, to 1e-6, unless `initial_sigma` is given."""
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
+        """Take the widest envelopes with which kernels can stay within the tolerance, and solve for the kernels.
+
+        An envelope that is nearly a delta would be exact, but its sigma would have hardly any gradient. With
+        `initial_sigma` only kernels are solved for.
+        """
         require_weights(convs)
         for layer, conv in zip(layers, convs, strict=True):
-            layer.conv.weight.copy_(conv.weight)
+            distances = list(zip(layer.dilation, layer.smoothing_distance, strict=True))
+            fit = EnvelopeFit(conv.weight, layer.spec.taps(training=False), distances)
+            given = layer.spec.initial_sigma
+            variance = fit.widest(tolerance) if given is None else given**2
+            layer.geometry["raw_sigma"].fill_(raw_from_variance(variance))
+            layer.conv.weight.copy_(fit.kernel(variance))
             copy_bias_(layer.bias, conv)
-            if layer.spec.initial_sigma is None:
-                layer.geometry["raw_sigma"].fill_(raw_from_variance(NEARLY_DELTA_VARIANCE))
 
     def to_conv(self) -> nn.Module:
         """Two depthwise convolutions, of `inference_size`, and a copy of `conv`, in the layer's order.

@@ -17,6 +17,7 @@ from ..core.kept import may_look
 from ..core.kernel import Kernel, Margins
 from ..core.padding import pad_image
 from ..core.plain import PlainConv, centred
+from ..core.replacement import FIT_TOLERANCE
 from ..core.shown import Elements, Quantity
 from ..core.spec import KernelSpec
 from .crop import Crop, MaskValues, margins_of_mask, read_mask
@@ -24,7 +25,7 @@ from .fit import fit_magnet_
 from .formula import SMALLEST_SIGMA, flex_kernel, gaussian_mask
 from .grid import sampled_axis
 from .last_layer import fit_last_layer_
-from .magnet import ENVELOPE_CUT
+from .magnet import ENVELOPE_CUT, GABOR_PARAMETERS
 from .nets import NETS, KernelNet, NetName
 
 __all__ = ["FlexKernel", "FlexSpec"]
@@ -100,6 +101,7 @@ class FlexKernel(Kernel):
         self.penalty_form = spec.penalty_form
         shapes = self.net.shapes(ndim, spec.hidden_channels, spec.hidden_layers, outputs)
         self.net_parameters = tuple(shapes)
+        self.undecayed_names = tuple(name for name in shapes if name in GABOR_PARAMETERS or name.endswith("_bias"))
         if spec.mask:
             mask_shapes = dict(zip(MASK_PARAMETERS, ((ndim,), (ndim,), (1,)), strict=True))
             self.geometry_names = MASK_PARAMETERS if spec.steerable else MASK_PARAMETERS[:2]
@@ -334,7 +336,7 @@ class FlexKernel(Kernel):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor], tolerance: float = FIT_TOLERANCE) -> None:
         """A mask that leaves the size of the old kernels, and the best kernels inside it.
 
         A MAGNet is exact if the old kernels have at most hidden_channels + 1 pixels; otherwise an approximation with as
@@ -403,6 +405,10 @@ class FlexSpec(KernelSpec):
     """
 
     kernel: ClassVar[type[Kernel]] = FlexKernel
+    fit_advice: ClassVar[str] = (
+        "Give more hidden_channels: with one less than the pixels of an old kernel the fit is exact; a kernel_size"
+        " below the old one cuts kernels off."
+    )
 
     method: Literal["flex"] = "flex"
     kernel_net: NetName = "magnet"

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ..core.compilation import CompileMode
 from ..core.geometry import GeometryOwner
 from ..core.plain import PlainConv, plain_conv
-from ..core.replacement import CONV_ATTRIBUTES, ConvReplacement
+from ..core.replacement import CONV_ATTRIBUTES, FIT_TOLERANCE, ConvReplacement
 from ..core.shown import Quantity, ShownKernels
+from ..core.subnormals import without_subnormals
 from ..core.tracing import as_node, is_traced
 from .conv import SmpConv1d, SmpConv2d
 from .kernel import SmpKernel, SmpSpec, placed, small_kernel_sizes
@@ -57,6 +58,8 @@ class SmpConvBn(ConvReplacement):
                 f"conv: has small_kernel={conv.kernel.small_kernel} without a batch norm; expected None; give"
                 f" small_kernel to {type(self).__name__}"
             )
+        if max(conv.dilation) > 1:
+            raise ValueError(f"conv: has dilation={conv.dilation}; expected 1")
         like: dict[str, Any] = {"device": conv.kernel.weight.device, "dtype": conv.kernel.weight.dtype}
         self.conv = conv
         self.bn = self.norm_class(conv.out_channels, **like)
@@ -98,7 +101,7 @@ class SmpConvBn(ConvReplacement):
             small, small_bias = _fold(self.small_conv, self.small_bn)
             weight = weight + placed(small, weight.shape[2:], self.padding == "causal")
             bias = bias + small_bias
-        conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        conv.weight = nn.Parameter(without_subnormals(weight), requires_grad=conv.weight.requires_grad)
         conv.bias = nn.Parameter(bias, requires_grad=self.bn.bias.requires_grad)
         return merged.train(self.training)
 
@@ -123,10 +126,10 @@ class SmpConvBn(ConvReplacement):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
         """The large branch fits the kernel, the small one starts at zero; in eval mode as exact as the large one."""
         large: Any = [layer.conv for layer in layers]
-        cls.conv_class.fit_(large, convs)
+        cls.conv_class.fit_(large, convs, tolerance)
         for layer in layers:
             if layer.small_conv is not None:
                 for parameter in layer.small_conv.parameters():

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from ..core.arguments import Int, as_int
 from ..core.kernel import Kernel
-from ..core.plain import PlainConv, centred
+from ..core.plain import PlainConv, centred, kernels_inside
+from ..core.replacement import FIT_TOLERANCE
 from ..core.shown import Elements, Quantity, one_per_output
 from ..core.spec import KernelSize, KernelSpec
 from .fit import fit_points
@@ -105,14 +106,14 @@ class SmpKernel(Kernel):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor], tolerance: float = FIT_TOLERANCE) -> None:
         """Exact with a point per pixel of the old kernel, otherwise a least squares fit."""
         first = kernels[0]
         stacked = torch.stack([first._for_points(target) for target in targets], 1)
         coordinate, radius = first.geometry.values()
         by_set = stacked.reshape(coordinate.shape[0], -1, *stacked.shape[3:])
         radii = (first.min_radius, LARGEST_RADIUS)
-        geometry, weight = fit_points(by_set, first.kernel_size, first.kernel_count, first.normalize, radii)
+        geometry, weight = fit_points(by_set, first.kernel_size, first.kernel_count, first.normalize, radii, tolerance)
         coordinate.copy_(geometry["coordinate"])
         radius.copy_(geometry["radius"])
         by_kernel = weight.mT.reshape(*stacked.shape[:3], -1)
@@ -169,7 +170,7 @@ class SmpSpec(KernelSpec):
     Attributes:
         kernel_size: size of the constructed kernel, one int for all dimensions or one each.
         kernel_count: m, the points of each kernel, at least 1. Default: a quarter of the kernel's pixels in 2-D
-            (released ImageNet code), 30 in 1-D (section 4.2).
+            (released ImageNet code), 30 in 1-D (section 4.2), and more if the fit of the old kernels needs them.
         points: "filter" gives each output channel points of its own (section 3.2), "layer" lets all channels share one
             set, for large networks (section 4.3). Weights are never shared.
         normalize: divide by the number of neighbours (Eq. 1), or sum as the released ImageNet models do.
@@ -183,6 +184,10 @@ class SmpSpec(KernelSpec):
     """
 
     kernel: ClassVar[type[Kernel]] = SmpKernel
+    fit_advice: ClassVar[str] = (
+        "Leave kernel_count out, or give at least as many points as the old kernels have pixels; a kernel_size below"
+        " the old one cuts kernels off."
+    )
 
     method: Literal["smp"] = "smp"
     kernel_count: Annotated[Int, Field(ge=1, le=LARGEST_COUNT)] | None = None
@@ -198,6 +203,14 @@ class SmpSpec(KernelSpec):
     def check_conv(self, conv: PlainConv) -> None:
         super().check_conv(conv)
         small_kernel_sizes(self.small_kernel, self.sizes(len(conv.kernel_size)))
+
+    def for_fit(self, convs: Sequence[PlainConv], tolerance: float) -> Self:
+        """Take as many points as the kernels have pixels, if kernel_count is None and the default is smaller."""
+        if self.kernel_count is not None:
+            return self
+        sizes = self.sizes(len(convs[0].kernel_size))
+        pixels = kernels_inside(convs, sizes)[0].shape[2:].numel()
+        return self.model_copy(update={"kernel_count": max(_default_count(sizes), min(pixels, LARGEST_COUNT))})
 
 
 def _plus_small(

@@ -1,9 +1,9 @@
 """Triton kernels of the depthwise convolution: implicit matrix products with the Toeplitz bands of the kernels.
 
-A tile is ROWS x COLUMNS outputs of one channel. The images it needs stand in `rows` lines. For one channel and one line,
-its part of the output tiles of all images is a matrix product: the line's pixels (images and tiles by DEPTH pixels) times
-a band matrix (DEPTH by ROWS * COLUMNS), which holds the kernel's row along its diagonals. `band_kernel` lays these
-matrices out once per call, so that everything is loaded as vectors of 16 bytes.
+A tile is ROWS x COLUMNS outputs of one channel. The pixels that it needs stand in lines of the image. For one channel
+and one line, the line's part of the tiles of all images is a matrix product: the line's pixels (a row for each tile,
+and DEPTH pixels) times a band matrix (DEPTH by ROWS * COLUMNS), which holds a row of the kernel along its diagonals.
+`band_kernel` lays these matrices out once per call, so that everything is loaded as vectors of 16 bytes.
 
 Images are contiguous (N, C, H, W), their W a multiple of VECTOR, the numbers in 16 bytes; sums are float32. `g` is a
 `Geometry` (triton.py). UPCAST is for Triton's interpreter, whose product of bfloat16 blocks multiplies their bits.
@@ -17,8 +17,7 @@ __all__ = ["band_kernel", "diagonal_kernel", "output_kernel", "weight_kernel"]
 
 @triton.jit
 def band_kernel(weight, bands, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Lays out `bands` (C, lines * blocks of DEPTH, DEPTH, ROWS * COLUMNS) of `weight` (C, KH, KW); grid (lines *
-    blocks, C)."""
+    """Lays out `bands` (C, lines * blocks, DEPTH, ROWS * COLUMNS) of `weight` (C, KH, KW); grid (lines * blocks, C)."""
     step, channel = tl.program_id(0), tl.program_id(1)
     cell = tl.arange(0, ROWS * COLUMNS)
     depth = tl.arange(0, DEPTH)
@@ -86,13 +85,13 @@ def output_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["batch", "tiles_per_split"])
 def weight_kernel(  # type: ignore[no-untyped-def]
-    grad, images, parts, batch, g, tiles_per_split, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, images, parts, batch, tiles_per_split, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, VECTOR: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sums over tiles of the products of every output in a tile with every pixel of one line that it may need.
 
-    grid (splits, lines * blocks, C); `parts` is (splits, C, lines * blocks, ROWS * COLUMNS, DEPTH), `grad` is laid out as
-    images are. The gradient is the sums along the diagonals of `parts`.
+    grid (splits, lines * blocks, C); `parts` is (splits, C, lines * blocks, ROWS * COLUMNS, DEPTH), and `grad` is laid
+    out as images are. The gradient is the sums along the diagonals of `parts`.
     """
     split, step, channel = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     across = tl.cdiv(g.out_width, COLUMNS)
@@ -116,7 +115,7 @@ def weight_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["splits"])
 def diagonal_kernel(  # type: ignore[no-untyped-def]
-    parts, out, g, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TAPS: tl.constexpr
+    parts, out, splits, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TAPS: tl.constexpr
 ):
     """Sums of `parts` along their diagonals: TAPS taps of `out` (C, KH, KW); grid (KW / TAPS, KH, C)."""
     tap_x = tl.program_id(0) * TAPS + tl.arange(0, TAPS)
