@@ -8,7 +8,7 @@ import timm
 from click.testing import Result
 from typer.testing import CliRunner
 
-from timm_contconv.cli import app
+from contconv import app
 
 HUB = Path(__file__).parents[2] / "hub"
 

@@ -1,4 +1,4 @@
-"""The commands of `contconv`."""
+"""The commands of `contconv`: what they take. Each imports what it needs, so that the rest starts without timm."""
 
 from __future__ import annotations
 
@@ -9,26 +9,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import timm
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
-from timm.models._input import get_model_input_config
-from torch import nn
 
-from .. import patching
-from ..hub import save_pretrained
-from ..hub.names import PATCHED
-from ..layers.core.replacement import Init
-from ..patching import PatchPlan, PatchReport, PatchSpec
-from ..train import training_hooks
-from . import demo as demo_command
-from . import publish as publish_command
-from .run import run_script
+if TYPE_CHECKING:
+    from torch import nn
+
+    from timm_contconv.patching import PatchPlan, PatchReport, PatchSpec
 
 __all__ = ["app"]
 
@@ -37,9 +27,29 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Co
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
+def _print_version(wanted: bool) -> None:
+    import importlib.metadata
+
+    if wanted:
+        console.print(f"timm_contconv {importlib.metadata.version('timm_contconv')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def prepare(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command("list")
 def list_models() -> None:
     """List the recipes and their registered models."""
+    from timm_contconv import patching
+    from timm_contconv.hub.names import PATCHED
+
     table = Table("recipe", "description", "registered models")
     for name in patching.list_patches():
         registered = [architecture.name for architecture in PATCHED.values() if architecture.recipe == name]
@@ -50,6 +60,12 @@ def list_models() -> None:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A recipe, or a registered model.")]) -> None:
     """Show a recipe, or what the patch of a registered model changes."""
+    import timm
+    import torch
+
+    from timm_contconv import patching
+    from timm_contconv.hub.names import PATCHED
+
     if name in PATCHED:
         with torch.device("meta"):
             console.print(patching.report(timm.create_model(name)))
@@ -69,7 +85,8 @@ def patch(
     ] = None,
     min_kernel_size: Annotated[int | None, typer.Option(min=1, help="Leave out kernels smaller than this.")] = None,
     init: Annotated[
-        Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' from random ones.")
+        Literal["fit", "random"],
+        typer.Option(help="'fit' starts from the replaced kernels, 'random' from random ones."),
     ] = "fit",
     pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained weights.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
@@ -80,6 +97,11 @@ def patch(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Patch a timm model, print the changes, and save it with --save."""
+    import torch
+
+    from timm_contconv import patching
+    from timm_contconv.hub import save_pretrained
+
     if dry_run and save is not None:
         raise _refused(
             ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
@@ -112,8 +134,10 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, for each model.")] = 20,
 ) -> None:
     """Train a plain and a DCLS model on real digits; patch, merge, save, load; draw learned kernels."""
+    from timm_contconv.cli import demo as command
+
     with _writing("--output", output):
-        demo_command.run(console, output, epochs)
+        command.run(console, output, epochs)
 
 
 @app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
@@ -140,6 +164,9 @@ def run(
 
     Options come before SCRIPT. Everything after SCRIPT goes to the script.
     """
+    from timm_contconv.cli.run import run_script
+    from timm_contconv.train import training_hooks
+
     if position_lr_scale is not None and not 0 < position_lr_scale < math.inf:
         raise _refused(ValueError(f"--position-lr-scale={position_lr_scale}: expected more than 0, and finite"))
     if not math.isfinite(penalty):
@@ -168,15 +195,29 @@ def publish(
 
     The token comes from `hf auth login` or HF_TOKEN.
     """
+    from timm_contconv.cli import publish as command
+
     try:
-        publish_command.run(
+        command.run(
             console, folder, file=file, repo_id=repo_id, private=private, revision=revision, create_pr=create_pr
         )
     except (ValueError, OSError) as error:
         raise _refused(error) from None
 
 
+@app.command()
+def env() -> None:
+    """Print versions, machine, compiler and measured choices, to paste into a bug report."""
+    from timm_contconv.cli.environment import environment
+
+    for name, value in environment():
+        console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _recipe(name: str) -> PatchSpec:
+    from timm_contconv import patching
+    from timm_contconv.hub.names import PATCHED
+
     recipes = patching.list_patches()
     if name in recipes or name.endswith(".toml"):
         return patching.load_patch(name)
@@ -188,6 +229,8 @@ def _recipe(name: str) -> PatchSpec:
 
 
 def _create(name: str, pretrained: bool) -> nn.Module:
+    import timm
+
     if not timm.is_model(name):
         raise ValueError(f"MODEL={name!r}: timm has no such model; timm.list_models() lists all")
     try:
@@ -197,6 +240,8 @@ def _create(name: str, pretrained: bool) -> nn.Module:
 
 
 def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Module) -> None:
+    from timm.models import get_model_input_config
+
     if size is None:
         return
     channels = get_model_input_config(model)["input_size"][0]
@@ -207,6 +252,8 @@ def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Mo
 
 
 def _report(model: nn.Module, size: tuple[int, int, int] | None) -> PatchReport:
+    from timm_contconv import patching
+
     try:
         return patching.report(model, size)
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -223,6 +270,8 @@ def _option(input_size: tuple[int, int, int]) -> str:
 @contextmanager
 def _writing(option: str, folder: Path) -> Iterator[None]:
     """Report errors in writing to a folder as errors of the option that named it."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except (OSError, SafetensorError) as error:
