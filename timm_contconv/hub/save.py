@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
-from timm.models._input import get_model_args
+from timm.models import get_model_args
 from torch import Tensor, nn
 
 from ..layers import ConvReplacement

@@ -151,7 +151,9 @@ def reset_magnet_(parameters: Mapping[str, Tensor], input_scale: float) -> None:
     layers, hidden, ndim = sine_weight.shape
     number = torch.arange(1, layers + 1, device=gamma.device, dtype=torch.float32)[:, None, None]
     concentration = (GAMMA_CONCENTRATION / number).expand(gamma.shape)
-    gamma.copy_(torch.distributions.Gamma(concentration, torch.ones_like(concentration), validate_args=False).sample())
+    if not gamma.is_meta:  # there is no such draw there before torch 2.13
+        draw = torch.distributions.Gamma(concentration, torch.ones_like(concentration), validate_args=False)
+        gamma.copy_(draw.sample())
     sine_weight.uniform_(-1 / math.sqrt(ndim), 1 / math.sqrt(ndim)).mul_(gamma).mul_(input_scale / math.sqrt(layers))
     parameters["sine_bias"].uniform_(-math.pi, math.pi)
     parameters["mean"].uniform_(-1, 1)
