@@ -4,6 +4,6 @@ A package beside `timm_contconv`, because importing anything of that imports tim
 imported when a command needs it, so that --help, --version and completion answer at once.
 """
 
-from .app import app
+from .app import app, main
 
-__all__ = ["app"]
+__all__ = ["app", "main"]

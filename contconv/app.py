@@ -1,30 +1,27 @@
-"""The commands of `contconv`: what they take. Each imports what it needs, so that the rest starts without timm."""
+"""The commands of `contconv`: what they take. Each imports what it does, so that the rest starts without timm."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-if TYPE_CHECKING:
-    from torch import nn
+from .output import console, open_closed_streams, respell
 
-    from timm_contconv.patching import PatchPlan, PatchReport, PatchSpec
-
-__all__ = ["app"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Continuous convolutions for timm.")
-#: a file or a pipe has no width: 140 columns there
-console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def main() -> None:
+    """The program `contconv`."""
+    open_closed_streams()
+    try:
+        app()
+    except OSError as error:  # commands explain theirs; --help may not be printable
+        sys.exit(f"contconv: {error}")
 
 
 def _print_version(wanted: bool) -> None:
@@ -37,48 +34,34 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def prepare(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "run":  # scripts print as they do under python
+        respell()
 
 
 @app.command("list")
 def list_models() -> None:
     """List the recipes and their registered models."""
-    from timm_contconv import patching
-    from timm_contconv.hub.names import PATCHED
+    from timm_contconv.cli import commands
 
-    table = Table("recipe", "description", "registered models")
-    for name in patching.list_patches():
-        registered = [architecture.name for architecture in PATCHED.values() if architecture.recipe == name]
-        table.add_row(name, patching.load_patch(name).description, "\n".join(registered))
-    console.print(table)
+    commands.list_models()
 
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A recipe, or a registered model.")]) -> None:
     """Show a recipe, or what the patch of a registered model changes."""
-    import timm
-    import torch
+    from timm_contconv.cli import commands
 
-    from timm_contconv import patching
-    from timm_contconv.hub.names import PATCHED
-
-    if name in PATCHED:
-        with torch.device("meta"):
-            console.print(patching.report(timm.create_model(name)))
-        return
-    try:
-        console.print(_recipe(name).to_toml(), highlight=False, markup=False)
-    except (ValueError, OSError) as error:
-        raise _refused(error) from None
+    commands.show(name)
 
 
 @app.command()
 def patch(
-    model: Annotated[str, typer.Argument(help="A timm model.")],
+    model: Annotated[str, typer.Argument(help="A timm model, or a saved one as local-dir:FOLDER or hf-hub:USER/NAME.")],
     recipe: Annotated[str, typer.Argument(help="A recipe, or the path of a .toml.")],
     select: Annotated[
         list[str] | None, typer.Option(help="Convolutions to replace, instead of the recipe's choice.")
@@ -88,7 +71,19 @@ def patch(
         Literal["fit", "random"],
         typer.Option(help="'fit' starts from the replaced kernels, 'random' from random ones."),
     ] = "fit",
-    pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained weights.")] = False,
+    pretrained: Annotated[
+        bool, typer.Option(help="Start from timm's pretrained weights, or from the saved ones.")
+    ] = False,
+    kernel_count: Annotated[
+        int | None, typer.Option(min=1, help="Elements per kernel, instead of as many as the fit needs.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Up to 64 of its images refit the new layers, and show what each does to the outputs.",
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print the plan; make and save no weights.")] = False,
     input_size: Annotated[
@@ -97,35 +92,40 @@ def patch(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Patch a timm model, print the changes, and save it with --save."""
-    import torch
+    from timm_contconv.cli import commands
 
-    from timm_contconv import patching
-    from timm_contconv.hub import save_pretrained
+    commands.patch(
+        model,
+        recipe,
+        select=select,
+        min_kernel_size=min_kernel_size,
+        init=init,
+        pretrained=pretrained,
+        kernel_count=kernel_count,
+        images=images,
+        save=save,
+        dry_run=dry_run,
+        input_size=input_size,
+        as_json=as_json,
+    )
 
-    if dry_run and save is not None:
-        raise _refused(
-            ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
-        )
-    choice: dict[str, Any] = {"select": select, "min_kernel_size": min_kernel_size}
-    try:
-        if dry_run:
-            with torch.device("meta"):
-                result: PatchPlan | PatchReport = patching.plan_patch(
-                    _create(model, pretrained=False), recipe, **choice
-                )
-        else:
-            patched = _create(model, pretrained)
-            _check_input_size(input_size, model, patched)
-            result = _report(patching.patch(patched, recipe, init=init, **choice), input_size)
-            if save is not None:
-                with _writing("--save", save):
-                    save_pretrained(patched, save)
-    except (ValueError, OSError) as error:
-        raise _refused(error) from None
-    if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
-    else:
-        console.print(result)
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_FOLDER", help="A timm model, or a saved model's folder.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of images. Default: photographs of scikit-image.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL_OR_FOLDER", help="The model before its patch or training, to compare with."),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option(help="Load released weights of models that are given by name.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .html file to write.")] = Path("report.html"),
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+) -> None:
+    """Write a report of what a model's kernels learned: one HTML file with tables and figures."""
+    from timm_contconv.cli import commands
+
+    commands.inspect(model, images=images, start=start, pretrained=pretrained, output=output, show=show)
 
 
 @app.command()
@@ -134,10 +134,32 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, for each model.")] = 20,
 ) -> None:
     """Train a plain and a DCLS model on real digits; patch, merge, save, load; draw learned kernels."""
-    from timm_contconv.cli import demo as command
+    from timm_contconv.cli import commands
 
-    with _writing("--output", output):
-        command.run(console, output, epochs)
+    commands.demo(output=output, epochs=epochs)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="A timm model.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
+    input_size: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Channels, height and width. Default: the model's own.")
+    ] = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Run in bfloat16 with autocast.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Images in channels-last layout.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Measure training steps, not only inference.")] = False,
+) -> None:
+    """Measure a model's convolutions on this machine, and print what was chosen and what that gains.
+
+    The results are remembered: later processes with as many threads start with them. A model without layers of this
+    package is patched with the recipe `engine` first. Runs on CUDA where there is one.
+    """
+    from timm_contconv.cli import commands
+
+    commands.tune(
+        model, batch_size=batch_size, input_size=input_size, amp=amp, channels_last=channels_last, train=train
+    )
 
 
 @app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
@@ -150,8 +172,12 @@ def run(
         ),
     ],
     position_lr_scale: Annotated[
-        float | None,
-        typer.Option(help="Learning rate of positions, widths, radii and masks, relative to the weights' (DCLS: 5)."),
+        str | None,
+        typer.Option(
+            metavar="SCALE",
+            help="Learning rate of positions, widths, radii and masks, relative to the weights': a number, or 'paper'"
+            " for what each method's paper has (DCLS 5, SMP's radii 0.1, FlexConv's masks 0.1).",
+        ),
     ] = None,
     penalty: Annotated[
         float, typer.Option(metavar="FACTOR", min=0, help="Add FACTOR * tcc.penalty(model) to the script's loss.")
@@ -164,20 +190,9 @@ def run(
 
     Options come before SCRIPT. Everything after SCRIPT goes to the script.
     """
-    from timm_contconv.cli.run import run_script
-    from timm_contconv.train import training_hooks
+    from timm_contconv.cli import commands
 
-    if position_lr_scale is not None and not 0 < position_lr_scale < math.inf:
-        raise _refused(ValueError(f"--position-lr-scale={position_lr_scale}: expected more than 0, and finite"))
-    if not math.isfinite(penalty):
-        raise _refused(ValueError(f"--penalty={penalty}: expected a finite number"))
-    if penalty_power != 1 and not penalty:
-        raise _refused(
-            ValueError(f"--penalty-power={penalty_power}: expected --penalty too; the power is unused without it")
-        )
-    with training_hooks(position_lr_scale, penalty, penalty_power):
-        status = run_script(script, context.args)
-    sys.exit(status)
+    sys.exit(commands.run(script, context.args, position_lr_scale, penalty, penalty_power))
 
 
 @app.command()
@@ -195,92 +210,50 @@ def publish(
 
     The token comes from `hf auth login` or HF_TOKEN.
     """
-    from timm_contconv.cli import publish as command
+    from timm_contconv.cli import commands
 
-    try:
-        command.run(
-            console, folder, file=file, repo_id=repo_id, private=private, revision=revision, create_pr=create_pr
-        )
-    except (ValueError, OSError) as error:
-        raise _refused(error) from None
+    commands.publish(folder, file=file, repo_id=repo_id, private=private, revision=revision, create_pr=create_pr)
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="A saved model: local-dir:FOLDER, hf-hub:USER/NAME, or a folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model; timm loads it.")],
+) -> None:
+    """Turn a saved model's layers into plain convolutions, and save that model."""
+    from timm_contconv.cli import commands
+
+    commands.merge(model, output)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A timm model, or local-dir:FOLDER, or hf-hub:USER/NAME.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file, .onnx or .pt2.")],
+    format: Annotated[
+        Literal["onnx", "torch", "aoti"],
+        typer.Option(help="'onnx', 'torch' (torch.export) or 'aoti' (compiled for this machine)."),
+    ] = "onnx",
+    dynamic: Annotated[
+        list[str] | None, typer.Option(help="A size that stays open: batch, height or width; may be repeated.")
+    ] = None,
+    merge: Annotated[bool, typer.Option(help="Write plain convolutions, not the construction of kernels.")] = True,
+    pretrained: Annotated[bool, typer.Option(help="Load timm's pretrained weights.")] = False,
+    input_size: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Channels, height and width of an image.")
+    ] = None,
+) -> None:
+    """Write a model to a file that runs without this package, and compare it with the model."""
+    from timm_contconv.cli import commands
+
+    commands.export(
+        model, output, format=format, dynamic=dynamic, merge=merge, pretrained=pretrained, input_size=input_size
+    )
 
 
 @app.command()
 def env() -> None:
     """Print versions, machine, compiler and measured choices, to paste into a bug report."""
-    from timm_contconv.cli.environment import environment
+    from timm_contconv.cli import commands
 
-    for name, value in environment():
-        console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _recipe(name: str) -> PatchSpec:
-    from timm_contconv import patching
-    from timm_contconv.hub.names import PATCHED
-
-    recipes = patching.list_patches()
-    if name in recipes or name.endswith(".toml"):
-        return patching.load_patch(name)
-    near = difflib.get_close_matches(name, [*recipes, *PATCHED])
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(
-        f"NAME={name!r}: no such recipe or registered model; {hint}contconv list lists all; a path must end in .toml"
-    )
-
-
-def _create(name: str, pretrained: bool) -> nn.Module:
-    import timm
-
-    if not timm.is_model(name):
-        raise ValueError(f"MODEL={name!r}: timm has no such model; timm.list_models() lists all")
-    try:
-        return timm.create_model(name, pretrained=pretrained)
-    except RuntimeError as error:  # unknown tag, or no weights
-        raise ValueError(f"MODEL={name!r}: {error}") from None
-
-
-def _check_input_size(size: tuple[int, int, int] | None, name: str, model: nn.Module) -> None:
-    from timm.models import get_model_input_config
-
-    if size is None:
-        return
-    channels = get_model_input_config(model)["input_size"][0]
-    if size[0] != channels or min(size) < 1:
-        raise ValueError(
-            f"{_option(size)}: expected {channels} channels, as {name} takes, and a height and a width of at least 1"
-        )
-
-
-def _report(model: nn.Module, size: tuple[int, int, int] | None) -> PatchReport:
-    from timm_contconv import patching
-
-    try:
-        return patching.report(model, size)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        if size is None:
-            raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{_option(size)}: the model can't take it: {reason}; try another size") from None
-
-
-def _option(input_size: tuple[int, int, int]) -> str:
-    return f"--input-size {' '.join(map(str, input_size))}"
-
-
-@contextmanager
-def _writing(option: str, folder: Path) -> Iterator[None]:
-    """Report errors in writing to a folder as errors of the option that named it."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        cause = getattr(error, "strerror", None)
-        text = str(error).removeprefix(f"folder={str(folder)!r}: ")
-        reason = f"can't be written: {cause}; choose another" if cause else text
-        raise _refused(ValueError(f"{option} {folder}: {reason}")) from None
-
-
-def _refused(error: Exception) -> typer.Exit:
-    console.print(str(error), style="red", highlight=False, markup=False)
-    return typer.Exit(code=2)
+    commands.env()

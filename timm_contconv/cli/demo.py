@@ -27,13 +27,12 @@ def run(console: Console, output: Path, epochs: int) -> None:
 
     Args:
         console: where to print.
-        output: folder for the saved model and the picture.
+        output: folder for the saved model and the picture; it exists.
         epochs: passes over the training images, for each model.
 
     Raises:
         OSError: the folder can't be written, or holds something other than a saved model.
     """
-    output.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
     console.print(
         f"{len(digits.train_labels)} digits to train on, {len(digits.test_labels)} to test on (scikit-learn),"
@@ -47,7 +46,7 @@ def run(console: Console, output: Path, epochs: int) -> None:
     merged = patching.merge(trained.eval())
     _print_difference(console, f"{PATCHED}, trained and merged", trained, merged, digits.test_images)
     _save_and_load(console, trained, digits, output / PATCHED)
-    picture = figures.save_kernel_figure(trained, output / "kernels.png")
+    picture = figures.kernels(trained).save(output / "kernels.png")
     console.print(f"learned kernels and the positions of their elements: {picture}")
 
 
