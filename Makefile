@@ -76,16 +76,19 @@ installed: wheel
 	build/installed/bin/python -m pip install --quiet dist/*.whl
 	cd build && installed/bin/contconv env && installed/bin/python -I ../tests/installed_readme.py
 
-# All tests with the lowest versions that pyproject.toml allows, and with the newest, pre-releases too.
+# All tests, and Inductor on a model of every method, with the lowest versions that pyproject.toml allows, and with the
+# newest, pre-releases too.
 oldest: $(TOOLS)/.installed
 	$(PYTHON) -m venv --clear build/oldest
 	$(UV) build/oldest/bin/python --resolution lowest-direct --editable '.[test]'
 	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -m slow tests/models/test_inductor.py
 
 newest: $(TOOLS)/.installed
 	$(PYTHON) -m venv --clear build/newest
 	$(UV) build/newest/bin/python --prerelease allow --upgrade --editable '.[test]'
 	OMP_NUM_THREADS=1 build/newest/bin/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 build/newest/bin/python -m pytest -m slow tests/models/test_inductor.py
 
 clean:
 	rm -rf $(VENV) dist build demo_output
