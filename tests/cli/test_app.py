@@ -9,7 +9,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import timm_contconv as tcc
-from timm_contconv.cli import app
+from contconv import app
 
 HUB = Path(__file__).parents[2] / "hub"
 

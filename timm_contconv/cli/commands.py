@@ -1,4 +1,4 @@
-"""The commands of `contconv`."""
+"""What the commands of `contconv` do. Their arguments are explained in `contconv/app.py`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import copy
 import difflib
 import json
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import timm
 import torch
 import typer
 from rich.table import Table
 from safetensors import SafetensorError
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config
 from torch import nn
+
+from contconv.output import console, errors
 
 from .. import patching
 from ..export import Format
@@ -38,11 +39,11 @@ from . import demo as demo_command
 from . import export as export_command
 from . import publish as publish_command
 from . import tune as tune_command
+from .environment import environment
 from .images import load_images
-from .output import console, errors, open_closed_streams, respell
 from .run import run_script
 
-__all__ = ["app", "main"]
+__all__ = ["demo", "env", "export", "inspect", "list_models", "merge", "patch", "publish", "run", "show", "tune"]
 
 #: how timm's names of saved models start
 SAVED = ("local-dir:", "hf-hub:", "hf_hub:")
@@ -50,27 +51,8 @@ SAVED = ("local-dir:", "hf-hub:", "hf_hub:")
 #: images that refit layers, and that a report runs once per layer
 REFIT_IMAGES, REPORT_IMAGES = 64, 16
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Continuous convolutions for timm.")
 
-
-def main() -> None:
-    """The program `contconv`."""
-    open_closed_streams()
-    try:
-        app()
-    except OSError as error:  # commands explain theirs; --help may not be printable
-        sys.exit(f"contconv: {error}")
-
-
-@app.callback()
-def prepare(context: typer.Context) -> None:
-    if context.invoked_subcommand != "run":  # scripts print as they do under python
-        respell()
-
-
-@app.command("list")
 def list_models() -> None:
-    """List the recipes and their registered models."""
     table = Table("recipe", "description", "registered models")
     for name in patching.list_patches():
         registered = [architecture.name for architecture in PATCHED.values() if architecture.recipe == name]
@@ -78,9 +60,7 @@ def list_models() -> None:
     console.print(table)
 
 
-@app.command()
-def show(name: Annotated[str, typer.Argument(help="A recipe, or a registered model.")]) -> None:
-    """Show a recipe, or what the patch of a registered model changes."""
+def show(name: str) -> None:
     if name in PATCHED:
         with torch.device("meta"):
             console.print(patching.report(timm.create_model(name)))
@@ -92,38 +72,21 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, or a registered mod
     console.print(recipe.to_toml(), highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
 def patch(
-    model: Annotated[str, typer.Argument(help="A timm model, or a saved one as local-dir:FOLDER or hf-hub:USER/NAME.")],
-    recipe: Annotated[str, typer.Argument(help="A recipe, or the path of a .toml.")],
-    select: Annotated[
-        list[str] | None, typer.Option(help="Convolutions to replace, instead of the recipe's choice.")
-    ] = None,
-    min_kernel_size: Annotated[int | None, typer.Option(min=1, help="Leave out kernels smaller than this.")] = None,
-    init: Annotated[
-        Init, typer.Option(help="'fit' starts from the replaced kernels, 'random' from random ones.")
-    ] = "fit",
-    pretrained: Annotated[
-        bool, typer.Option(help="Start from timm's pretrained weights, or from the saved ones.")
-    ] = False,
-    kernel_count: Annotated[
-        int | None, typer.Option(min=1, help="Elements per kernel, instead of as many as the fit needs.")
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Up to 64 of its images refit the new layers, and show what each does to the outputs.",
-        ),
-    ] = None,
-    save: Annotated[Path | None, typer.Option(help="Folder to save the patched model to; timm loads it.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only print the plan; make and save no weights.")] = False,
-    input_size: Annotated[
-        tuple[int, int, int] | None, typer.Option(help="Channels, height and width for counting multiply-adds.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    model: str,
+    recipe: str,
+    *,
+    select: list[str] | None,
+    min_kernel_size: int | None,
+    init: Init,
+    pretrained: bool,
+    kernel_count: int | None,
+    images: Path | None,
+    save: Path | None,
+    dry_run: bool,
+    input_size: tuple[int, int, int] | None,
+    as_json: bool,
 ) -> None:
-    """Patch a timm model, print the changes, and save it with --save."""
     if dry_run and save is not None:
         raise _refused(
             ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
@@ -158,19 +121,7 @@ def patch(
         console.print(result)
 
 
-@app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_FOLDER", help="A timm model, or a saved model's folder.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of images. Default: photographs of scikit-image.")] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL_OR_FOLDER", help="The model before its patch or training, to compare with."),
-    ] = None,
-    pretrained: Annotated[bool, typer.Option(help="Load released weights of models that are given by name.")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .html file to write.")] = Path("report.html"),
-    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
-) -> None:
-    """Write a report of what a model's kernels learned: one HTML file with tables and figures."""
+def inspect(model: str, *, images: Path | None, start: str | None, pretrained: bool, output: Path, show: bool) -> None:
     try:
         with _writing("--output", output):
             check_writable(output)
@@ -187,32 +138,14 @@ def inspect(
         typer.launch(str(output.resolve()))
 
 
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the saved model and the picture.")] = Path("demo_output"),
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, for each model.")] = 20,
-) -> None:
-    """Train a plain and a DCLS model on real digits; patch, merge, save, load; draw learned kernels."""
+def demo(*, output: Path, epochs: int) -> None:
     with _writing("--output", output), made_folder(output):
         demo_command.run(console, output, epochs)
 
 
-@app.command()
 def tune(
-    model: Annotated[str, typer.Argument(help="A timm model.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
-    input_size: Annotated[
-        tuple[int, int, int] | None, typer.Option(help="Channels, height and width. Default: the model's own.")
-    ] = None,
-    amp: Annotated[bool, typer.Option("--amp", help="Run in bfloat16 with autocast.")] = False,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Images in channels-last layout.")] = False,
-    train: Annotated[bool, typer.Option("--train", help="Measure training steps, not only inference.")] = False,
+    model: str, *, batch_size: int, input_size: tuple[int, int, int] | None, amp: bool, channels_last: bool, train: bool
 ) -> None:
-    """Measure a model's convolutions on this machine, and print what was chosen and what that gains.
-
-    The results are remembered: later processes with as many threads start with them. A model without layers of this
-    package is patched with the recipe `engine` first. Runs on CUDA where there is one.
-    """
     try:
         network = _create(model, pretrained=False)
         _check_input_size(input_size, model, network)
@@ -232,34 +165,9 @@ def tune(
         raise _refused(error) from None
 
 
-@app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
 def run(
-    context: typer.Context,
-    script: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SCRIPT", exists=True, dir_okay=False, help="For example timm's train.py; its arguments follow."
-        ),
-    ],
-    position_lr_scale: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SCALE",
-            help="Learning rate of positions, widths, radii and masks, relative to the weights': a number, or 'paper'"
-            " for what each method's paper has (DCLS 5, SMP's radii 0.1, FlexConv's masks 0.1).",
-        ),
-    ] = None,
-    penalty: Annotated[
-        float, typer.Option(metavar="FACTOR", min=0, help="Add FACTOR * tcc.penalty(model) to the script's loss.")
-    ] = 0.0,
-    penalty_power: Annotated[
-        int, typer.Option(min=1, help="Raise the penalty to this power first (released DCLS code: 2).")
-    ] = 1,
-) -> None:
-    """Run a script with the plugin imported and the methods' constraints after each optimiser step.
-
-    Options come before SCRIPT. Everything after SCRIPT goes to the script.
-    """
+    script: Path, arguments: Sequence[str], position_lr_scale: str | None, penalty: float, penalty_power: int
+) -> int | str | None:
     scale = _position_scale(position_lr_scale)
     if not math.isfinite(penalty):
         raise _refused(ValueError(f"--penalty={penalty}: expected a finite number"))
@@ -268,25 +176,12 @@ def run(
             ValueError(f"--penalty-power={penalty_power}: expected --penalty too; the power is unused without it")
         )
     with training_hooks(scale, penalty, penalty_power):
-        status = run_script(script, context.args)
-    sys.exit(status)
+        return run_script(script, arguments)
 
 
-@app.command()
 def publish(
-    folder: Annotated[Path, typer.Argument(help="A folder of hub/, such as hub/convnext_tiny_dcls.zenodo_in1k.")],
-    file: Annotated[Path | None, typer.Option(help="A file with the weights. Default: download them.")] = None,
-    repo_id: Annotated[
-        str | None, typer.Option(help="The repository. Default: USER/ARCHITECTURE.TAG of yours.")
-    ] = None,
-    private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
-    create_pr: Annotated[bool, typer.Option(help="Propose the commit as a pull request.")] = False,
+    folder: Path, *, file: Path | None, repo_id: str | None, private: bool, revision: str | None, create_pr: bool
 ) -> None:
-    """Load a weight of hub/, convert it, verify it, and publish it on the Hugging Face Hub.
-
-    The token comes from `hf auth login` or HF_TOKEN.
-    """
     try:
         publish_command.run(
             console, folder, file=file, repo_id=repo_id, private=private, revision=revision, create_pr=create_pr
@@ -295,12 +190,7 @@ def publish(
         raise _refused(error) from None
 
 
-@app.command()
-def merge(
-    model: Annotated[str, typer.Argument(help="A saved model: local-dir:FOLDER, hf-hub:USER/NAME, or a folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model; timm loads it.")],
-) -> None:
-    """Turn a saved model's layers into plain convolutions, and save that model."""
+def merge(model: str, output: Path) -> None:
     try:
         name = f"{SAVED[0]}{model}" if Path(model).is_dir() else model
         if not name.startswith(SAVED):
@@ -313,29 +203,27 @@ def merge(
     console.print(f"{output}: {sum(p.numel() for p in merged.parameters()):,} parameters", soft_wrap=True)
 
 
-@app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A timm model, or local-dir:FOLDER, or hf-hub:USER/NAME.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file, .onnx or .pt2.")],
-    format: Annotated[
-        Format, typer.Option(help="'onnx', 'torch' (torch.export) or 'aoti' (compiled for this machine).")
-    ] = "onnx",
-    dynamic: Annotated[
-        list[str] | None, typer.Option(help="A size that stays open: batch, height or width; may be repeated.")
-    ] = None,
-    merge: Annotated[bool, typer.Option(help="Write plain convolutions, not the construction of kernels.")] = True,
-    pretrained: Annotated[bool, typer.Option(help="Load timm's pretrained weights.")] = False,
-    input_size: Annotated[
-        tuple[int, int, int] | None, typer.Option(help="Channels, height and width of an image.")
-    ] = None,
+    model: str,
+    output: Path,
+    *,
+    format: Format,
+    dynamic: list[str] | None,
+    merge: bool,
+    pretrained: bool,
+    input_size: tuple[int, int, int] | None,
 ) -> None:
-    """Write a model to a file that runs without this package, and compare it with the model."""
     try:
         loaded = _create(model, pretrained or model.startswith(SAVED))
         sizes = ("batch",) if dynamic is None else tuple(dynamic)
         export_command.run(console, loaded, output, format, sizes, merge, input_size)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise _refused(error) from None
+
+
+def env() -> None:
+    for name, value in environment():
+        console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _position_scale(text: str | None) -> PositionScale | None:
