@@ -1,5 +1,5 @@
 """The command line, `contconv`."""
 
-from .app import app
+from .app import app, main
 
-__all__ = ["app"]
+__all__ = ["app", "main"]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import patching
+
+Key = TypeVar("Key", bound=Hashable)
 
 __all__ = ["Comparison", "compare_recipes", "times_in_turns"]
 
@@ -65,8 +69,11 @@ def compare_recipes(
         merged[recipe] = patching.merge(patched[recipe])
         advance(recipe)
     few = images[:8]
-    contenders = {"plain": model, **{("patched", r): patched[r] for r in recipes}, **{("merged", r): merged[r] for r in recipes}}
-    times = times_in_turns({key: lambda net=net: net(few) for key, net in contenders.items()}, rounds)
+    contenders = {("plain", ""): model}
+    contenders |= {("patched", recipe): net for recipe, net in patched.items()}
+    contenders |= {("merged", recipe): net for recipe, net in merged.items()}
+    times = times_in_turns({key: functools.partial(net, few) for key, net in contenders.items()}, rounds)
+    plain = times["plain", ""]
     before = _logits(model, images)
     comparisons = []
     for recipe in recipes:
@@ -83,16 +90,16 @@ def compare_recipes(
                 ((before - after).abs().max() / before.abs().max()).item(),
                 report.parameters_after / report.parameters_before,
                 multiply_adds,
-                times["patched", recipe] / times["plain"],
-                times["merged", recipe] / times["plain"],
+                times["patched", recipe] / plain,
+                times["merged", recipe] / plain,
             )
         )
     return comparisons
 
 
-def times_in_turns(calls: Mapping, rounds: int) -> dict:
+def times_in_turns(calls: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
     """Median seconds of each call, after one call that is not counted; all take turns in every round."""
-    seconds = {key: [] for key in calls}
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
     for turn in range(rounds + 1):
         for key, call in calls.items():
             start = time.perf_counter()

@@ -13,6 +13,8 @@ _library = torch.library.Library("timm_contconv", "FRAGMENT")
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which an operator gets x."""
+    if not torch._C._is_any_autocast_enabled():
+        return x.dtype
     device = x.device.type
     if _is_castable(x) and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
