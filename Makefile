@@ -39,6 +39,11 @@ browser-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
+# The site, in docs/_build/html; warnings are errors.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 # Patch every family of timm with every method; takes about an hour, writes docs/zoo.md.
 zoo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.papers.zoo

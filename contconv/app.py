@@ -130,10 +130,10 @@ def inspect(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the saved model and the picture.")] = Path("demo_output"),
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, for each model.")] = 20,
+    output: Annotated[Path, typer.Option(help="Folder for the saved model and the page.")] = Path("demo_output"),
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits, for each model.")] = 2,
 ) -> None:
-    """Train a plain and a DCLS model on real digits; patch, merge, save, load; draw learned kernels."""
+    """Patch a pretrained model with every method and compare; fine-tune, merge, save, load; look inside."""
     from timm_contconv.cli import commands
 
     commands.demo(output=output, epochs=epochs)

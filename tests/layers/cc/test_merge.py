@@ -79,7 +79,7 @@ def test_a_support_that_holds_the_pixels_is_exact_and_another_tells_its_error(co
         x = torch.randn(2, 4, *size)
         errors.append(float((layer(x) - conv(x)).norm() / conv(x).norm()))
     covering = ContinuousConv2d.from_conv(conv, CcSpec()).kernel_size[0]
-    if support >= covering and (support - covering) % 2 == 0 or layer.fit_error(conv) < 1e-5:
+    if (support >= covering and (support - covering) % 2 == 0) or layer.fit_error(conv) < 1e-5:
         assert max(errors) < 1e-5
     else:
         assert layer.fit_error(conv) > 0.01
