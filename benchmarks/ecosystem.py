@@ -58,8 +58,14 @@ def row(packages: str, does: str) -> Callable[[Cell], Cell]:
 # ---- what the cells share
 
 
+@torch.no_grad()
 def classifier(name: str) -> nn.Module:
-    return scatter(awake(timm.create_model(name, num_classes=10)))
+    """A model whose layers all matter; FlexConv's masks are centred, as they start."""
+    model = scatter(awake(timm.create_model(name, num_classes=10)))
+    for layer in layers_of(model):
+        if layer.method == "flex":
+            layer.geometry["mask_mean"].zero_()
+    return model
 
 
 def images(count: int = 2) -> Tensor:
@@ -322,10 +328,12 @@ def captum_gradients(name: str) -> None:
 @row("grad-cam", "GradCAM at the last stage")
 def grad_cam(name: str) -> None:
     from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     model = classifier(name).eval()
     target = model.stages[-1] if hasattr(model, "stages") else model.layer4
-    assert GradCAM(model, [target])(input_tensor=images(1)).shape == (1, SIZE, SIZE)
+    heat = GradCAM(model, [target])(input_tensor=images(1), targets=[ClassifierOutputTarget(3)])
+    assert heat.shape == (1, SIZE, SIZE)
 
 
 # ---- counters: multiply-adds of the merged model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 from .. import hub, patching
 from ..inspect import figures
 from .digits import Digits, TrainingResult, accuracy, load_digits, train_on_digits
+from .lite0 import load_lite0, load_photographs
 
 __all__ = ["run"]
 
@@ -42,7 +44,7 @@ def run(console: Console, output: Path, epochs: int) -> None:
     results = _train(console, models, digits, epochs)
     _print_results(console, results)
     trained = models[PATCHED]
-    _patch_by_hand(console)
+    _patch_pretrained(console)
     merged = patching.merge(trained.eval())
     _print_difference(console, f"{PATCHED}, trained and merged", trained, merged, digits.test_images)
     _save_and_load(console, trained, digits, output / PATCHED)
@@ -75,17 +77,19 @@ def _print_results(console: Console, results: dict[str, TrainingResult]) -> None
     console.print(table)
 
 
-def _patch_by_hand(console: Console) -> None:
-    """Patch a model that is not registered, and merge it."""
-    model = timm.create_model("mobilenetv3_small_050", num_classes=10)
-    patching.patch(model, "dcls_gauss", kernel_size=11)
+@torch.no_grad()
+def _patch_pretrained(console: Console) -> None:
+    """Patch a pretrained model that is not registered, see what it keeps, and merge it."""
+    original, images = load_lite0(), load_photographs(1).flatten(0, 1)
+    model = patching.patch(copy.deepcopy(original), "dcls_gauss", progress=False)
     report = patching.report(model)
+    labels, expected = model(images).argmax(1), original(images).argmax(1)
     console.print(
-        f"mobilenetv3_small_050, patched by hand with dcls_gauss at 11×11: {len(report.rows)} rows in its report,"
-        f" {report.parameters_before:,} -> {report.parameters_after:,} parameters"
+        "EfficientNet-Lite0 with its ImageNet weights, patched by hand with dcls_gauss at 23×23:"
+        f" {report.parameters_before:,} -> {report.parameters_after:,} parameters;"
+        f" {int((labels == expected).sum())} of {len(images)} photographs are classified as before"
     )
-    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    _print_difference(console, "patched by hand and merged", model.eval(), patching.merge(model), images)
+    _print_difference(console, "patched by hand and merged", model, patching.merge(model), images[:4])
 
 
 @torch.no_grad()
