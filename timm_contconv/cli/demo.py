@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -27,13 +28,14 @@ TUNED = "genv"
 CROPS, DIGIT_SIZE, BATCH_SIZE = 2, 64, 64
 
 
-def run(console: Console, output: Path, epochs: int) -> None:
+def run(console: Console, output: Path, epochs: int, recipes: Sequence[str] = RECIPES) -> None:
     """Run the demo.
 
     Args:
         console: where to print.
         output: folder for the saved model and the page; it exists.
         epochs: of fine-tuning.
+        recipes: to compare; the page shows the first.
 
     Raises:
         OSError: the folder can't be written, or holds something other than a saved model.
@@ -49,14 +51,13 @@ def run(console: Console, output: Path, epochs: int) -> None:
         f"{MODEL}, trained on ImageNet, and {len(photographs)} crops of photographs (scikit-image, scikit-learn).\n"
         "tcc.patch exchanges its convolutions; nothing is trained yet."
     )
-    compared = _compare(console, model, photographs)
+    compared = _compare(console, model, photographs, recipes)
     console.print(_table(compared))
     tuned = _finetune(console, model, epochs)
     _merge_save_load(console, tuned, output / f"{MODEL}_{TUNED}")
     page = output / "inspection.html"
-    kept = next(c.model for c in compared if c.recipe == RECIPES[0])
-    inspect(kept, photographs[::CROPS][:4], progress=console.is_terminal).save(page)
-    console.print(f"what the kernels of {RECIPES[0]} look like, in a browser: {page}")
+    inspect(compared[0].model, photographs[::CROPS][:4], progress=console.is_terminal).save(page)
+    console.print(f"what the kernels of {recipes[0]} look like, in a browser: {page}")
 
 
 def _progress(console: Console) -> Progress:
@@ -64,10 +65,10 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _compare(console: Console, model: nn.Module, photographs: Tensor) -> list[Comparison]:
+def _compare(console: Console, model: nn.Module, photographs: Tensor, recipes: Sequence[str]) -> list[Comparison]:
     with _progress(console) as progress:
-        task = progress.add_task("patch with each method", total=len(RECIPES))
-        return compare_recipes(model, photographs, RECIPES, rounds=3, advance=lambda _: progress.advance(task))
+        task = progress.add_task("patch with each method", total=len(recipes))
+        return compare_recipes(model, photographs, recipes, rounds=3, advance=lambda _: progress.advance(task))
 
 
 def _table(compared: list[Comparison]) -> Table:
