@@ -156,7 +156,7 @@ def tune(
         layout = torch.channels_last if channels_last else torch.contiguous_format
         device = "cuda" if torch.cuda.is_available() else "cpu"
         images = torch.randn(batch_size, *size, device=device).to(memory_format=layout)
-        step = tune_command.step_of(network.to(device, memory_format=layout), images, amp, train)
+        step = tune_command.step_of(network.to(device).to(memory_format=layout), images, amp, train)
         kind = "training step" if train else "inference"
         with _taking(input_size):
             step()
