@@ -1,6 +1,6 @@
 """What a patch leaves of a really pretrained network, EfficientNet-Lite0 with its ImageNet weights, on photographs.
 
-    python -m benchmarks.papers.warm_start_pretrained [--crops N] [--only RECIPE ...]
+    python -m benchmarks.papers.warm_start_pretrained [--crops N] [--size PIXELS] [--only RECIPE ...]
 
 For each recipe: the time that a patch takes, the relative kernel errors, the part of the crops with the original's
 top-1, the cosine of the logits. For DCLS also with the paper's number of elements, before and after `tcc.refit_` with
@@ -79,11 +79,12 @@ def print_row(name: str, row: dict[str, float]) -> None:
 def main() -> None:
     parser = new_parser(__doc__, "warm_start_pretrained.json", threads=2)
     parser.add_argument("--crops", type=int, default=8, help="of each photograph")
+    parser.add_argument("--size", type=int, default=224, help="pixels of a crop")
     parser.add_argument("--only", nargs="*", default=[*RECIPES], choices=[*RECIPES])
     options = arguments(parser)
-    original, photographs = load_lite0(), load_photographs(options.crops)
+    original, photographs = load_lite0(), load_photographs(options.crops, options.size)
     everything, unseen = photographs.flatten(0, 1), photographs[FOR_REFIT:].flatten(0, 1)
-    for_refit = load_photographs(5, seed=1)[:FOR_REFIT].flatten(0, 1)[:64]
+    for_refit = load_photographs(5, options.size, seed=1)[:FOR_REFIT].flatten(0, 1)[:64]
     results = read_results(options.output)
     results.pop("machine", None)
     print("| recipe | time | parameters | kernel error mean / max | top-1 kept | logit cosine mean / min | KL |")
@@ -91,7 +92,7 @@ def main() -> None:
     for name in options.only:
         recipe = name.split(",")[0]
         model, row = patched(original, recipe, **RECIPES[name])
-        results[name] = row | outcome(model, original, everything)
+        results[name] = row | outcome(model, original, everything) | {"crops": len(everything), "size": options.size}
         print_row(name, results[name])
         if name not in REFITTED:
             continue
