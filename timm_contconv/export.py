@@ -237,7 +237,14 @@ def _check(run: Run, model: nn.Module, shape: Sequence[int]) -> Check:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=generator)
     error = 0.0
-    for found, expected in zip(run(images), _runner(model)(images), strict=True):
+    try:
+        outputs = zip(run(images), _runner(model)(images), strict=True)
+    except Exception as fault:  # of the runtime
+        raise ValueError(
+            f"the exported model does not run for images of {tuple(shape)}; try fewer dynamic sizes:"
+            f" {type(fault).__name__}: {str(fault).strip().partition(chr(10))[0]}"
+        ) from fault
+    for found, expected in outputs:
         error = max(error, float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)))
     if not error <= TOLERANCE:
         raise ValueError(

@@ -74,7 +74,7 @@ def main() -> None:
             f" ± {statistics.stdev(gains) if len(gains) > 1 else 0:.2f} points; {seconds:.0f} s",
             flush=True,
         )
-    write_results(options.output, {"seeds": options.seeds, "epochs": options.epochs, "results": results})
+        write_results(options.output, {"seeds": options.seeds, "epochs": options.epochs, "results": results})
 
 
 if __name__ == "__main__":

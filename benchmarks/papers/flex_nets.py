@@ -104,8 +104,8 @@ def main() -> None:
         for net, errors in results[name].items():
             middle = 100 * statistics.median(errors)
             print(f"{name}, {net}: {middle:.2g} % ({100 * min(errors):.2g} to {100 * max(errors):.2g})", flush=True)
+        write_results(options.output, {"steps": options.steps, "seeds": options.seeds, "results": results})
     draw(pictures, options.picture)
-    write_results(options.output, {"steps": options.steps, "seeds": options.seeds, "results": results})
 
 
 if __name__ == "__main__":

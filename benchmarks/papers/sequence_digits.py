@@ -100,7 +100,7 @@ def main() -> None:
             flush=True,
         )
         results[name] = found
-    write_results(options.output, {"seeds": options.seeds, "epochs": options.epochs, "results": results})
+        write_results(options.output, {"seeds": options.seeds, "epochs": options.epochs, "results": results})
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main() -> None:
             values.append(100 * train_on_digits(model, digits, options.epochs, lr=5e-3, seed=seed).accuracy)
         results[name] = {"accuracy": values, "seconds": time.perf_counter() - start}
         print(f"{name}: {summary(values, 1)} %; {results[name]['seconds']:.0f} s", flush=True)
-    write_results(options.output, {"seeds": options.seeds, "epochs": options.epochs, "results": results})
+        write_results(options.output, {"seeds": options.seeds, "epochs": options.epochs, "results": results})
 
 
 if __name__ == "__main__":

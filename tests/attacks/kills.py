@@ -22,8 +22,8 @@ __all__ = ["attack"]
 def attack(count: int, seed: int = 0) -> Counter[str]:
     """Kill so many processes while they save, and look at what stands.
 
-    Every second one is killed at any time, the others within a tenth of a second after the picture was begun: the card
-    is written then, and the new folder takes the place of the old one.
+    Every second one is killed at any time, the others within a hundredth of a second after the card was begun: it is
+    the last file, and then the new folder takes the place of the old one.
 
     Returns:
         How often the old model stood under its name, or the new one, or the old one was restored from beside it.
@@ -41,8 +41,8 @@ def attack(count: int, seed: int = 0) -> Counter[str]:
             if number % 2:
                 time.sleep(chance.uniform(0, 1.5))
             else:
-                _wait_for_picture(folder, process)
-                time.sleep(chance.uniform(0, 0.1))
+                _wait_for_card(folder, process)
+                time.sleep(chance.uniform(0, 0.01))
             _kill(process)
             where = "under its name" if folder.is_dir() else "restored from beside it"
             stands = tcc.from_pretrained(folder)
@@ -64,9 +64,9 @@ def _saving(model: torch.nn.Module, folder: Path) -> int:
     return process
 
 
-def _wait_for_picture(folder: Path, process: int) -> None:
-    while not _is_ended(process) and not [*folder.parent.glob(".model.saving-*/new/kernels.png")]:
-        time.sleep(0.0005)
+def _wait_for_card(folder: Path, process: int) -> None:
+    while not _is_ended(process) and not [*folder.parent.glob(".model.saving-*/new/README.md")]:
+        time.sleep(0.0002)
 
 
 def _is_ended(process: int) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 import timm_contconv as tcc
 
+from ..models_for_tests import REGISTERED
 from .helpers import LOADERS, assert_same_logits, small
 
 NAMED = [
@@ -25,7 +26,7 @@ def architecture(folder):
 
 def test_every_method_is_among_the_named():
     methods = {tcc.load_patch(name.split("_", 2)[2]).layer.method for name in NAMED}
-    assert methods == {tcc.load_patch(recipe).layer.method for recipe in tcc.list_patches()}
+    assert methods == {tcc.load_patch(recipe).layer.method for recipe in REGISTERED}
 
 
 @pytest.mark.parametrize("name", NAMED)

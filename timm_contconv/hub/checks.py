@@ -41,7 +41,7 @@ RESERVED = frozenset(
         *("device", "dtype", "self", "cls"),
     )
 )
-#: arguments that are mappings of plain values; `patch` is one that PatchSpec checks
+#: arguments that are mappings of plain values; PatchSpec checks `patch`, merged.py checks `merged`
 TABLES = ("base_args", "flex_args", "patch_args")
 COUNTS = ("num_classes", "num_features")
 IMAGE_SIZES = ("input_size", "test_input_size", "min_input_size")
@@ -106,7 +106,7 @@ def check_foreign(pretrained_cfg: Mapping[str, Any], model_args: Any, where: str
     """
     filled_in = ("file", "hf_hub_id", "source") if timms else ()
     check_pretrained_cfg({k: v for k, v in pretrained_cfg.items() if k not in filled_in}, f"{where}pretrained_cfg.")
-    check_arguments(model_args, f"{where}model_args", (*TABLES, "patch"))
+    check_arguments(model_args, f"{where}model_args", (*TABLES, "patch", "merged"))
 
 
 def check_pretrained_cfg(values: Mapping[str, Any], where: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers.core.plain import centred
 from ..layers.core.shown import Elements
-from .figures.kernels import spread, window_of
+from .figures.kernels import Window, spread, window_of
 from .packing import Packer
 from .shown import ShownLayer
 
@@ -44,7 +45,14 @@ def _bytes(layer: ShownLayer) -> int:
 def _entry(layer: ShownLayer, part: float, packer: Packer) -> dict[str, Any]:
     total = len(layer.kernels.values)
     chosen = spread(total, max(FEWEST_CHANNELS, int(part * total)))
-    elements = layer.kernels.elements
+    elements, spacing = layer.kernels.elements, layer.kernels.spacing
+    now, start = layer.kernels.values[chosen], _start(layer)
+    window = window_of(now)
+    start_window = window
+    if start is not None and spacing == 1:  # one frame for both
+        window = start_window = window_of(torch.cat((now, start[chosen])))
+    elif start is not None:
+        start_window = window_of(start[chosen])
     return {
         "name": layer.name,
         "summary": layer.summary,
@@ -52,14 +60,20 @@ def _entry(layer: ShownLayer, part: float, packer: Packer) -> dict[str, Any]:
         "channels": chosen,
         "total": total,
         "highest": layer.highest_frequency,
-        "now": _kernels(layer.kernels.values[chosen], layer.kernels.spacing, packer),
-        "start": None if layer.start is None else _kernels(layer.start.kernels[chosen], 1.0, packer),
+        "now": _kernels(now, window, spacing, packer),
+        "start": None if start is None else _kernels(start[chosen], start_window, 1.0, packer),
         "elements": None if elements is None else _elements(elements, chosen, packer),
     }
 
 
-def _kernels(kernels: Tensor, spacing: float, packer: Packer) -> dict[str, Any]:
-    window = window_of(kernels)
+def _start(layer: ShownLayer) -> Tensor | None:
+    """The kernels that a layer started from; in the size of its present ones, unless these are finely sampled."""
+    if layer.start is None or layer.kernels.spacing < 1:
+        return None if layer.start is None else layer.start.kernels
+    return centred(layer.start.kernels, layer.kernels.values.shape[1:])
+
+
+def _kernels(kernels: Tensor, window: Window, spacing: float, packer: Packer) -> dict[str, Any]:
     values = packer.add(window.cut(kernels), bits=8, rowwise=True)
     return {"window": window._asdict(), "spacing": spacing, "values": values}
 

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from ..patching import PatchReport, report
+from ..patching import PatchReport, merge, report
 from ..patching.copies import copy_without_hooks
 from ..patching.record import get_record
+from ..patching.report import count_multiply_adds
 from .findings import Findings, LayerRow
 from .images import Images, ImagesGiven, load_images
 from .receptive_field import SHARES, ReceptiveField, effective_receptive_field
@@ -195,13 +196,12 @@ class _Inspector:
         changes = None
         if get_record(self.model) is not None:
             changes = report(self.model, None if time is None else time.input_shape[1:])
-        config = getattr(self.model, "pretrained_cfg", None) or {}
         return Inspection(
-            title=str(config.get("architecture") or type(self.model).__name__),
+            title=_title(self.model),
             parameters_before=None if changes is None else changes.parameters_before,
             parameters_after=sum(p.numel() for p in self.model.parameters()),
             multiply_adds_before=None if changes is None else changes.multiply_adds_before,
-            multiply_adds_after=None if changes is None else changes.multiply_adds_after,
+            multiply_adds_after=_multiply_adds(self.model, time) if changes is None else changes.multiply_adds_after,
             rows=tuple(_rows(self.model, changes, time)),
             layers=tuple(shown),
             time=time,
@@ -210,6 +210,28 @@ class _Inspector:
             activations=activations,
             left_out=self.left_out,
         )
+
+
+def _title(model: nn.Module) -> str:
+    """The model's architecture, and how it was patched by hand."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = str(config.get("architecture") or type(model).__name__)
+    record = get_record(model)
+    if record is None or record.architecture is not None:
+        return name
+    return f"{name}, patched with {record.spec.layer.method}"
+
+
+def _multiply_adds(model: nn.Module, time: ModelTime | None) -> int | None:
+    """Multiply-adds of a model that was not patched, for one sample; None if there is no input, or no merged model."""
+    if time is None:
+        return None
+    try:
+        merged = merge(copy_without_hooks(model).to("meta"), inplace=True)
+    except ValueError:
+        return None
+    total, _ = count_multiply_adds(merged, time.input_shape[1:], ())
+    return total
 
 
 def _runnable(model: nn.Module) -> nn.Module:

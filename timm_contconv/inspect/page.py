@@ -66,12 +66,13 @@ def page(findings: Findings) -> str:
         "kernel": figures.Figure(kernel_panel("pixels", "dots", "outlines", 250)).to_dict(),
         "spectrum": figures.Figure(spectrum_panel("pixels", "circle", "nyquist", 250)).to_dict(),
     }
+    columns, rows = _table(findings)
     return _template().render(
         findings=findings,
         sections=sections,
         facts=_facts(findings),
-        columns=COLUMNS,
-        rows=[_cells(row) for row in findings.rows],
+        columns=columns,
+        rows=rows,
         squares=_squares(findings),
         style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
         script=Markup((ASSETS / "report.js").read_text(encoding="utf-8")),
@@ -149,6 +150,8 @@ def _facts(findings: Findings) -> dict[str, str]:
     return {name: text for name, text in facts.items() if text}
 
 
+#: a cell of the table: text, and what its column is sorted by
+Cell = tuple[str, str | float | None]
 #: the table's columns: heading, and whether they hold numbers
 COLUMNS = (
     ("layer", False),
@@ -164,7 +167,14 @@ COLUMNS = (
 )
 
 
-def _cells(row: LayerRow) -> list[tuple[str, str | float | None]]:
+def _table(findings: Findings) -> tuple[list[tuple[str, bool]], list[list[Cell]]]:
+    """The columns and the rows of the table, without columns that are empty."""
+    rows = [_cells(row) for row in findings.rows]
+    used = [index for index in range(len(COLUMNS)) if any(row[index][0] for row in rows)]
+    return [COLUMNS[index] for index in used], [[row[index] for index in used] for row in rows]
+
+
+def _cells(row: LayerRow) -> list[Cell]:
     """The cells of a row: text, and what the column is sorted by."""
     field = row.receptive_field
     return [
@@ -174,7 +184,7 @@ def _cells(row: LayerRow) -> list[tuple[str, str | float | None]]:
         (_change(row.parameters_before, row.parameters_after), row.parameters_after),
         (_change(row.multiply_adds_before, row.multiply_adds_after), row.multiply_adds_after),
         ("" if field is None else "×".join(map(str, field)), None if field is None else max(field)),
-        ("" if row.fit_error is None else f"{row.fit_error:.0e}", row.fit_error),
+        ("" if row.fit_error is None else f"{row.fit_error:.2g}", row.fit_error),
         (duration(row.seconds), row.seconds),
         ("" if row.share is None else f"{row.share:.1%}", row.share),
         (row.algorithm, row.algorithm),
@@ -285,7 +295,7 @@ def _receptive_fields(findings: Findings) -> Section:
         "receptive-field",
         "Effective receptive field",
         f"Look for how far from the centre the last feature map still depends on the image; the mean over {count}"
-        f" {source}. Squares hold 20, 50 and 99 % of the contributions.",
+        f" {source}. The squares, from the inside, hold 20, 50 and 99 % of the contributions.",
         "Luo et al. 2016; squares as in Ding et al. 2022 (RepLKNet)",
         drawings,
     )

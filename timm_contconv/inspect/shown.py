@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class ShownLayer:
         label: short name for axes: the parts of the module name that differ between layers.
         summary: the layer in a few words.
         kernels: of every output channel; two spatial dimensions (1-D kernels as one row, 3-D ones by their middle).
-        kernel_size: as the layer says it.
+        kernel_size: of the shown kernels, in pixels.
         quantities: numbers about its geometry.
         highest_frequency: f+ in cycles per pixel; None if the kernels are not band-limited.
         start: what it started from; None if that is not known.
@@ -88,7 +88,8 @@ def shown_layers(model: nn.Module, start: nn.Module | None = None) -> list[Shown
     """
     found = layers_of(model)
     record = get_record(model)
-    starts = _starts(start) if start is not None else {} if record is None else record.starts
+    recorded = {} if record is None else record.starts
+    starts = recorded if start is None else _starts(start, recorded)
     short = labels(list(found))
     return [_shown(name, short[name], layer, starts.get(name)) for name, layer in found.items()]
 
@@ -105,10 +106,13 @@ def labels(names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _starts(model: nn.Module) -> dict[str, Start]:
-    """The kernels and quantities of a model, by module name; of plain convolutions, the kernels."""
-    modules = model.named_modules()
-    plain = {name: Start(_kept(one_per_output(m.weight))) for name, m in modules if isinstance(m, PlainConv)}
+def _starts(model: nn.Module, recorded: Mapping[str, Start]) -> dict[str, Start]:
+    """Kernels and quantities of a model, by module name; of plain convolutions, kernels and recorded quantities."""
+    plain = {
+        name: Start(_kept(one_per_output(module.weight)), recorded[name].quantities if name in recorded else ())
+        for name, module in model.named_modules()
+        if isinstance(module, PlainConv)
+    }
     ours = {
         name: Start(_kept(layer.shown_kernels().values), tuple(map(_kept_quantity, layer.shown_quantities())))
         for name, layer in outermost_layers(model).items()
@@ -123,7 +127,7 @@ def _shown(name: str, label: str, layer: ConvReplacement, start: Start | None) -
         label=label,
         summary=layer.summary(),
         kernels=ShownKernels(_plane(kernels.values), kernels.spacing, _kept_elements(kernels.elements)),
-        kernel_size=tuple(layer.kernel_size),
+        kernel_size=tuple(round(size * kernels.spacing) for size in kernels.values.shape[1:]),
         quantities=tuple(map(_kept_quantity, layer.shown_quantities())),
         highest_frequency=layer.highest_frequency(),
         start=None if start is None else dataclasses.replace(start, kernels=_plane(start.kernels)),

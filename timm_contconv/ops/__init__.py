@@ -1,10 +1,25 @@
 """The convolution engine: one entry, one operator, several algorithms, and what chooses among them."""
 
 from .aten import plain_only
-from .choose import Choice, choices
+from .autocast import has_autocast
+from .choose import Call, Choice, choices
 from .conv import conv
 from .forced import algorithm, algorithms
 from .measure import measuring
 from .problem import compute_dtype
+from .tune import calls_of, tune
 
-__all__ = ["Choice", "algorithm", "algorithms", "choices", "compute_dtype", "conv", "measuring", "plain_only"]
+__all__ = [
+    "Call",
+    "Choice",
+    "algorithm",
+    "algorithms",
+    "calls_of",
+    "choices",
+    "compute_dtype",
+    "conv",
+    "has_autocast",
+    "measuring",
+    "plain_only",
+    "tune",
+]

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from . import aten, operator
 from .autocast import autocast_dtype
-from .choose import decided, gains, state
+from .choose import Way, decided, gains, is_counting, state
 from .forced import forced
 from .prior import is_large
-from .problem import Problem, fits, has_outputs, memory_format
+from .problem import Problem, fits, has_outputs, in_format, memory_format
 
 __all__ = ["conv"]
 
@@ -27,8 +27,8 @@ def conv(
     """Convolution with symmetric zero padding, in 1, 2 or 3 spatial dimensions, by the fastest algorithm known.
 
     Differentiable to any order, and one operator in compiled graphs. It is PyTorch's own convolution where nothing is
-    gained by another, with dilation, under the transforms of torch.func, in forward mode, under torch.export and torch.jit.trace, and
-    for integers and complex numbers; and PyTorch's own error where arguments do not fit.
+    gained by another, with dilation, under the transforms of torch.func, in forward mode, under torch.export and
+    torch.jit.trace, and for integers and complex numbers; and PyTorch's own error where arguments do not fit.
 
     A NaN or Inf in an image does not reach other images. Large kernels may run by Fourier transforms, which spread it
     over its image and not only to the outputs whose kernels meet it (not so under `torch.autograd.detect_anomaly`).
@@ -57,14 +57,14 @@ def conv(
         return aten.convolution(x, weight, bias, *geometry)
     if torch.compiler.is_compiling():
         is_ours = _may_gain(x, weight, bias, *geometry)
-    elif forced():
+    elif forced() or is_counting():
         is_ours = True
     else:
         passes = _passes(x, weight)
-        problem = _problem(passes, x, weight, bias, *geometry)
-        is_ours = problem is not None
-        if problem is not None and len(passes) == 1 and _is_unobserved(x, weight):
-            return operator.output(problem, x, weight, bias)
+        way = _way(passes, x, weight, bias, *geometry)
+        is_ours = way is not None
+        if way is not None and len(passes) == 1 and _is_unobserved(x, weight):
+            return in_format(way.run(x, weight, bias), x.dtype, memory_format(x))
     return (operator.conv if is_ours else aten.convolution)(x, weight, bias, *geometry)
 
 
@@ -75,7 +75,7 @@ def _passes(x: Tensor, weight: Tensor) -> tuple[str, ...]:
     return ("output", *("input",) * x.requires_grad, *("weight",) * weight.requires_grad)
 
 
-def _problem(
+def _way(
     passes: tuple[str, ...],
     x: Tensor,
     weight: Tensor,
@@ -83,9 +83,10 @@ def _problem(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     groups: int,
-) -> Problem | None:
-    """What is to be convolved where the operator may be the faster one, and None where PyTorch's own convolution is."""
-    kinds = tuple((t.shape, t.dtype, t.device) for t in (x, weight, bias) if t is not None)
+) -> Way | None:
+    """How to convolve where the operator may be the faster one, and None where PyTorch's own convolution is."""
+    kinds = x.shape, weight.shape, x.dtype, weight.dtype, x.device, weight.device
+    extra = None if bias is None else (bias.shape, bias.dtype, bias.device)
     last, dtype = memory_format(x) is not torch.contiguous_format, autocast_dtype(x)
 
     def decide() -> Problem | None:
@@ -94,7 +95,7 @@ def _problem(
         problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)._replace(dtype=dtype)
         return problem if gains(passes, problem) else None
 
-    return decided((passes, kinds, stride, padding, groups, last, dtype, state()), decide)
+    return decided((passes, kinds, extra, stride, padding, groups, last, dtype, state()), decide)
 
 
 def _is_unobserved(x: Tensor, weight: Tensor) -> bool:

@@ -105,12 +105,9 @@ def measure(
 def _first(
     algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None], best: float
 ) -> tuple[float, Tensor | None]:
-    """Seconds and result of a first run; no result where one image shows that there is no hope."""
-    one = problem._replace(batch=1)
-    images = _last_image(pass_, tensors)
-    if problem.device.type != "cpu":
-        algorithm.run(pass_, one, *images)  # compiles kernels
-    if problem.batch > 1:
+    """Seconds and result of a first run; no result where one image shows, on the CPU, that there is no hope."""
+    if problem.batch > 1 and problem.device.type == "cpu":
+        one, images = problem._replace(batch=1), _last_image(pass_, tensors)
         seconds = problem.batch * min(_tries(algorithm, pass_, one, images, _HOPELESS * best / problem.batch))
         if seconds > _HOPELESS * best:
             return seconds, None
@@ -166,7 +163,9 @@ def _timed_on_cuda(
     """Seconds per run in a stream of runs, by the device's clock: its own time, or the host's where that is longer."""
     with torch.cuda.device(problem.device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        result = algorithm.run(pass_, problem, *tensors)  # keeps the device busy while the others are launched
+        result = algorithm.run(
+            pass_, problem, *tensors
+        )  # compiles; keeps the device busy while the others are launched
         start.record()
         for _ in range(_CALLS):
             result = algorithm.run(pass_, problem, *tensors)

@@ -24,7 +24,7 @@ from .copies import copy_without_hooks, with_hooks
 from .folding import refusing_fold
 from .optimizer_hints import optimizer_hints
 from .plan import PatchPlan, plan_patch, with_fit_settings
-from .record import OVERRIDDEN, RECORD, PatchRecord, Start
+from .record import MERGED, OVERRIDDEN, RECORD, PatchRecord, Start
 from .select import Selector, find_convolutions
 from .spec import PatchSpec, Share
 from .transaction import Transaction
@@ -220,6 +220,7 @@ def _apply(
         block = model.get_submodule(name)
         for method, refuse in refusing_fold(block, size).items():
             changes.set(block, method, refuse)
+    changes.remove(model, MERGED)
     changes.set(model, RECORD, _record(model, plan, layers, errors, tolerance))
     for name, hint in optimizer_hints(model, plan, layers).items():
         changes.set(model, name, hint)

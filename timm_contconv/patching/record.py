@@ -17,8 +17,10 @@ from .stem_pool import Rewired
 from .transaction import Transaction
 
 __all__ = [
+    "MERGED",
     "OVERRIDDEN",
     "RECORD",
+    "MergedRecord",
     "PatchRecord",
     "Start",
     "get_record",
@@ -30,6 +32,8 @@ __all__ = [
 
 #: the attribute of a model that holds its record
 RECORD = "_timm_contconv_patch"
+#: the attribute of a merged model that says what it was
+MERGED = "_timm_contconv_merged"
 #: the methods of a model that a patch gives anew
 OVERRIDDEN = ("no_weight_decay", "group_matcher")
 
@@ -75,6 +79,21 @@ class PatchRecord:
     fit_tolerance: float | None = None
     starts: dict[str, Start] = field(default_factory=dict)
     overridden: dict[str, Any] = field(default_factory=dict)
+    architecture: str | None = None
+
+
+@dataclass(frozen=True)
+class MergedRecord:
+    """What a merged model was.
+
+    Attributes:
+        spec: the patch.
+        names: module names of the layers that became plain convolutions.
+        architecture: as in `PatchRecord`.
+    """
+
+    spec: PatchSpec
+    names: tuple[str, ...]
     architecture: str | None = None
 
 

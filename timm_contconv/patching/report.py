@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ConvReplacement
-from ..layers.core.arguments import check_counts
+from ..layers.core.arguments import check_counts, check_module
 from ..layers.core.replacement import undecayed_names
 from .copies import copy_without_hooks
 from .damage import Damage, measure_damage
@@ -23,7 +23,7 @@ from .restore import merge, original_architecture
 from .stem_pool import Rewired
 from .tables import as_text
 
-__all__ = ["PatchReport", "PatchRow", "report"]
+__all__ = ["PatchReport", "PatchRow", "count_multiply_adds", "report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +153,12 @@ def report(
             alone does to the outputs, and what all do together. Both models run on them, once per layer.
 
     Raises:
-        TypeError: original or images is of a wrong type.
+        TypeError: model is not a module; original or images is of a wrong type.
         ValueError: the model is not patched, or its layers were exchanged since; it can't take this input size; one of
             original and images is missing; original is another architecture, or images are not what the models take;
             the model holds several patched models.
     """
+    check_module(model)
     no_weight_decay = tuple(undecayed_names(model))
     model = patched_inside(model)
     record = require_record(model)
@@ -174,9 +175,9 @@ def report(
         channels, *size = config["input_size"]
         input_size = (getattr(model, "in_chans", channels), *size)
     shadow = original_architecture(model)
-    before, old_outputs = _count_multiply_adds(shadow, input_size, record.replaced)
+    before, old_outputs = count_multiply_adds(shadow, input_size, record.replaced)
     merged = merge(_as_built(copy_without_hooks(model).to("meta")), inplace=True)
-    after, outputs = _count_multiply_adds(merged, input_size, record.replaced)
+    after, outputs = count_multiply_adds(merged, input_size, record.replaced)
     existed = dict(shadow.named_modules())
     rows = [_row(model, record, n, existed.get(n), old_outputs.get(n), outputs.get(n)) for n in record.replaced]
     if damage is not None:
@@ -206,7 +207,7 @@ def _check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
         raise ValueError(f"input_size={input_size!r}: expected (channels, *size) of one sample, as (3, 224, 224)")
     check_counts(**{f"input_size[{i}]": size for i, size in enumerate(input_size)})
     try:
-        _count_multiply_adds(original_architecture(model), input_size, ())
+        count_multiply_adds(original_architecture(model), input_size, ())
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -222,7 +223,7 @@ def _as_built(shadow: nn.Module) -> nn.Module:
     return shadow
 
 
-def _count_multiply_adds(
+def count_multiply_adds(
     shadow: nn.Module, input_size: Sequence[int] | None, names: Iterable[str]
 ) -> tuple[int | None, dict[str, tuple[int, ...]]]:
     """Multiply-adds of a model on the meta device, and output sizes of the named modules."""

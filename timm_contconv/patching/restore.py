@@ -15,7 +15,7 @@ from ..layers.core.arguments import check_module
 from ..layers.core.plain import PlainConv, without_zero_borders
 from .copies import copy_without_hooks, with_hooks
 from .folding import fold_methods
-from .record import PatchRecord, remove_record, require_record
+from .record import MERGED, MergedRecord, PatchRecord, get_record, remove_record, require_record
 from .transaction import Transaction
 
 __all__ = ["merge", "original_architecture", "outermost_layers", "unpatch"]
@@ -60,6 +60,8 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
     changes = Transaction()
     changes.replace(model, {id(layer): with_hooks(layer, plain[name]) for name, layer in layers.items()})
     for module in model.modules():
+        if (record := get_record(module)) is not None:
+            changes.set(module, MERGED, MergedRecord(record.spec, tuple(record.replaced), record.architecture))
         remove_record(module, changes)
     changes.apply()
     return model

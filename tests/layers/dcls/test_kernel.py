@@ -42,6 +42,8 @@ def test_kernel_equals_the_authors_package(ndim, size, interpolation):
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 def test_gradients_equal_the_authors_package(ndim, interpolation):
     layer = random_layer(ndim, interpolation, SIZES[ndim])
+    if interpolation == "normalized_bilinear":  # on whole pixels, at the kinks, the package has no gradient
+        layer.geometry["position"].data.mul_(0.9)
     peer = peer_of(layer)
     kernel = layer.kernel()
     upstream = torch.randn_like(kernel)
@@ -136,7 +138,8 @@ def test_elements_are_normalised_over_the_kernel(interpolation):
     layer = random_layer(2, interpolation, 15)
     with torch.no_grad():
         layer.geometry["position"].clamp_(-3, 3)
-        layer.geometry["sigma"].clamp_(-1, 1)
+        for width in list(layer.geometry.values())[1:]:
+            width.clamp_(-1, 1)
     torch.testing.assert_close(layer.kernel().sum((2, 3)), layer.kernel.weight.sum(-1), atol=1e-4, rtol=1e-4)
 
 

@@ -9,12 +9,12 @@ const options = { actions: false, renderer: "canvas", logLevel: 1 }; // 1: error
 function fitted(spec, width) {
   const gap = spec.spacing ?? 10;
   if (spec.spec) return { ...spec, columns: Math.max(1, Math.floor((width + gap) / (spec.spec.width + gap))) };
-  if (typeof spec.height === "number") return { ...spec, ...square(spec, width) };
+  if (spec.usermeta?.isPicture) return { ...spec, ...shrunk(spec, width) };
   return { ...spec, width: "container", autosize: { type: "fit-x", contains: "padding" } };
 }
 
 // Pictures keep their proportions, and shrink where there is less room; 60 pixels are for the axes.
-function square(spec, width) {
+function shrunk(spec, width) {
   const factor = Math.min(1, (width - 60) / spec.width);
   return { width: spec.width * factor, height: spec.height * factor };
 }
@@ -79,6 +79,7 @@ const largest = (values) => values.reduce((most, value) => Math.max(most, Math.a
 
 const CORNERS = { ellipse: 24, diamond: 4, box: 4, point: 0 };
 const LARGEST_DOT = 0.0012 * 250 ** 2;
+const [MOST_OUTLINES, FAINTEST] = [16, 0.2];
 const OVERLAP = 1.1;
 
 // size x size squares from (left, top) on. Neighbours overlap, so that no seams are seen.
@@ -118,13 +119,17 @@ function outlineRows(elements, form) {
   const corners = CORNERS[form];
   if (!corners || elements[0]?.rx === undefined) return [];
   const [turn, stretch] = form === "box" ? [Math.PI / 4, Math.SQRT2] : [0, 1];
-  return elements.flatMap(({ x, y, rx, ry, strength }, e) => {
-    const a = Math.min(1, 0.15 + 0.85 * (strength ?? 1) * Math.min(1, 30 / elements.length));
-    return range(corners + 1).map((o) => {
+  const heaviest = elements
+    .map((element, e) => ({ ...element, e, strength: element.strength ?? 1 }))
+    .sort((a, b) => b.strength - a.strength)
+    .slice(0, MOST_OUTLINES);
+  return heaviest.flatMap(({ x, y, rx, ry, strength, e }) =>
+    range(corners + 1).map((o) => {
       const angle = turn + (2 * Math.PI * o) / corners;
+      const a = FAINTEST + (1 - FAINTEST) * strength;
       return { x: x + stretch * rx * Math.cos(angle), y: y + stretch * ry * Math.sin(angle), e, o, a };
-    });
-  });
+    }),
+  );
 }
 
 // ---- its spectrum: |Fourier transform| at POINTS x POINTS frequencies up to half a cycle per sample
@@ -167,7 +172,7 @@ function spectrumRows(kernel, { window: { size }, spacing }) {
 }
 
 const circleRows = (radius) =>
-  radius === null ? [] : range(65).map((o) => ({ x: radius * Math.cos((Math.PI * o) / 32), y: radius * Math.sin((Math.PI * o) / 32), o }));
+  range(65).map((o) => ({ x: radius * Math.cos((Math.PI * o) / 32), y: radius * Math.sin((Math.PI * o) / 32), o }));
 const nyquistRows = [[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5], [-0.5, -0.5]].map(([x, y], o) => ({ x, y, o }));
 
 // ---- the gallery
@@ -203,10 +208,12 @@ class Gallery {
     const rows = { pixels: pixelRows(kernel, entry.now), dots: dotRows(elements), outlines: outlineRows(elements, entry.elements?.form) };
     await this.show("now", rows, this.describe("now", entry.now, kernel, entry.kernelSize));
     await this.drawStart(entry, index);
-    const highest = entry.highest === null ? "" : `; red: f⁺ = ${short(entry.highest)} cycles per pixel`;
+    const isInside = entry.highest !== null && entry.highest <= 0.5 / entry.now.spacing;
+    const place = isInside ? "red" : "beyond the picture";
+    const highest = entry.highest === null ? "" : `; ${place}: f⁺ = ${short(entry.highest)} cycles per pixel`;
     await this.show(
       "spectrum",
-      { pixels: spectrumRows(kernel, entry.now), circle: circleRows(entry.highest), nyquist: nyquistRows },
+      { pixels: spectrumRows(kernel, entry.now), circle: isInside ? circleRows(entry.highest) : [], nyquist: nyquistRows },
       `its spectrum, relative to the largest; dashed: Nyquist${highest}`,
     );
   }

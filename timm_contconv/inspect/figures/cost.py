@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .figure import AFTER, BEFORE, WIDTH, Figure, data
+from .figure import AFTER, BEFORE, STEP, WIDTH, Figure, data
 
 __all__ = ["LayerCost", "cost"]
 
@@ -37,8 +37,8 @@ def cost(layers: Sequence[LayerCost]) -> Figure:
         for key, text in names.items()
         if getattr(layer, key) is not None
     ]
-    order = list(names.values())
-    legend = {"domain": order, "range": [AFTER, BEFORE]}
+    order = [text for text in names.values() if any(row["of"] == text for row in rows)]
+    legend = {"domain": order, "range": [AFTER, BEFORE][: len(order)]}
     encoding = {
         "x": {"field": "part", "type": "quantitative", "title": "percent of the model"},
         "y": {"field": "layer", "type": "nominal", "sort": None, "title": None},
@@ -50,4 +50,6 @@ def cost(layers: Sequence[LayerCost]) -> Figure:
             {"field": "part", "type": "quantitative", "title": "percent"},
         ],
     }
-    return Figure({"data": data(rows), "mark": "bar", "encoding": encoding, "width": WIDTH, "height": {"step": 10}})
+    return Figure(
+        {"data": data(rows), "mark": "bar", "encoding": encoding, "width": WIDTH, "height": STEP * len(layers)}
+    )

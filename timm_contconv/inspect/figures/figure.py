@@ -21,6 +21,7 @@ __all__ = [
     "BEFORE",
     "DIVERGING",
     "INK",
+    "OVERLAP",
     "STEP",
     "WIDTH",
     "Figure",
@@ -32,6 +33,8 @@ __all__ = [
 
 #: colours: the model now, what it started from, limits, text and outlines
 AFTER, BEFORE, ALERT, INK = "#1f5fa8", "#8a8f98", "#b3411e", "#222222"
+#: size of a square relative to the step to the next one, so that no seams are seen
+OVERLAP = 1.1
 #: pixels of a chart, and of a row in it
 WIDTH, STEP = 560, 18
 
@@ -53,7 +56,7 @@ _CONFIG: dict[str, Any] = {
     },
     "legend": {"labelColor": INK, "titleColor": INK, "orient": "top"},
     "title": {"anchor": "start", "color": INK, "fontSize": 12, "fontWeight": "normal"},
-    "header": {"labelColor": INK, "title": None},
+    "header": {"labelColor": INK, "title": None, "labelLimit": 100},
 }
 
 
@@ -72,13 +75,17 @@ class Figure:
         return {**self.body, "config": _CONFIG}
 
     def to_png(self, scale: float = 2.0) -> bytes:
-        """A PNG file, with `scale` pixels for each pixel of the figure."""
-        png: bytes = vl_convert.vegalite_to_png(self.to_dict(), scale=scale)
-        return png
+        """A PNG file of at most 256 colours, with `scale` pixels for each pixel of the figure."""
+        file = io.BytesIO()
+        self._image(scale).quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        return file.getvalue()
 
     def to_array(self, scale: float = 1.0) -> NDArray[np.uint8]:
         """(H, W, 3), as TensorBoard's `add_image` takes it with dataformats="HWC"."""
-        return np.asarray(Image.open(io.BytesIO(self.to_png(scale))).convert("RGB"))
+        return np.asarray(self._image(scale))
+
+    def _image(self, scale: float) -> Image.Image:
+        return Image.open(io.BytesIO(vl_convert.vegalite_to_png(self.to_dict(), scale=scale))).convert("RGB")
 
     def save(self, path: str | Path, scale: float = 2.0) -> Path:
         """Write the figure as .png or .svg, by the name of the file.

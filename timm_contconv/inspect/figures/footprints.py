@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..shown import Layers, ShownLayer, as_layers
-from .figure import Figure, bare, colour, data
+from .figure import OVERLAP, Figure, bare, colour, data
 
 __all__ = ["footprints"]
 
@@ -49,9 +49,9 @@ def _rows(layer: ShownLayer) -> list[dict[str, object]]:
         {
             "layer": layer.label,
             "x": round(c * spacing - width, 3),
-            "x2": round((c + 1) * spacing - width, 3),
+            "x2": round((c + OVERLAP) * spacing - width, 3),
             "y": round(r * spacing - height, 3),
-            "y2": round((r + 1) * spacing - height, 3),
+            "y2": round((r + OVERLAP) * spacing - height, 3),
             "v": round(value, 2),
         }
         for r, line in enumerate(mean.tolist())

@@ -30,7 +30,7 @@ def frequencies(model: Layers) -> Figure:
     """
     found = as_layers(model)
     rows = [_row(layer) for layer in found]
-    top = max([NYQUIST, *(row["highest"] for row in rows if row["highest"] is not None)])
+    top = max(NYQUIST, *(row[key] or 0 for row in rows for key in ("q75", "highest")))
     scale = {"type": "linear" if top < 1 else "sqrt", "domain": [0, 1.05 * top], "nice": False}
     x = {"type": "quantitative", "scale": scale, "title": "cycles per pixel"}
     y = {"field": "layer", "type": "nominal", "sort": None, "title": None}
@@ -53,7 +53,7 @@ def frequencies(model: Layers) -> Figure:
         {**bar, "encoding": {**bar["encoding"], "y": y, "tooltip": tooltip}}
         for bar in percentile_bars(x, whiskers=False)
     ]
-    return Figure({"data": data(rows), "layer": [*bars, limits, nyquist], "width": WIDTH, "height": {"step": STEP}})
+    return Figure({"data": data(rows), "layer": [*bars, limits, nyquist], "width": WIDTH, "height": STEP * len(rows)})
 
 
 def _row(layer: ShownLayer) -> dict[str, Any]:

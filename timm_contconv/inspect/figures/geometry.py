@@ -87,6 +87,6 @@ def _bars(rows: list[dict[str, Any]], title: str) -> Figure:
             "encoding": {"y": {"field": "layer", "type": "nominal", "sort": None, "title": None}, "tooltip": tooltip},
             "layer": percentile_bars({"type": "quantitative", "title": title}),
             "width": WIDTH,
-            "height": {"step": STEP},
+            "height": STEP * len(rows),
         }
     )

@@ -7,13 +7,12 @@ from typing import Any
 from torch.nn import functional as F
 
 from ..receptive_field import SHARES, ReceptiveField
-from .figure import ALERT, INK, Figure, colour, data
+from .figure import ALERT, OVERLAP, Figure, colour, data
 
 __all__ = ["receptive_field"]
 
 MOST_CELLS = 64
 SIZE = 280
-WHITE_HALO = {"stroke": "white", "strokeWidth": 3}
 
 
 def receptive_field(field: ReceptiveField, title: str = "") -> Figure:
@@ -29,17 +28,15 @@ def receptive_field(field: ReceptiveField, title: str = "") -> Figure:
     step = max(1, -(-max(height, width) // MOST_CELLS))
     cells = F.avg_pool2d(field.contributions[None, None], step, ceil_mode=True)[0, 0].float()
     cells = (cells / cells.max()).pow(0.25)
+    step_over = OVERLAP * step
     rows = [
-        {"x": c * step, "x2": min((c + 1) * step, width), "y": r * step, "y2": min((r + 1) * step, height), "v": value}
-        for r, line in enumerate(cells.tolist())
-        for c, value in enumerate(round(v, 3) for v in line)
+        {"x": x, "y": y, "x2": min(x + step_over, width), "y2": min(y + step_over, height), "v": round(value, 3)}
+        for y, line in zip(range(0, height, step), cells.tolist(), strict=True)
+        for x, value in zip(range(0, width, step), line, strict=True)
     ]
-    x = _axis("x", width, title="pixels of the image")
-    y = _axis("y", height, reverse=True)
-    box = {"x": x, "y": y, "x2": {"field": "x2"}, "y2": {"field": "y2"}}
+    place = {"x": _axis("x", width, title="pixels of the image"), "y": _axis("y", height, reverse=True)}
+    box = {**place, "x2": {"field": "x2"}, "y2": {"field": "y2"}}
     squares = [_square(field, share) for share in SHARES]
-    name = {"type": "text", "align": "left", "baseline": "top", "dx": 4, "dy": 4}
-    at = {"x": x, "y": y, "text": {"field": "name", "type": "nominal"}}
     layers = [
         {
             "data": data(rows),
@@ -51,9 +48,9 @@ def receptive_field(field: ReceptiveField, title: str = "") -> Figure:
             "mark": {"type": "rect", "filled": False, "stroke": ALERT, "strokeWidth": 1.5},
             "encoding": box,
         },
-        *({"data": data(squares), "mark": {**name, **halo}, "encoding": at} for halo in (WHITE_HALO, {"color": INK})),
     ]
-    return Figure({"title": title, "layer": layers, "width": SIZE, "height": round(SIZE * height / width)})
+    shape = {"width": SIZE, "height": round(SIZE * height / width), "usermeta": {"isPicture": True}}
+    return Figure({"title": title, "layer": layers, **shape})
 
 
 def _axis(field: str, size: int, title: str | None = None, **scale: Any) -> dict[str, Any]:
@@ -70,5 +67,4 @@ def _square(field: ReceptiveField, share: float) -> dict[str, Any]:
         "x2": min(column + half + 1, width),
         "y": max(row - half, 0),
         "y2": min(row + half + 1, height),
-        "name": f"{round(100 * share)} %",
     }

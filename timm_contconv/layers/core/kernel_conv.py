@@ -35,8 +35,8 @@ class KernelConv(ConvReplacement):
         padding: pixels added on both sides, "valid" (none), "same" (the output has ceil(input / stride) pixels; for
             stride 1 this is PyTorch's "same", for larger strides timm's `Conv2dSame`), or in 1-D "causal" (zeros before
             the sequence, so that output i depends on inputs 0..i). Default: 0, unless the layer says otherwise.
-        dilation: pixels between neighbours of the kernel, as in `nn.Conv2d`; the kernel's geometry is in its own pixels.
-            To reach further, a larger kernel_size is the better way.
+        dilation: pixels between neighbours of the kernel, as in `nn.Conv2d`; the kernel's geometry is in its own
+            pixels. To reach further, a larger kernel_size is the better way.
         groups: blocked connections from input to output channels.
         bias: adds a learnable bias of shape (C_out,).
         padding_mode: "zeros", "reflect", "replicate" or "circular".

@@ -10,6 +10,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .subnormals import without_subnormals
+
 __all__ = [
     "NEGLIGIBLE",
     "PlainConv",
@@ -47,7 +49,7 @@ def plain_conv(
     groups: int = 1,
     padding_mode: str = "zeros",
 ) -> PlainConv:
-    """A plain convolution with copies of a kernel and a bias, which train if these do.
+    """A plain convolution with copies of a kernel, less its subnormal numbers, and a bias. They train if these do.
 
     Args:
         weight: (C_out, C_in/groups, *kernel_size) of 1 to 3 spatial dimensions.
@@ -71,7 +73,7 @@ def plain_conv(
     else:
         given = padding if isinstance(padding, str) else tuple(padding)
         conv = CONVOLUTIONS[ndim](*channels, size, tuple(stride), given, padding_mode=padding_mode, **settings)  # type: ignore[arg-type]
-    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    conv.weight = nn.Parameter(without_subnormals(weight.detach()), requires_grad=weight.requires_grad)
     if bias is not None:
         conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return conv

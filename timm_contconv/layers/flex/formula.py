@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..core.subnormals import bell
 from .nets import NETS
 
 __all__ = ["SMALLEST_SIGMA", "flex_kernel", "gaussian_mask"]
@@ -34,15 +35,15 @@ def gaussian_mask(
         rows, columns = torch.meshgrid(*offsets, indexing="ij")
         cosine, sine = angle.cos(), angle.sin()
         turned = (cosine * rows + sine * columns, cosine * columns - sine * rows)
-        return (_bell(turned[0], sigma[0], threshold) * _bell(turned[1], sigma[1], threshold)).flatten()
+        return (_axis_mask(turned[0], sigma[0], threshold) * _axis_mask(turned[1], sigma[1], threshold)).flatten()
     mask = torch.ones_like(mean[:1])
     for d, offset in enumerate(offsets):
-        mask = (mask[:, None] * _bell(offset, sigma[d], threshold)).flatten()
+        mask = (mask[:, None] * _axis_mask(offset, sigma[d], threshold)).flatten()
     return mask
 
 
-def _bell(offset: Tensor, sigma: Tensor, threshold: float) -> Tensor:
-    factor = torch.exp(-0.5 * (offset / sigma.abs().clamp(min=SMALLEST_SIGMA)).square())
+def _axis_mask(offset: Tensor, sigma: Tensor, threshold: float) -> Tensor:
+    factor = bell(-0.5 * (offset / sigma.abs().clamp(min=SMALLEST_SIGMA)).square())
     return torch.where(factor >= threshold, factor, 0)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arguments import check_counts
+from ..core.subnormals import bell
 
 __all__ = [
     "ENVELOPE_CUT",
@@ -56,9 +57,8 @@ def gabor_filters(
     Returns:
         (F, *K) filters.
     """
-    envelope = [
-        torch.exp(-0.5 * (gamma[:, d, None] * (axis - mean[:, d, None])).square()) for d, axis in enumerate(coordinates)
-    ]
+    distances = [gamma[:, d, None] * (axis - mean[:, d, None]) for d, axis in enumerate(coordinates)]
+    envelope = [bell(-0.5 * distance.square()) for distance in distances]
     return modulated_sines(sine_weight, sine_bias, envelope, coordinates)
 
 
@@ -195,6 +195,8 @@ def sample_gamma(like: Tensor, by_layer: bool) -> Tensor:
 
     The latter is what Fathony et al. 2021 do.
     """
+    if like.is_meta:  # before torch 2.13 there is no such draw there
+        return torch.empty_like(like)
     layers = len(like)
     number = torch.arange(1, layers + 1, device=like.device, dtype=torch.float32)
     number = (number if by_layer else torch.full_like(number, layers)).view(-1, *(1,) * (like.ndim - 1))

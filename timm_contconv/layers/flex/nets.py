@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..core.subnormals import bell
 from .magnet import (
     ENVELOPE_CUT,
     GABOR_PARAMETERS,
@@ -91,9 +92,7 @@ def _reset_gabor(parameters: Parameters, speed: float, by_layer: bool) -> None:
 
 def _gabor_features(parameters: Parameters, coordinates: Sequence[Tensor], speed: float) -> Tensor:
     weight, bias, mean, gamma = (parameters[name].flatten(0, 1) for name in GABOR_PARAMETERS)
-    envelope = [
-        torch.exp(-0.5 * gamma[:, None] * (axis - mean[:, d, None]).square()) for d, axis in enumerate(coordinates)
-    ]
+    envelope = [bell(-0.5 * gamma[:, None] * (axis - mean[:, d, None]).square()) for d, axis in enumerate(coordinates)]
     return _product(modulated_sines(weight, bias, envelope, coordinates), parameters)
 
 

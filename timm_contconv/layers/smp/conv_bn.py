@@ -15,6 +15,7 @@ from ..core.geometry import GeometryOwner
 from ..core.plain import PlainConv, plain_conv
 from ..core.replacement import CONV_ATTRIBUTES, FIT_TOLERANCE, ConvReplacement
 from ..core.shown import Quantity, ShownKernels
+from ..core.subnormals import without_subnormals
 from ..core.tracing import as_node, is_traced
 from .conv import SmpConv1d, SmpConv2d
 from .kernel import SmpKernel, SmpSpec, placed, small_kernel_sizes
@@ -100,7 +101,7 @@ class SmpConvBn(ConvReplacement):
             small, small_bias = _fold(self.small_conv, self.small_bn)
             weight = weight + placed(small, weight.shape[2:], self.padding == "causal")
             bias = bias + small_bias
-        conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        conv.weight = nn.Parameter(without_subnormals(weight), requires_grad=conv.weight.requires_grad)
         conv.bias = nn.Parameter(bias, requires_grad=self.bn.bias.requires_grad)
         return merged.train(self.training)
 

@@ -21,6 +21,10 @@ _VECTOR_BYTES = 16
 _FEWEST_PROGRAMS = 512
 # Products that tensor cores make while a pixel is loaded from the cache, by an H100's data sheet.
 _PRODUCTS_PER_LOAD = 100
+# The same for a number of the bands, which goes through the card's memory twice.
+_PRODUCTS_PER_BAND_NUMBER = 400
+# Of bands, so that they do not crowd out what a user has on the card.
+_MOST_BYTES = 1 << 28
 # Taps whose gradients one program sums up.
 _MOST_TAPS = 32
 
@@ -122,66 +126,60 @@ class Triton(Algorithm):
             return "it computes float32, bfloat16 and float16 only"
         if problem.ndim > 2:
             return "it needs 1 or 2 spatial dimensions"
-        width = problem.input_size[-1] if pass_ == "input" else problem.output_size[-1]
-        if self.tile[1] > max(8, 2 * width - 1):
-            return f"half of its tile would be empty, with images of {width} pixels in a row"
-        return None
+        g, depth = self._geometry(pass_, problem)
+        if self.tile[1] > max(8, 2 * g.out_width - 1):
+            return f"half of its tile would be empty, with images of {g.out_width} pixels in a row"
+        size = self._band_numbers(g, depth) * (4 if pass_ == "weight" else problem.dtype.itemsize)
+        return f"it would need {size >> 20} MiB for bands" if size > _MOST_BYTES else None
 
     def cost(self, pass_: str, problem: Problem) -> float:
         """The work of a pass, in multiply-adds, to compare tiles by; zeros of the bands and loads count."""
-        axes = _axes(problem) if pass_ != "input" else _turned(_axes(problem))
-        geometry, depth = Geometry.of(problem.in_channels, axes, self.tile, _vector(problem.dtype))
-        across = -(-geometry.out_width // self.tile[1])
-        tiles = problem.batch * -(-geometry.out_height // self.tile[0]) * across * problem.in_channels
-        cells = self.tile[0] * self.tile[1]
-        return float(tiles * geometry.steps * depth * (cells + _PRODUCTS_PER_LOAD))
+        g, depth = self._geometry(pass_, problem)
+        rows, columns = self.tile
+        tiles = g.channels * problem.batch * -(-g.out_height // rows) * -(-g.out_width // columns)
+        products = tiles * g.steps * depth * (rows * columns + _PRODUCTS_PER_LOAD)
+        return products + self._band_numbers(g, depth) * _PRODUCTS_PER_BAND_NUMBER
+
+    def _geometry(self, pass_: str, problem: Problem) -> tuple[Geometry, int]:
+        axes = _axes(problem)
+        return Geometry.of(
+            problem.in_channels, _turned(axes) if pass_ == "input" else axes, self.tile, _vector(problem.dtype)
+        )
+
+    def _band_numbers(self, g: Geometry, depth: int) -> int:
+        """Numbers of the bands, and of the sums along whose diagonals a weight's gradient is found."""
+        return g.channels * g.steps * depth * self.tile[0] * self.tile[1]
 
     def output(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._correlate(_axes(problem), x, weight, bias).view(problem.output_shape)
+        return self._correlate("output", problem, _lines(x), weight, bias).view(problem.output_shape)
 
     def input(self, problem: Problem, grad: Tensor, weight: Tensor) -> Tensor:
         flipped = weight.flip(tuple(range(2, weight.ndim)))
-        return self._correlate(_turned(_axes(problem)), grad, flipped, None, problem.stride).view(problem.input_shape)
+        return self._correlate("input", problem, _lines(grad, problem.stride), flipped, None).view(problem.input_shape)
 
-    def _correlate(
-        self,
-        axes: tuple[_Axis, _Axis],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        spread: tuple[int, ...] = (1, 1),
-    ) -> Tensor:
+    def _correlate(self, pass_: str, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         from .triton_kernels import band_kernel, output_kernel
 
-        (batch, channels), (rows, columns), vector = x.shape[:2], self.tile, _vector(x.dtype)
-        g, depth = Geometry.of(channels, axes, self.tile, vector)
-        bands = x.new_empty(channels, g.steps, depth, rows * columns)
-        out = x.new_empty(batch, channels, g.out_height, g.out_width)
-        bias = x.new_zeros(channels) if bias is None else bias
+        g, depth = self._geometry(pass_, problem)
+        rows, columns = self.tile
+        bands = x.new_empty(g.channels, g.steps, depth, rows * columns)
+        out = x.new_empty(problem.batch, g.channels, g.out_height, g.out_width)
+        bias = x.new_zeros(g.channels) if bias is None else bias
         options = _options(x, 64, 64 * rows * columns, (64 + rows * columns) * depth)
-        grid = (-(-batch * -(-g.out_height // rows) // options["TILES"]), -(-g.out_width // columns), channels)
+        options["STORED"] = math.gcd(g.out_width, options["VECTOR"])
+        tiles = problem.batch * -(-g.out_height // rows)
+        grid = (-(-tiles // options["TILES"]), -(-g.out_width // columns), g.channels)
+        shape = (g, rows, columns, depth)
         with _device(x):
-            band_kernel[g.steps, channels](weight.to(x.dtype).contiguous(), bands, g, rows, columns, depth, num_warps=8)
-            output_kernel[grid](
-                _lines(x, spread),
-                bands,
-                bias,
-                out,
-                batch,
-                g,
-                rows,
-                columns,
-                depth,
-                **options,
-                STORED=math.gcd(g.out_width, vector),
-            )
+            band_kernel[g.steps, g.channels](weight.to(x.dtype).contiguous(), bands, *shape, num_warps=8)
+            output_kernel[grid](x, bands, bias, out, problem.batch, *shape, **options)
         return out
 
     def weight(self, problem: Problem, grad: Tensor, x: Tensor) -> Tensor:
         from .triton_kernels import diagonal_kernel, weight_kernel
 
         rows, columns = self.tile
-        g, depth = Geometry.of(problem.in_channels, _axes(problem), self.tile, _vector(x.dtype))
+        g, depth = self._geometry("weight", problem)
         options = _options(x, 32, rows * columns * depth, 32 * (rows * columns + depth))
         tiles = problem.batch * -(-g.out_height // rows)
         per_split = _multiple(min(tiles, -(-tiles * g.steps * g.channels // _FEWEST_PROGRAMS)), options["TILES"])
@@ -189,12 +187,13 @@ class Triton(Algorithm):
         parts = torch.empty(splits, g.channels, g.steps, rows * columns * depth, dtype=torch.float32, device=x.device)
         out = x.new_empty(problem.weight_shape)
         taps = min(_MOST_TAPS, 1 << (g.kernel_width - 1).bit_length())
+        grid = (-(-g.kernel_width // taps), g.kernel_height, g.channels)
+        shape = (g, rows, columns, depth)
         with _device(x):
             weight_kernel[splits, g.steps, g.channels](
-                _lines(grad), _lines(x), parts, problem.batch, g, per_split, rows, columns, depth, **options
+                _lines(grad), _lines(x), parts, problem.batch, per_split, *shape, **options
             )
-            grid = (-(-g.kernel_width // taps), g.kernel_height, g.channels)
-            diagonal_kernel[grid](parts, out, g, splits, rows, columns, depth, taps, num_warps=8)
+            diagonal_kernel[grid](parts, out, splits, *shape, taps, num_warps=8)
         return out
 
 
