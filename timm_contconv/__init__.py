@@ -9,6 +9,10 @@
 Importing this package registers its architectures with timm.
 """
 
+from .requirements import check_versions, own_requirements
+
+check_versions(own_requirements())
+
 from . import models
 from .export import Exported, export
 from .hub import from_pretrained, push_to_hub, save_pretrained

@@ -9,6 +9,7 @@ median time for one image.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -55,23 +56,34 @@ def compiled(model: nn.Module, folder: Path) -> Run:
     return torch.compile(model)
 
 
-def exported(format: str) -> Callable[[nn.Module, Path], Run]:
-    def prepare(model: nn.Module, folder: Path) -> Run:
-        path = folder / ("model.onnx" if format == "onnx" else "model.pt2")
-        tcc.export(model, path, format, dynamic=(), merge=False)  # type: ignore[arg-type]
-        run = load_exported(path, format)  # type: ignore[arg-type]
-        return lambda x: run(x.expand(2, -1, -1, -1).contiguous())  # files of fixed sizes take two images
+def onnx_file(model: nn.Module, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    if not path.exists():
+        tcc.export(model, path, dynamic=(), merge=False)
+    return path
 
-    return prepare
+
+def onnx_session(path: Path) -> Run:
+    run = load_exported(path, "onnx")
+    return lambda x: run(x.expand(2, -1, -1, -1).contiguous())  # files of fixed sizes take two images
+
+
+def onnx(model: nn.Module, folder: Path) -> Run:
+    return onnx_session(onnx_file(model, folder))
+
+
+def aoti(model: nn.Module, folder: Path) -> Run:
+    tcc.export(model, folder / "model.pt2", "aoti", dynamic=(), merge=False)
+    run = load_exported(folder / "model.pt2", "aoti")
+    return lambda x: run(x.expand(2, -1, -1, -1).contiguous())
 
 
 def openvino_(precision: str) -> Callable[[nn.Module, Path], Run]:
     def prepare(model: nn.Module, folder: Path) -> Run:
         import openvino
 
-        tcc.export(model, folder / "model.onnx", dynamic=(), merge=False)
         settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        run = openvino.Core().compile_model(str(folder / "model.onnx"), "CPU", settings)
+        run = openvino.Core().compile_model(str(onnx_file(model, folder)), "CPU", settings)
         return lambda x: run(x.expand(2, -1, -1, -1).numpy())
 
     return prepare
@@ -79,10 +91,7 @@ def openvino_(precision: str) -> Callable[[nn.Module, Path], Run]:
 
 def int8(model: nn.Module, folder: Path) -> Run:
     """ONNX Runtime's static quantisation, calibrated on random images: for times only."""
-    import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-
-    tcc.export(model, folder / "float.onnx", dynamic=(), merge=False)
 
     class Images(CalibrationDataReader):
         def __init__(self) -> None:
@@ -92,11 +101,8 @@ def int8(model: nn.Module, folder: Path) -> Run:
             self.left -= 1
             return None if self.left < 0 else {"images": torch.randn(2, 3, 224, 224).numpy()}
 
-    quantize_static(folder / "float.onnx", folder / "int8.onnx", Images(), quant_format=QuantFormat.QDQ)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(folder / "int8.onnx", options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"images": x.expand(2, -1, -1, -1).numpy()})
+    quantize_static(onnx_file(model, folder), folder / "int8.onnx", Images(), quant_format=QuantFormat.QDQ)
+    return onnx_session(folder / "int8.onnx")
 
 
 RUNTIMES: dict[str, tuple[Callable[[nn.Module, Path], Run], int]] = {
@@ -104,8 +110,8 @@ RUNTIMES: dict[str, tuple[Callable[[nn.Module, Path], Run], int]] = {
     "eager, channels last": (channels_last, 1),
     "eager, bfloat16 autocast": (bfloat16, 1),
     "torch.compile": (compiled, 1),
-    "AOTInductor": (exported("aoti"), 2),
-    "ONNX Runtime": (exported("onnx"), 2),
+    "AOTInductor": (aoti, 2),
+    "ONNX Runtime": (onnx, 2),
     "ONNX Runtime, int8": (int8, 2),
     "OpenVINO": (openvino_("f32"), 2),
     "OpenVINO, bfloat16": (openvino_("bf16"), 2),
@@ -125,21 +131,23 @@ def times(runs: dict[str, Run], images: int, rounds: int) -> dict[str, float]:
     return {name: 1e3 * statistics.median(values) / images for name, values in found.items()}
 
 
-def row(runtime: str, contenders: dict[str, nn.Module], rounds: int) -> str:
+def row(runtime: str, contenders: dict[str, nn.Module], rounds: int, folder: Path) -> str:
     prepare, images = RUNTIMES[runtime]
-    runs, failed = {}, {}
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for name, model in contenders.items():
-            place = Path(folder) / name
-            place.mkdir()
-            try:
-                runs[name] = prepare(model, place)
-                runs[name](torch.randn(1, 3, 224, 224))
-            except Exception as error:
-                runs.pop(name, None)
-                failed[name] = f"no: {type(error).__name__}"
-                print(runtime, name, error)
-        found = times(runs, images, rounds)
+    runs: dict[str, Run] = {}
+    failed = {}
+    for name, model in contenders.items():
+        place = folder / name
+        place.mkdir(exist_ok=True)
+        try:
+            run = prepare(copy.deepcopy(model), place)
+            with torch.no_grad():
+                run(torch.randn(1, 3, 224, 224))
+        except Exception as error:
+            failed[name] = f"no: {type(error).__name__}"
+            print(runtime, name, error)
+        else:
+            runs[name] = run
+    found = times(runs, images, rounds)
     cells = [failed.get(name) or f"{found[name]:.1f} ms" for name in contenders]
     return f"| {runtime} | {' | '.join(cells)} |"
 
@@ -154,9 +162,10 @@ def main() -> None:
     torch.set_num_threads(1)
     contenders = models(arguments.base, arguments.recipe)
     lines = ["| runtime | plain | patched | merged |", "|---|---|---|---|"]
-    for runtime in arguments.runtimes:
-        lines.append(row(runtime, contenders, arguments.rounds))
-        print(lines[-1], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for runtime in arguments.runtimes:
+            lines.append(row(runtime, contenders, arguments.rounds, Path(folder)))
+            print(lines[-1], flush=True)
     text = PAGE.read_text(encoding="utf-8")
     head, _, rest = text.partition(START)
     PAGE.write_text("\n".join((head + START, "", *lines, "", END)) + rest.partition(END)[2], encoding="utf-8")

@@ -1,6 +1,7 @@
 """Everything that is to be known of a card: each pass of the convolution against cuDNN, and whole models.
 
     python -m benchmarks.speed.gpu [--seconds 400] [--repeats 5] [--device cuda] [--output FOLDER] [--tiny]
+                                   [--parts passes models]
 
 Passes are those of the four stages of ConvNeXt-T, kernels of 7 to 51 pixels, batch 64, bfloat16 and float32, against
 PyTorch's convolution in cuDNN's benchmark mode on contiguous and on channels-last tensors. Models run in bfloat16
@@ -137,8 +138,9 @@ def bench_models(name: str, compiled: bool, clock: Clock, images: Tensor) -> Ite
         calls = {}
         for who, model in contenders(name).items():
             model = model.to(images.device)
-            run = torch.compile(model) if compiled else model
-            call = training_step(run, images) if work == "training step" else functools.partial(infer, run, images)
+            if compiled:
+                model.compile()
+            call = training_step(model, images) if work == "training step" else functools.partial(infer, model, images)
             calls[who] = functools.partial(with_autocast, call, images.device.type)
         yield {**row, **{f"{who}, ms": 1000 * s for who, s in clock.medians(calls).items()}}
         torch._dynamo.reset()
@@ -200,6 +202,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
+    parser.add_argument("--parts", nargs="+", choices=("passes", "models"), default=["passes", "models"])
     parser.add_argument("--tiny", action="store_true", help="one image of 64², two kernels: to try the script")
     options = arguments(parser)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -228,7 +231,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     parts += [("passes", passes("float32"))]
     parts += [("models", models(name, True)) for name in MODELS]
     for part, rows in parts:
-        for row in rows:
+        for row in rows if part in options.parts else ():
             record[part].append(row)
             print(", ".join(f"{name} {_cell(value)}" for name, value in row.items()), flush=True)
     return record

@@ -1,15 +1,19 @@
 """The command line."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 import timm
 from click.testing import Result
+from rich.console import Console
 from typer.testing import CliRunner
 
 import timm_contconv as tcc
-from timm_contconv.cli import app
+from contconv import app
+from timm_contconv.cli import demo
 
 HUB = Path(__file__).parents[2] / "hub"
 
@@ -184,12 +188,12 @@ def test_publish_names_a_file_without_weights(name, content, tmp_path):
     assert f"{file}: holds no weights of convnext_tiny_dcls" in " ".join(result.output.split())
 
 
-def test_demo_runs_to_a_saved_model_and_a_picture(tmp_path):
-    result = contconv("demo", "--epochs", "1", "--output", str(tmp_path / "demo_output"))
-    assert result.exit_code == 0, result.output
-    assert "test accuracy" in result.output
-    assert (tmp_path / "demo_output" / "test_convnext_dcls_gauss" / "model.safetensors").is_file()
-    assert (tmp_path / "demo_output" / "kernels.png").read_bytes().startswith(b"\x89PNG")
+def test_demo_compares_tunes_saves_and_draws(tmp_path):
+    text = io.StringIO()
+    demo.run(Console(file=text, width=140), tmp_path, epochs=1, recipes=("genv",))
+    assert re.search(r"genv +[│|] +\d+ +[│|] +100%", text.getvalue()), text.getvalue()
+    assert (tmp_path / "tf_efficientnet_lite0_genv" / "model.safetensors").is_file()
+    assert "</html>" in (tmp_path / "inspection.html").read_text(encoding="utf-8")
 
 
 def test_inspect_writes_a_report_of_a_name_and_of_a_folder(tmp_path):

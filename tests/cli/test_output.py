@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from timm_contconv.cli import app
+from contconv import app
 
 ROOT = Path(__file__).parents[2]
 ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from timm_contconv.cli import app
+from contconv import app
 from timm_contconv.cli.run import run_script
 
 ROOT = Path(__file__).parents[2]

@@ -79,7 +79,7 @@ def test_frozen_layers_that_share_with_others_are_named(frozen, outcome):
         ({"select": "head.*"}, "matches no convolution. There are: 'depthwise' (9)"),
         ({"select": []}, "select=() matches no convolution. There are: 'depthwise' (9)"),
         ({"select": "stem.0"}, "can replace none of the selected convolutions"),
-        ({"select": 3}, "select=3: expected 'depthwise', 'strided', 'all', globs"),
+        ({"select": 3}, "select=3: expected 'depthwise', 'strided', 'transposed', 'all', globs"),
         ({"select": [3]}, "select=3: expected a string or a predicate"),
         ({"init": "pretrained"}, "init='pretrained': expected 'fit'"),
         ({"compile": 3}, "compile=3: expected 'auto'"),

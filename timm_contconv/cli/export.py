@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from contconv.output import Output
+
 from ..export import SUFFIX, Format, export
 from ..patching.record import get_record
 from ..patching.restore import original_architecture
-from .output import Output
 
 __all__ = ["run"]
 

@@ -11,7 +11,7 @@ import timm
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi
 from huggingface_hub.utils import validate_repo_id
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from .card import CardFacts

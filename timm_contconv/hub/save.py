@@ -11,8 +11,8 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
-from timm.models._input import get_model_args
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 

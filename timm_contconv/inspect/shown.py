@@ -26,7 +26,7 @@ class ShownLayer:
         label: short name for axes: the parts of the module name that differ between layers.
         summary: the layer in a few words.
         kernels: of every output channel; two spatial dimensions (1-D kernels as one row, 3-D ones by their middle).
-        kernel_size: as the layer says it.
+        kernel_size: of the shown kernels, in pixels.
         quantities: numbers about its geometry.
         highest_frequency: f+ in cycles per pixel; None if the kernels are not band-limited.
         start: what it started from; None if that is not known.
@@ -127,7 +127,7 @@ def _shown(name: str, label: str, layer: ConvReplacement, start: Start | None) -
         label=label,
         summary=layer.summary(),
         kernels=ShownKernels(_plane(kernels.values), kernels.spacing, _kept_elements(kernels.elements)),
-        kernel_size=tuple(layer.kernel_size),
+        kernel_size=tuple(round(size * kernels.spacing) for size in kernels.values.shape[1:]),
         quantities=tuple(map(_kept_quantity, layer.shown_quantities())),
         highest_frequency=layer.highest_frequency(),
         start=None if start is None else dataclasses.replace(start, kernels=_plane(start.kernels)),

@@ -22,7 +22,7 @@ from ..hub.merged import rebuild_merged
 from ..hub.names import HAND_PATCHED, PATCHED, PatchedArchitecture
 from ..hub.skeleton import LARGEST_ENTRIES, counted
 from ..hub.weights import packaged_weights
-from ..patching import PatchSpec, load_patch, merge, patch
+from ..patching import PatchSpec, list_patches, load_patch, merge, patch
 from ..patching.record import set_architecture
 from .checkpoint import check_keys, renamed, unwrap
 
@@ -225,7 +225,8 @@ def _only_by_tag(default: DefaultCfg) -> DefaultCfg:
 
 
 default_cfgs = {k: _only_by_tag(v) for k, v in generate_default_cfgs(_default_cfgs(PATCHED)).items()}
+_RECIPES = {name: load_patch(name) for name in list_patches()}
 for _architecture in PATCHED.values():
-    _create = register_model(_entrypoint(_architecture, load_patch(_architecture.recipe)))
+    _create = register_model(_entrypoint(_architecture, _RECIPES[_architecture.recipe]))
     setattr(sys.modules[__name__], _architecture.name, _create)
 register_model(contconv)

@@ -1,6 +1,7 @@
 """The convolution engine: one entry, one operator, several algorithms, and what chooses among them."""
 
 from .aten import plain_only
+from .autocast import has_autocast
 from .choose import Call, Choice, choices
 from .conv import conv
 from .forced import algorithm, algorithms
@@ -17,6 +18,7 @@ __all__ = [
     "choices",
     "compute_dtype",
     "conv",
+    "has_autocast",
     "measuring",
     "plain_only",
     "tune",

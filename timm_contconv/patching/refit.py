@@ -117,7 +117,8 @@ def _layer_to_refit(model: nn.Module, name: str) -> KernelConv2d | None:
     if not isinstance(layer, KernelConv2d) or not isinstance(layer.kernel, DclsKernel):
         return None
     moves_everywhere = len(layer.kernel.moving) == len(layer.kernel_size)
-    return layer if layer.groups == layer.in_channels and moves_everywhere else None
+    plain = layer.groups == layer.in_channels and max(layer.dilation) == 1
+    return layer if plain and moves_everywhere else None
 
 
 def _groups(layers: dict[str, KernelConv2d]) -> list[list[str]]:

@@ -79,6 +79,7 @@ const largest = (values) => values.reduce((most, value) => Math.max(most, Math.a
 
 const CORNERS = { ellipse: 24, diamond: 4, box: 4, point: 0 };
 const LARGEST_DOT = 0.0012 * 250 ** 2;
+const [MOST_OUTLINES, FAINTEST] = [16, 0.2];
 const OVERLAP = 1.1;
 
 // size x size squares from (left, top) on. Neighbours overlap, so that no seams are seen.
@@ -118,13 +119,17 @@ function outlineRows(elements, form) {
   const corners = CORNERS[form];
   if (!corners || elements[0]?.rx === undefined) return [];
   const [turn, stretch] = form === "box" ? [Math.PI / 4, Math.SQRT2] : [0, 1];
-  return elements.flatMap(({ x, y, rx, ry, strength }, e) => {
-    const a = Math.min(1, 0.15 + 0.85 * (strength ?? 1) * Math.min(1, 30 / elements.length));
-    return range(corners + 1).map((o) => {
+  const heaviest = elements
+    .map((element, e) => ({ ...element, e, strength: element.strength ?? 1 }))
+    .sort((a, b) => b.strength - a.strength)
+    .slice(0, MOST_OUTLINES);
+  return heaviest.flatMap(({ x, y, rx, ry, strength, e }) =>
+    range(corners + 1).map((o) => {
       const angle = turn + (2 * Math.PI * o) / corners;
+      const a = FAINTEST + (1 - FAINTEST) * strength;
       return { x: x + stretch * rx * Math.cos(angle), y: y + stretch * ry * Math.sin(angle), e, o, a };
-    });
-  });
+    }),
+  );
 }
 
 // ---- its spectrum: |Fourier transform| at POINTS x POINTS frequencies up to half a cycle per sample

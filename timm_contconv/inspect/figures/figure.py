@@ -75,13 +75,17 @@ class Figure:
         return {**self.body, "config": _CONFIG}
 
     def to_png(self, scale: float = 2.0) -> bytes:
-        """A PNG file, with `scale` pixels for each pixel of the figure."""
-        png: bytes = vl_convert.vegalite_to_png(self.to_dict(), scale=scale)
-        return png
+        """A PNG file of at most 256 colours, with `scale` pixels for each pixel of the figure."""
+        file = io.BytesIO()
+        self._image(scale).quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        return file.getvalue()
 
     def to_array(self, scale: float = 1.0) -> NDArray[np.uint8]:
         """(H, W, 3), as TensorBoard's `add_image` takes it with dataformats="HWC"."""
-        return np.asarray(Image.open(io.BytesIO(self.to_png(scale))).convert("RGB"))
+        return np.asarray(self._image(scale))
+
+    def _image(self, scale: float) -> Image.Image:
+        return Image.open(io.BytesIO(vl_convert.vegalite_to_png(self.to_dict(), scale=scale))).convert("RGB")
 
     def save(self, path: str | Path, scale: float = 2.0) -> Path:
         """Write the figure as .png or .svg, by the name of the file.

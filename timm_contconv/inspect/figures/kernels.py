@@ -18,6 +18,7 @@ __all__ = ["Window", "kernel_panel", "kernels", "spread", "window_of"]
 NOTHING = 1e-2
 PANEL = 105  # pixels of a kernel in `kernels`
 LARGEST_DOT = 0.0012  # area of a dot relative to that of the picture
+MOST_OUTLINES, FAINTEST = 16, 0.2  # of a kernel's elements; opacity of an outline
 CORNERS = {"ellipse": 24, "diamond": 4, "box": 4, "point": 0}
 
 
@@ -167,31 +168,26 @@ def dot_rows(elements: Elements, channel: int, size: int) -> list[dict[str, floa
 
 
 def outline_rows(elements: Elements, channel: int) -> list[dict[str, float]]:
-    """The outlines of a channel's elements as closed lines; with many elements, those with small weights are faint."""
+    """The outlines of the elements with the largest weights, as closed lines; the smaller the weight, the fainter."""
     if elements.reach is None:
         return []
     positions = elements.position[channel % len(elements.position)].tolist()
     reaches = elements.reach[channel % len(elements.reach)].tolist()
-    strengths = [1.0] * len(positions)
+    strengths = torch.ones(len(positions))
     if elements.weight is not None:
         weight = elements.weight[channel].abs()
-        strengths = (weight / weight.max().clamp_min(1e-30)).tolist()
+        strengths = weight / weight.max().clamp_min(1e-30)
     corners = CORNERS[elements.form]
-    turn = math.pi / 4 if elements.form == "box" else 0.0
-    stretch = math.sqrt(2) if elements.form == "box" else 1.0
-    faint = [faintness(strength, len(positions)) for strength in strengths]
+    turn, stretch = (math.pi / 4, math.sqrt(2)) if elements.form == "box" else (0.0, 1.0)
     rows = []
-    for number, ((y, x), (ry, rx)) in enumerate(zip(positions, reaches, strict=True)):
+    for number in strengths.argsort(descending=True)[:MOST_OUTLINES].tolist():
+        (y, x), (ry, rx), strength = positions[number], reaches[number], float(strengths[number])
         for corner in range(corners + 1):
             angle = turn + 2 * math.pi * corner / corners
             place = {"x": x + stretch * rx * math.cos(angle), "y": y + stretch * ry * math.sin(angle)}
-            rows.append({k: round(v, 3) for k, v in place.items()} | {"e": number, "o": corner, "a": faint[number]})
+            faint = {"a": FAINTEST + (1 - FAINTEST) * strength}
+            rows.append({key: round(v, 3) for key, v in (place | faint).items()} | {"e": number, "o": corner})
     return rows
-
-
-def faintness(strength: float, count: int) -> float:
-    """Opacity of an outline: by its weight, and fainter the more elements there are."""
-    return round(min(1.0, 0.15 + 0.85 * strength * min(1.0, 30 / count)), 3)
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Self, get_args
@@ -216,6 +217,8 @@ class ContinuousConv2d(ConvReplacement):
         if out_size is not None:
             out_size = per_dimension("size", out_size, 2, minimum=1)
         ratio = scale_of(size, scale, out_size) or self._ratios
+        if ratio[0][0] * ratio[1][0] > MOST_PHASES and torch.compiler.is_dynamo_compiling():
+            size = _fixed(size)
         make = resize_plan if torch.compiler.is_compiling() else _cached_plan
         return make(tuple(size), out_size, ratio, self.kernel_size, self.rounding, self.padding_mode)
 
@@ -418,6 +421,14 @@ class ContinuousConv2d(ConvReplacement):
 
 
 CcSpec.layers = {2: ContinuousConv2d}
+
+
+def _fixed(size: Sequence[int]) -> list[int]:
+    """Sizes as numbers, for which torch.compile makes one graph each.
+
+    As symbols they would grow from layer to layer: nested fractions that take minutes to simplify.
+    """
+    return [operator.index(pixels) for pixels in size]
 
 
 def _trained_as(layer: ContinuousConv2d, conv: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...ops import compute_dtype
+from ...ops import compute_dtype, has_autocast
 from .subnormals import without_subnormals
 
 __all__ = ["CompileMode", "check_compile_mode", "construct", "without_autocast"]
@@ -61,7 +61,7 @@ def construct(
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """A context in which operators keep the dtype of their arguments."""
-    if not torch.amp.is_autocast_available(device_type):  # the meta device
+    if not has_autocast(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 

@@ -22,7 +22,7 @@ from ..core.tracing import as_node, is_traced
 __all__ = ["DepthwiseConv2d", "EngineSpec"]
 
 
-class DepthwiseConv2d(GeometryOwner, ConvReplacement, nn.Conv2d):
+class DepthwiseConv2d(GeometryOwner, ConvReplacement, nn.Conv2d):  # type: ignore[misc]  # padding_mode: a Literal there
     """A depthwise `nn.Conv2d` that runs by the fastest algorithm on the machine, with the same results.
 
     It has the state dict of an `nn.Conv2d`, and is one. Where no algorithm is faster than PyTorch's own convolution,
@@ -60,7 +60,8 @@ class DepthwiseConv2d(GeometryOwner, ConvReplacement, nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_counts(channels=channels)
-        sizes = per_dimension("kernel_size", kernel_size, 2, minimum=1)
+        rows, columns = per_dimension("kernel_size", kernel_size, 2, minimum=1)
+        sizes = (rows, columns)
         super().__init__(channels, channels, sizes, groups=channels, bias=bias, device=device, dtype=dtype)
         padding = tuple(size // 2 for size in sizes) if padding is None else padding
         self._set_arguments(channels, channels, sizes, stride, padding, 1, channels, padding_mode)

@@ -205,7 +205,9 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
     @classmethod
     @torch.no_grad()
     def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
-        """Take the widest envelopes with which kernels can stay within the tolerance, and solve for the kernels.
+        """Take the widest envelopes with which kernels can stay within half of the tolerance; solve for the kernels.
+
+        Half, because every strided layer of a network smooths, and pretrained networks keep what they say then.
 
         An envelope that is nearly a delta would be exact, but its sigma would have hardly any gradient. With
         `initial_sigma` only kernels are solved for.
@@ -215,7 +217,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
             distances = list(zip(layer.dilation, layer.smoothing_distance, strict=True))
             fit = EnvelopeFit(conv.weight, layer.spec.taps(training=False), distances)
             given = layer.spec.initial_sigma
-            variance = fit.widest(tolerance) if given is None else given**2
+            variance = fit.widest(tolerance / 2) if given is None else given**2
             layer.geometry["raw_sigma"].fill_(raw_from_variance(variance))
             layer.conv.weight.copy_(fit.kernel(variance))
             copy_bias_(layer.bias, conv)

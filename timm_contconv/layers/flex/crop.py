@@ -21,6 +21,7 @@ __all__ = ["Crop", "MaskValues", "margins_of_mask", "read_mask"]
 #: mean and sigma of a mask, one number per dimension each, and the angle if there is one
 MaskValues = tuple[list[float], ...]
 
+COARSENESS_COMPILED = 6  # the same in compiled training, where a new size compiles the model again
 COARSENESS = 16  # crops grow and shrink by 1/16 of the kernel, so that there are few sizes
 ROUNDING = 1e-3  # pixels; the mask itself is evaluated in float32
 
@@ -62,17 +63,20 @@ class Crop:
         return all(now is then and now._version == version for now, then, version in known)
 
 
-def margins_of_mask(values: MaskValues, axes: Sequence[KernelAxis], threshold: float, causal: bool) -> Margins:
+def margins_of_mask(
+    values: MaskValues, axes: Sequence[KernelAxis], threshold: float, causal: bool, coarseness: int = COARSENESS
+) -> Margins:
     """What may be left out of a kernel: pixels where a Gaussian mask is below the threshold along an axis.
 
-    At least one pixel stays. The part that stays is rounded up to one of few sizes: the kernel has about 16 steps,
-    which count from the centre, or from the last pixel of a causal kernel.
+    At least one pixel stays. The part that stays is rounded up to one of few sizes: the kernel has about `coarseness`
+    steps, which count from the centre, or from the last pixel of a causal kernel.
 
     Args:
         values: of the mask; the kernel spans -1 to 1.
         axes: of the kernel.
         threshold: between 0 and 1.
         causal: as for `Kernel`.
+        coarseness: steps of the kernel.
     """
     deviations = math.sqrt(-2 * math.log(threshold))
     means, sigmas, *angles = values
@@ -83,7 +87,7 @@ def margins_of_mask(values: MaskValues, axes: Sequence[KernelAxis], threshold: f
     margins = []
     for middle, width, axis in zip(means, widths, axes, strict=True):
         first, last = _visible(middle, width, axis)
-        step = max(1, (axis.size - 1) // COARSENESS)
+        step = max(1, (axis.size - 1) // coarseness)
         origin = axis.size - 1 if causal else (axis.size - 1) // 2
         low = origin + step * math.floor((first - origin) / step)
         high = origin + step * math.ceil((last - origin) / step)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.subnormals import bell, without_subnormals
+from ..core.subnormals import bell
 from .nets import NETS
 
 __all__ = ["SMALLEST_SIGMA", "flex_kernel", "gaussian_mask"]
@@ -82,7 +82,7 @@ def flex_kernel(
     features = NETS[net].features(inputs, axes, speed)
     features = torch.cat((features, torch.ones_like(features[:1])))
     if mask_mean is not None and mask_sigma is not None:
-        features = without_subnormals(features * gaussian_mask(mask_mean, mask_sigma, axes, threshold, mask_angle))
+        features = features * gaussian_mask(mask_mean, mask_sigma, axes, threshold, mask_angle)
     weights = torch.cat((output_weight.flatten(0, 1), output_bias.reshape(-1, 1)), 1)
     kernel = (weights * scale) @ features
     return kernel.reshape(*output_bias.shape, *(len(axis) for axis in axes))

@@ -20,7 +20,7 @@ from ..core.plain import PlainConv, centred
 from ..core.replacement import FIT_TOLERANCE
 from ..core.shown import Elements, Quantity
 from ..core.spec import KernelSpec
-from .crop import Crop, MaskValues, margins_of_mask, read_mask
+from .crop import COARSENESS, COARSENESS_COMPILED, Crop, MaskValues, margins_of_mask, read_mask
 from .fit import fit_magnet_
 from .formula import SMALLEST_SIGMA, flex_kernel, gaussian_mask
 from .grid import sampled_axis
@@ -46,7 +46,8 @@ class FlexKernel(Kernel):
     has the values that were read (on an accelerator: while its tensors are the same and were not edited; edits through
     `.data` are not noticed). Otherwise the whole kernel is constructed. Traced, exported and compiled graphs also use
     the whole kernel, because they outlive the mask's values. The exception is compiled training: from the first
-    `constrain_` on it uses the margins of the last `constrain_`, so call it after every step.
+    `constrain_` on it uses the margins of the last `constrain_`, rounded to few sizes, because every new size compiles
+    the model again. So call it after every step, and once before the first.
 
     Args:
         spec: settings.
@@ -110,7 +111,7 @@ class FlexKernel(Kernel):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.made_size = self.kernel_size
         self._crop: Crop | None = None
-        self._is_constrained = False
+        self._compiled_margins: Margins | None = None
         self._set_ratio(Fraction(1))
 
     @property
@@ -167,9 +168,9 @@ class FlexKernel(Kernel):
         if crop is None:
             return None
         if torch.compiler.is_compiling():
-            holds = self.training and self._is_constrained and not torch.compiler.is_exporting()
-        else:
-            holds = mask[0].is_meta or (may_look(mask) and crop.is_of(mask))
+            holds = self.training and not torch.compiler.is_exporting()
+            return self._compiled_margins if holds else None
+        holds = mask[0].is_meta or (may_look(mask) and crop.is_of(mask))
         return crop.margins if holds else None
 
     def look(self) -> None:
@@ -197,8 +198,10 @@ class FlexKernel(Kernel):
             self._crop_to(values)
 
     def _crop_to(self, values: MaskValues) -> None:
-        margins = margins_of_mask(values, self.axes, self.threshold, self.causal)
-        self._crop = Crop.of(margins, values, self._mask())
+        self._crop = Crop.of(self._margins_of(values), values, self._mask())
+
+    def _margins_of(self, values: MaskValues, coarseness: int = COARSENESS) -> Margins:
+        return margins_of_mask(values, self.axes, self.threshold, self.causal, coarseness)
 
     @property
     def _is_cropped(self) -> bool:
@@ -230,7 +233,7 @@ class FlexKernel(Kernel):
             smallest = torch.tensor(self._smallest_sigma(), dtype=sigma.dtype, device=sigma.device)
             sigma.copy_(sigma.abs().clamp_(min=smallest))
             self.look()
-            self._is_constrained = may_look(mask)
+            self._compiled_margins = self._margins_of(read_mask(mask), COARSENESS_COMPILED) if may_look(mask) else None
 
     def _smallest_sigma(self) -> list[float]:
         """Sigma of the narrowest mask that always leaves a pixel, per dimension; 0 without a threshold."""
@@ -323,7 +326,7 @@ class FlexKernel(Kernel):
     def sample_at(self, ratio: Fraction) -> None:
         """Sample the kernel at `ratio` times its original resolution; see `FlexConv2d.at_resolution`."""
         self._set_ratio(ratio)
-        self._crop = None
+        self._crop = self._compiled_margins = None
         self._look_again()
 
     def _set_ratio(self, ratio: Fraction) -> None:

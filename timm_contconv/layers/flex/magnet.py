@@ -195,6 +195,8 @@ def sample_gamma(like: Tensor, by_layer: bool) -> Tensor:
 
     The latter is what Fathony et al. 2021 do.
     """
+    if like.is_meta:  # before torch 2.13 there is no such draw there
+        return torch.empty_like(like)
     layers = len(like)
     number = torch.arange(1, layers + 1, device=like.device, dtype=torch.float32)
     number = (number if by_layer else torch.full_like(number, layers)).view(-1, *(1,) * (like.ndim - 1))

@@ -9,6 +9,8 @@ Images are contiguous (N, C, H, W), their W a multiple of VECTOR, the numbers in
 `Geometry` (triton.py). UPCAST is for Triton's interpreter, whose product of bfloat16 blocks multiplies their bits.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 import triton
 import triton.language as tl
 
@@ -16,7 +18,7 @@ __all__ = ["band_kernel", "diagonal_kernel", "output_kernel", "weight_kernel"]
 
 
 @triton.jit
-def band_kernel(weight, bands, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def band_kernel(weight, bands, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """Lays out `bands` (C, lines * blocks, DEPTH, ROWS * COLUMNS) of `weight` (C, KH, KW); grid (lines * blocks, C)."""
     step, channel = tl.program_id(0), tl.program_id(1)
     cell = tl.arange(0, ROWS * COLUMNS)
@@ -30,9 +32,9 @@ def band_kernel(weight, bands, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEP
 
 
 @triton.jit
-def _pixels(
+def _pixels(  # type: ignore[no-untyped-def]
     images, batch, g, channel, tile, first, line, start, VECTOR: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """One line's DEPTH pixels from `start` on, for a block of tiles (of all images) whose first column is `first`."""
     tiles = tl.cdiv(g.out_height, ROWS)
     image = tile // tiles
@@ -45,7 +47,7 @@ def _pixels(
 
 
 @triton.jit
-def _cells(batch, g, channel, tile, first, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _cells(batch, g, channel, tile, first, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Where the outputs of a block of tiles stand in (N, C, H, width), and which of them there are."""
     tiles = tl.cdiv(g.out_height, ROWS)
     image, y = tile // tiles, tile % tiles * ROWS
@@ -56,7 +58,7 @@ def _cells(batch, g, channel, tile, first, width, ROWS: tl.constexpr, COLUMNS: t
 
 
 @triton.jit(do_not_specialize=["batch"])
-def output_kernel(  # type: ignore[no-untyped-def]
+def output_kernel(
     images, bands, bias, out, batch, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, VECTOR: tl.constexpr, STORED: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -84,7 +86,7 @@ def output_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["batch", "tiles_per_split"])
-def weight_kernel(  # type: ignore[no-untyped-def]
+def weight_kernel(
     grad, images, parts, batch, tiles_per_split, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, VECTOR: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +116,7 @@ def weight_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["splits"])
-def diagonal_kernel(  # type: ignore[no-untyped-def]
+def diagonal_kernel(
     parts, out, splits, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TAPS: tl.constexpr
 ):
     """Sums of `parts` along their diagonals: TAPS taps of `out` (C, KH, KW); grid (KW / TAPS, KH, C)."""
