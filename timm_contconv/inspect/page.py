@@ -235,7 +235,7 @@ def _geometry(findings: Findings) -> Section:
     for name in figures.quantity_names(findings.layers):
         quantities = [(layer, q) for layer in findings.layers for q in layer.quantities if q.name == name]
         sources += [q.source for _, q in quantities if q.source]
-        drawings.append(Drawing(figures.geometry(findings.layers, name), f"{name.capitalize()}, by layer"))
+        drawings.append(Drawing(figures.geometry(findings.layers, name), f"By layer: {name}"))
         if any(layer.moved(q) is not None for layer, q in quantities):
             text = f"How far each value has moved since the start: {name}, by layer"
             drawings.append(Drawing(figures.movements(findings.layers, name), text))

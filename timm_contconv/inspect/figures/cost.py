@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .figure import AFTER, BEFORE, STEP, WIDTH, Figure, data
+from .figure import AFTER, BEFORE, FEW_TICKS, STEP, WIDTH, Figure, data
 
 __all__ = ["LayerCost", "cost"]
 
@@ -40,7 +40,7 @@ def cost(layers: Sequence[LayerCost]) -> Figure:
     order = [text for text in names.values() if any(row["of"] == text for row in rows)]
     legend = {"domain": order, "range": [AFTER, BEFORE][: len(order)]}
     encoding = {
-        "x": {"field": "part", "type": "quantitative", "title": "percent of the model"},
+        "x": {"field": "part", "type": "quantitative", "title": "percent of the model", "axis": FEW_TICKS},
         "y": {"field": "layer", "type": "nominal", "sort": None, "title": None},
         "yOffset": {"field": "of", "type": "nominal", "sort": order},
         "color": {"field": "of", "type": "nominal", "title": None, "scale": legend},

@@ -20,6 +20,7 @@ __all__ = [
     "ALERT",
     "BEFORE",
     "DIVERGING",
+    "FEW_TICKS",
     "INK",
     "OVERLAP",
     "STEP",
@@ -35,6 +36,8 @@ __all__ = [
 AFTER, BEFORE, ALERT, INK = "#1f5fa8", "#8a8f98", "#b3411e", "#222222"
 #: size of a square relative to the step to the next one, so that no seams are seen
 OVERLAP = 1.1
+#: an axis whose labels do not meet, also on small screens
+FEW_TICKS = {"tickCount": 6}
 #: pixels of a chart, and of a row in it
 WIDTH, STEP = 560, 18
 

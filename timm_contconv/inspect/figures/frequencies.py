@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..shown import Layers, ShownLayer, as_layers
-from .figure import ALERT, INK, STEP, WIDTH, Figure, colour, data, percentile_bars
+from .figure import ALERT, FEW_TICKS, INK, STEP, WIDTH, Figure, colour, data, percentile_bars
 
 __all__ = ["NYQUIST", "frequencies", "spectrum_panel", "spread_of_power"]
 
@@ -32,7 +32,7 @@ def frequencies(model: Layers) -> Figure:
     rows = [_row(layer) for layer in found]
     top = max(NYQUIST, *(row[key] or 0 for row in rows for key in ("q75", "highest")))
     scale = {"type": "linear" if top < 1 else "sqrt", "domain": [0, 1.05 * top], "nice": False}
-    x = {"type": "quantitative", "scale": scale, "title": "cycles per pixel"}
+    x = {"type": "quantitative", "scale": scale, "title": "cycles per pixel", "axis": FEW_TICKS}
     y = {"field": "layer", "type": "nominal", "sort": None, "title": None}
     tooltip = [
         {"field": "layer", "type": "nominal"},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..shown import Layers, as_layers
-from .figure import STEP, WIDTH, Figure, data, percentile_bars
+from .figure import FEW_TICKS, STEP, WIDTH, Figure, data, percentile_bars
 
 __all__ = ["geometry", "movements", "quantity_names"]
 
@@ -85,7 +85,7 @@ def _bars(rows: list[dict[str, Any]], title: str) -> Figure:
         {
             "data": data(rows),
             "encoding": {"y": {"field": "layer", "type": "nominal", "sort": None, "title": None}, "tooltip": tooltip},
-            "layer": percentile_bars({"type": "quantitative", "title": title}),
+            "layer": percentile_bars({"type": "quantitative", "title": title, "axis": FEW_TICKS}),
             "width": WIDTH,
             "height": STEP * len(rows),
         }
