@@ -122,7 +122,7 @@ def test_a_learning_rate_scale_of_positions_out_of_range_is_refused(model, value
 # What optimisers that know nothing of this package see
 
 
-@pytest.mark.parametrize("recipe", tcc.list_patches())
+@pytest.mark.parametrize("recipe", REGISTERED)
 def test_timms_factory_decays_no_geometry_of_a_feature_extractor(recipe):
     model = timm.create_model(smallest_model(recipe), features_only=True)
     optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.05)
