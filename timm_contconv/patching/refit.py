@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ..layers import KernelConv2d
+from ..layers import DclsKernel, KernelConv2d
 from ..layers.core.least_squares import refine, solve
 from ..layers.core.padding import pad_image, sides_of
 from ..layers.core.plain import PlainConv, centred, margin
-from ..layers.dcls import DclsKernel
 from .originals import first_images, original_convs, run
 from .record import RECORD, require_record
 
