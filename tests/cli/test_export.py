@@ -6,7 +6,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import timm_contconv as tcc
-from timm_contconv.cli import app
+from contconv import app
 from timm_contconv.export import load_exported
 
 from ..models_for_tests import create, layers_of, output

@@ -113,8 +113,12 @@ def test_without_a_tolerance_the_number_is_the_papers():
     assert counts(model) == [9 // 3]  # a weight and two positions for each element of its only layer
 
 
+def rms(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().square().mean().sqrt()
+
+
 def gradients(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Root mean squares of the gradients of each geometry parameter, and of the weights of its layer."""
+    """What a relative change of each geometry parameter does to the loss, and one of the weights of its layer."""
     images = crops(SIZE)[:16]
     model.zero_grad()
     loss = nn.functional.cross_entropy(model(images), torch.arange(16))
@@ -124,7 +128,7 @@ def gradients(model: nn.Module) -> dict[str, tuple[float, float]]:
         if layer in layers_of(model):
             weight = next(p for key, p in layer.named_parameters() if key.endswith("weight") and p.ndim > 2)
             for key, value in layer.geometry.items():
-                found[f"{name}.{key}"] = (value.grad.square().mean().sqrt(), weight.grad.square().mean().sqrt())
+                found[f"{name}.{key}"] = (rms(value.grad) * rms(value), rms(weight.grad) * rms(weight))
     return found
 
 

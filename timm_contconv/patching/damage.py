@@ -66,7 +66,7 @@ def measure_damage(model: nn.Module, original: nn.Module, images: Tensor) -> Dam
         for name, conv in convs.items():
             if name not in rewired:
                 outputs[name] = _with_layer(original, conv, model.get_submodule(name), images)
-        return _compare(expected, outputs, run(model, images, "images"))
+        return _compare(expected, outputs, run(model, images, "images"), _gives_logits(original, expected))
     finally:
         for module, training in modes.items():
             module.training = training
@@ -82,8 +82,12 @@ def _with_layer(original: nn.Module, conv: nn.Module, layer: nn.Module, images: 
         handle.remove()
 
 
-def _compare(expected: Tensor, outputs: Mapping[str, Tensor], whole: Tensor) -> Damage:
-    logits = expected.ndim == 2 and expected.shape[1] > 1
+def _gives_logits(original: nn.Module, output: Tensor) -> bool:
+    """Whether the output is (N, classes); a timm model without classes gives features."""
+    return output.ndim == 2 and output.shape[1] > 1 and getattr(original, "num_classes", None) != 0
+
+
+def _compare(expected: Tensor, outputs: Mapping[str, Tensor], whole: Tensor, logits: bool) -> Damage:
     distance = _divergence if logits else _relative
     return Damage(
         measure="KL" if logits else "relative",

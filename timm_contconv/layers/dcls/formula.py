@@ -107,7 +107,7 @@ def bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
 def normalized_bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
     """As `bilinear_factors`, with the normalisation of Eq. 11."""
     factors, _ = bilinear_factors(position, kernel_size)
-    return factors, _mass(factors)
+    return factors, _mass([factor.sum(-1) for factor in factors])
 
 
 def triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:

@@ -198,6 +198,8 @@ class FlexKernel(Kernel):
             self._crop_to(values)
 
     def _crop_to(self, values: MaskValues) -> None:
+        if self._crop is not None and self._crop.values == values and self._crop.is_of(self._mask()):
+            return
         self._crop = Crop.of(self._margins_of(values), values, self._mask())
 
     def _margins_of(self, values: MaskValues, coarseness: int = COARSENESS) -> Margins:
@@ -300,8 +302,8 @@ class FlexKernel(Kernel):
 
     @torch.no_grad()
     def shown_elements(self) -> Elements | None:
-        """The mask as one element that all channels share; None without a mask."""
-        if not (mask := self._mask()):
+        """The mask as one element that all channels share; None without a mask, and for one that is turned."""
+        if len(mask := self._mask()) != 2:
             return None
         centre, half = (mask[0].new_tensor([getattr(axis, key) for axis in self.axes]) for key in ("centre", "half"))
         mean, sigma = mask
@@ -311,7 +313,7 @@ class FlexKernel(Kernel):
     def shown_quantities(self) -> tuple[Quantity, ...]:
         if not (mask := self._mask()):
             return ()
-        mean, sigma = mask
+        mean, sigma, *_ = mask
         half = mean.new_tensor([axis.half for axis in self.axes])
         deviations = math.sqrt(-2 * math.log(self.threshold or THRESHOLD))
         size = 2 * deviations * sigma.abs() * half + 1
