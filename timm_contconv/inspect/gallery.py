@@ -82,11 +82,12 @@ def _elements(elements: Elements, chosen: Sequence[int], packer: Packer) -> dict
     def of_chosen(values: Tensor) -> Tensor:
         return values if len(values) == 1 else values[torch.tensor(chosen)]
 
-    reach, weight = elements.reach, elements.weight
+    reach, angle, weight = elements.reach, elements.angle, elements.weight
     return {
         "form": elements.form,
         "label": elements.label,
         "position": packer.add(of_chosen(elements.position), bits=16),
         "reach": None if reach is None else packer.add(of_chosen(reach), bits=16),
+        "angle": None if angle is None else packer.add(of_chosen(angle), bits=16),
         "weight": None if weight is None else packer.add(of_chosen(weight), bits=8, rowwise=True),
     }

@@ -150,8 +150,8 @@ def _kept_elements(elements: Elements | None) -> Elements | None:
     if position.shape[-1] == 1:
         position = torch.cat((torch.zeros_like(position), position), -1)
         reach = None if reach is None else torch.cat((torch.full_like(reach, 0.5), reach), -1)
-    weight = None if elements.weight is None else _kept(elements.weight)
-    return dataclasses.replace(elements, position=position, reach=reach, weight=weight)
+    angle, weight = (None if value is None else _kept(value) for value in (elements.angle, elements.weight))
+    return dataclasses.replace(elements, position=position, reach=reach, angle=angle, weight=weight)
 
 
 def _kept_quantity(quantity: Quantity) -> Quantity:

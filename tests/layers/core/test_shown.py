@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.helpers import KERNEL_LAYERS, every_layer, spread_
+from timm_contconv.inspect.figures.kernels import outline_rows
 from timm_contconv.layers import ContinuousConv2d, DclsConv2d, FlexConv2d, GaussianEnvelopeConv2d, SmpConv2d
 from timm_contconv.layers.core.shown import one_per_output
 
@@ -68,6 +69,23 @@ def test_a_mask_is_where_a_constant_kernel_has_its_mass():
     elements = layer.shown_kernels().elements
     torch.testing.assert_close(centre_of_mass(layer.weight.detach()[0, 0]), elements.position[0, 0], atol=0.05, rtol=0)
     torch.testing.assert_close(elements.reach[0, 0], torch.tensor([2.0, 2.0]))  # σ 0.125 of half 33 pixels
+
+
+def test_a_turned_masks_outline_is_turned_with_it():
+    layer = FlexConv2d(1, 1, 33, hidden_channels=4, steerable=True)
+    with torch.no_grad():
+        layer.kernel.output_weight.zero_()
+        layer.kernel.output_bias.fill_(1.0)
+        layer.geometry["mask_sigma"].copy_(torch.tensor([0.2, 0.08]))
+        layer.geometry["mask_angle"].fill_(0.6)
+    kernel = layer.eval().weight.detach()[0, 0]
+    rows, columns = torch.meshgrid(torch.arange(33.0) - 16, torch.arange(33.0) - 16, indexing="ij")
+    covariance = torch.stack([torch.stack([(kernel * a * b).sum() for a in (rows, columns)]) for b in (rows, columns)])
+    longest = torch.linalg.eigh(covariance).eigenvectors[:, -1]  # (row, column)
+    outline = outline_rows(layer.shown_kernels().elements, 0)
+    tip = max(outline, key=lambda p: (p["x"] - 16) ** 2 + (p["y"] - 16) ** 2)
+    direction = torch.nn.functional.normalize(torch.tensor([tip["y"] - 16, tip["x"] - 16]), dim=0)
+    assert abs(float(direction @ longest)) > 0.99
 
 
 def test_an_envelopes_sigma_is_the_width_of_its_kernel():

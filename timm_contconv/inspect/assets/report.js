@@ -101,6 +101,7 @@ function pixelRows(kernel, { window: { row, column, size }, spacing }) {
 function elementsOf(buffer, elements, index) {
   const position = slice(buffer, elements.position, index);
   const reach = elements.reach && slice(buffer, elements.reach, index);
+  const angle = elements.angle && slice(buffer, elements.angle, index);
   const weight = elements.weight && slice(buffer, elements.weight, index);
   const most = weight ? largest(weight) || 1 : 1;
   return range(position.length / 2).map((number) => ({
@@ -108,6 +109,7 @@ function elementsOf(buffer, elements, index) {
     x: position[2 * number + 1],
     ry: reach?.[2 * number],
     rx: reach?.[2 * number + 1],
+    angle: angle?.[number] ?? 0,
     strength: weight ? Math.abs(weight[number]) / most : null,
   }));
 }
@@ -123,11 +125,13 @@ function outlineRows(elements, form) {
     .map((element, e) => ({ ...element, e, strength: element.strength ?? 1 }))
     .sort((a, b) => b.strength - a.strength)
     .slice(0, MOST_OUTLINES);
-  return heaviest.flatMap(({ x, y, rx, ry, strength, e }) =>
+  return heaviest.flatMap(({ x, y, rx, ry, angle, strength, e }) =>
     range(corners + 1).map((o) => {
-      const angle = turn + (2 * Math.PI * o) / corners;
+      const around = turn + (2 * Math.PI * o) / corners;
+      const [u, v] = [stretch * ry * Math.sin(around), stretch * rx * Math.cos(around)];
+      const [cosine, sine] = [Math.cos(angle), Math.sin(angle)];
       const a = FAINTEST + (1 - FAINTEST) * strength;
-      return { x: x + stretch * rx * Math.cos(angle), y: y + stretch * ry * Math.sin(angle), e, o, a };
+      return { x: x + sine * u + cosine * v, y: y + cosine * u - sine * v, e, o, a };
     }),
   );
 }

@@ -173,6 +173,9 @@ def outline_rows(elements: Elements, channel: int) -> list[dict[str, float]]:
         return []
     positions = elements.position[channel % len(elements.position)].tolist()
     reaches = elements.reach[channel % len(elements.reach)].tolist()
+    angles = [0.0] * len(positions)
+    if elements.angle is not None:
+        angles = elements.angle[channel % len(elements.angle)].tolist()
     strengths = torch.ones(len(positions))
     if elements.weight is not None:
         weight = elements.weight[channel].abs()
@@ -183,8 +186,10 @@ def outline_rows(elements: Elements, channel: int) -> list[dict[str, float]]:
     for number in strengths.argsort(descending=True)[:MOST_OUTLINES].tolist():
         (y, x), (ry, rx), strength = positions[number], reaches[number], float(strengths[number])
         for corner in range(corners + 1):
-            angle = turn + 2 * math.pi * corner / corners
-            place = {"x": x + stretch * rx * math.cos(angle), "y": y + stretch * ry * math.sin(angle)}
+            around = turn + 2 * math.pi * corner / corners
+            u, v = stretch * ry * math.sin(around), stretch * rx * math.cos(around)
+            cosine, sine = math.cos(angles[number]), math.sin(angles[number])
+            place = {"x": x + sine * u + cosine * v, "y": y + cosine * u - sine * v}
             faint = {"a": FAINTEST + (1 - FAINTEST) * strength}
             rows.append({key: round(v, 3) for key, v in (place | faint).items()} | {"e": number, "o": corner})
     return rows

@@ -227,9 +227,10 @@ class ConvReplacement(nn.Module, ABC):
 
     def shown_kernels(self) -> ShownKernels:
         """What pictures show of the kernels: `to_dense_conv()`'s, unless a method has more to show."""
-        weight = self.to_dense_conv().weight
-        assert isinstance(weight, Tensor)
-        return ShownKernels(one_per_output(weight.detach()))
+        dense = self.to_dense_conv()
+        conv = dense[-1] if isinstance(dense, nn.Sequential) else dense  # causal ones have their padding before them
+        assert isinstance(conv, PlainConv)
+        return ShownKernels(one_per_output(conv.weight.detach()))
 
     def shown_quantities(self) -> tuple[Quantity, ...]:
         """Numbers about the geometry whose distributions pictures show: the parameters, unless a method says more."""

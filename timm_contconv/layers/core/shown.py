@@ -26,6 +26,8 @@ class Elements:
         position: (C, m, D), or (1, m, D) for all channels: where elements are, in pixels from the first pixel's centre.
         form: how the outline of an element is drawn.
         reach: like position: from the middle of the outline to its edge, in pixels; None for points.
+        angle: (C, m) or (1, m): outlines are turned by it, in radians from the rows' axis to the columns'; None for
+            0.
         weight: (C, m): elements with larger absolute weights are drawn larger; None if they have none of their own.
         label: what a picture calls them.
     """
@@ -33,6 +35,7 @@ class Elements:
     position: Tensor
     form: Form = "point"
     reach: Tensor | None = None
+    angle: Tensor | None = None
     weight: Tensor | None = None
     label: str = "element"
 

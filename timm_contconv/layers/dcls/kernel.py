@@ -143,7 +143,7 @@ class DclsKernel(Kernel):
         position, reach = (one_per_output(value.movedim(0, -1)) for value in (self._position(), self._width()))
         centre = position.new_tensor([size // 2 for size in self.moving])
         form: Form = "ellipse" if self.interpolation == "gauss" else "box"
-        return Elements(position + centre, form, reach, one_per_output(self.weight.detach()))
+        return Elements(position + centre, form, reach, weight=one_per_output(self.weight.detach()))
 
     @torch.no_grad()
     def shown_quantities(self) -> tuple[Quantity, ...]:

@@ -306,8 +306,10 @@ class FlexKernel(Kernel):
         if len(mask := self._mask()) != 2:
             return None
         centre, half = (mask[0].new_tensor([getattr(axis, key) for axis in self.axes]) for key in ("centre", "half"))
-        mean, sigma = mask
-        return Elements((centre + mean * half)[None, None], "ellipse", (sigma.abs() * half)[None, None], label="mask σ")
+        mean, sigma, *turned = mask
+        position, reach = (centre + mean * half)[None, None], (sigma.abs() * half)[None, None]
+        angle = turned[0].detach()[None] if turned else None
+        return Elements(position, "ellipse", reach, angle, label="mask σ")
 
     @torch.no_grad()
     def shown_quantities(self) -> tuple[Quantity, ...]:

@@ -143,7 +143,8 @@ class SmpKernel(Kernel):
         coordinate, radius = self._in_pixels()
         last = coordinate.new_tensor(self.kernel_size) - 1
         reach = radius.unsqueeze(-1).expand_as(coordinate)
-        return Elements(coordinate + last / 2, "diamond", reach, one_per_output(self.weight.detach()), "point")
+        weight = one_per_output(self.weight.detach())
+        return Elements(coordinate + last / 2, "diamond", reach, weight=weight, label="point")
 
     @torch.no_grad()
     def shown_quantities(self) -> tuple[Quantity, ...]:
