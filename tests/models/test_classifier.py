@@ -133,7 +133,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3, msg=key)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @every_network
 def test_a_model_is_one_graph(name, training):
     model, x = small(name).train(training), images(name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -90,11 +92,10 @@ def _finetune(console: Console, model: nn.Module, epochs: int) -> nn.Module:
     with _progress(console) as progress:
         for name, net in models.items():
             torch.manual_seed(0)
-            net.reset_classifier(10)
+            cast(Any, net).reset_classifier(10)
             task = progress.add_task(f"fine-tune on digits, {name}", total=steps)
-            train_on_digits(
-                net, digits, epochs, lr=1e-3, batch_size=BATCH_SIZE, advance=lambda task=task: progress.advance(task)
-            )
+            advance = functools.partial(progress.advance, task)
+            train_on_digits(net, digits, epochs, lr=1e-3, batch_size=BATCH_SIZE, advance=advance)
     for name, net in models.items():
         console.print(f"{name}: {accuracy(net, digits):.2%} of {len(digits.test_labels)} test digits")
     return models[TUNED].eval()

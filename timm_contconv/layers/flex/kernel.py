@@ -302,8 +302,8 @@ class FlexKernel(Kernel):
 
     @torch.no_grad()
     def shown_elements(self) -> Elements | None:
-        """The mask as one element that all channels share; None without a mask, and for one that is turned."""
-        if len(mask := self._mask()) != 2:
+        """The mask as one element that all channels share; None without a mask."""
+        if not (mask := self._mask()):
             return None
         centre, half = (mask[0].new_tensor([getattr(axis, key) for axis in self.axes]) for key in ("centre", "half"))
         mean, sigma, *turned = mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -13,7 +14,7 @@ from ..core.compilation import CompileMode
 from ..core.geometry import GeometryOwner
 from ..core.plain import PlainConv, plain_conv
 from ..core.replacement import CONV_ATTRIBUTES, FIT_TOLERANCE, ConvReplacement
-from ..core.shown import Quantity, ShownKernels, one_per_output
+from ..core.shown import Quantity, ShownKernels
 from ..core.subnormals import without_subnormals
 from ..core.tracing import as_node, is_traced
 from .conv import SmpConv1d, SmpConv2d
@@ -106,9 +107,7 @@ class SmpConvBn(ConvReplacement):
 
     def shown_kernels(self) -> ShownKernels:
         """The folded kernels of both branches, with the points of the large one."""
-        merged = self.to_conv()
-        weight = (merged[-1] if isinstance(merged, nn.Sequential) else merged).weight
-        return ShownKernels(one_per_output(weight.detach()), elements=self.conv.kernel.shown_elements())
+        return dataclasses.replace(super().shown_kernels(), elements=self.conv.kernel.shown_elements())
 
     def shown_quantities(self) -> tuple[Quantity, ...]:
         return self.conv.shown_quantities()

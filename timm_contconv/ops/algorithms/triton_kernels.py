@@ -32,7 +32,7 @@ def band_kernel(weight, bands, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEP
 
 
 @triton.jit
-def _pixels(  # type: ignore[no-untyped-def]
+def _pixels(
     images, batch, g, channel, tile, first, line, start, VECTOR: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
 ):
     """One line's DEPTH pixels from `start` on, for a block of tiles (of all images) whose first column is `first`."""
