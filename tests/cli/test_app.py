@@ -188,6 +188,7 @@ def test_publish_names_a_file_without_weights(name, content, tmp_path):
     assert f"{file}: holds no weights of convnext_tiny_dcls" in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_demo_compares_tunes_saves_and_draws(tmp_path):
     text = io.StringIO()
     demo.run(Console(file=text, width=140), tmp_path, epochs=1, recipes=("genv",))

@@ -27,10 +27,16 @@ def kept(model: nn.Module, original: nn.Module) -> float:
     ("recipe", "settings"),
     [
         *((recipe, {}) for recipe in ("dcls", "smp", "flex", "genv", "cc")),
-        *(("dcls_gauss", {"kernel_size": size}) for size in (7, 23)),
-        ("dcls_triangle", {"kernel_size": 15}),
-        ("smp", {"kernel_size": 7, "points": "filter"}),
-        ("cc", {"kernel_size": 7}),
+        ("dcls_gauss", {"kernel_size": 23}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("dcls_gauss", {"kernel_size": 7}),
+                ("dcls_triangle", {"kernel_size": 15}),
+                ("smp", {"kernel_size": 7, "points": "filter"}),
+                ("cc", {"kernel_size": 7}),
+            )
+        ),
     ],
 )
 def test_a_patch_keeps_what_a_pretrained_network_says(recipe, settings, tmp_path, recwarn):
