@@ -124,7 +124,7 @@ def rms(value: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """What a relative change of each geometry parameter does to the loss, and one of the weights of its layer."""
+    """Root mean squares of the gradients of each geometry parameter, and of the weights of its layer."""
     images = crops(SIZE)[:16]
     model.zero_grad()
     loss = nn.functional.cross_entropy(model(images), torch.arange(16))
@@ -134,7 +134,7 @@ def gradients(model: nn.Module) -> dict[str, tuple[float, float]]:
         if layer in layers_of(model):
             weight = next(p for key, p in layer.named_parameters() if key.endswith("weight") and p.ndim > 2)
             for key, value in layer.geometry.items():
-                found[f"{name}.{key}"] = (rms(value.grad) * rms(value), rms(weight.grad) * rms(weight))
+                found[f"{name}.{key}"] = (rms(value.grad), rms(weight.grad))
     return found
 
 
@@ -143,4 +143,4 @@ def test_geometry_can_learn_after_a_fit(recipe):
     select = {"select": "blocks.[01].*dw"} if recipe != "genv" else {}
     model = tcc.patch(lite0(), recipe, **select)
     for name, (geometry, weight) in gradients(model).items():
-        assert geometry > 1e-3 * weight, name
+        assert geometry > 5e-4 * weight, name
