@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ __all__ = [
     "in_turns",
     "infer",
     "machine",
+    "machine_file",
     "medians",
     "new_parser",
     "ratio",
@@ -51,7 +53,7 @@ def new_parser(description: str | None, results: str | None = None, threads: int
 
     Args:
         description: the script's docstring.
-        results: the default of --output, a file in benchmarks/results.
+        results: the default of --output, a file in benchmarks/results; of timings, a `machine_file`.
         threads: the default of --threads. Small models run best on one: more would wait for one another.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,6 +79,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def write_results(path: Path, record: Mapping[str, Any]) -> None:
     """Record results, and the machine that they are of."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**record, "machine": machine()}, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -93,6 +96,11 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
     }
+
+
+def machine_file(name: str) -> str:
+    """A file of timings, in a folder with the processor's name: "amd-epyc/convnext.json"."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', machine()['processor'].lower()).strip('-')}/{name}"
 
 
 def summary(values: Sequence[float], decimals: int = 2) -> str:
@@ -161,7 +169,7 @@ def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
         model: gives at least ten logits; it is put into training mode.
         images: what it takes.
     """
-    labels = torch.randint(10, (len(images),))
+    labels = torch.randint(10, (len(images),), device=images.device)
     optimizer = torch.optim.AdamW(tcc.param_groups(model.train(), lr=1e-5, weight_decay=0.05))
 
     def step() -> None:

@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 import timm_contconv as tcc
 from timm_contconv.cli.digits import load_digits
 from timm_contconv.inspect import figures
-from timm_contconv.layers import ConvReplacement, GaussianEnvelopeConv2d, KernelConv
+from timm_contconv.layers import ConvReplacement
 
 AMP_DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -164,17 +164,17 @@ def accuracy(model: nn.Module, batches: DataLoader, device: str) -> float:
 
 
 def log_geometry(writer: SummaryWriter, model: nn.Module, epoch: int) -> None:
-    """Log positions and widths: histograms, spread, and a picture."""
+    """Log positions and widths: histograms, spread, and the pictures of `tcc.inspect`."""
     layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
     geometry = {id(parameter) for layer in layers for parameter in layer.geometry.values()}
     for name, parameter in model.named_parameters():
         if id(parameter) in geometry:
             writer.add_histogram(f"geometry/{name}", parameter, epoch)
             writer.add_scalar(f"spread/{name}", parameter.std(correction=0), epoch)
-    if any(isinstance(layer, KernelConv) and layer.ndim == 2 for layer in layers):
-        writer.add_figure("kernels", figures.kernel_figure(model), epoch, close=False)
-    elif any(isinstance(layer, GaussianEnvelopeConv2d) for layer in layers):
-        writer.add_figure("envelopes", figures.envelope_figure(model), epoch, close=False)
+    if layers:
+        writer.add_image("kernels", figures.kernels(model).to_array(), epoch, dataformats="HWC")
+        for name in figures.quantity_names(model):
+            writer.add_image(name, figures.geometry(model, name).to_array(), epoch, dataformats="HWC")
 
 
 def main(arguments: argparse.Namespace) -> Training:

@@ -20,6 +20,7 @@ from timm_contconv.layers import (
     GaussianEnvelopeConv2d,
     SmpConv1d,
     SmpConv2d,
+    SmpConvBn1d,
     SmpConvBn2d,
 )
 
@@ -30,6 +31,10 @@ _2D = {"kernel_size": 7, "padding": 3, "groups": 8}
 
 def _smp_bn(**options) -> SmpConvBn2d:
     return SmpConvBn2d(SmpConv2d(8, 8, **_2D, bias=False, kernel_count=9, **options), 3)
+
+
+def _smp_bn_causal(**options) -> SmpConvBn1d:
+    return SmpConvBn1d(SmpConv1d(8, 8, 9, groups=2, bias=False, kernel_count=5, **options), 4, small_bias=True)
 
 
 #: layers with a constructed kernel, 8 channels in and out; each factory takes device, dtype and other arguments
@@ -45,15 +50,19 @@ KERNEL_LAYERS: dict[str, Callable[..., ConvReplacement]] = {
     "smp_layer": functools.partial(SmpConv2d, 8, 8, **_2D, kernel_count=9, points="layer"),
     "smp_sum": functools.partial(SmpConv2d, 8, 8, **_2D, kernel_count=9, normalize=False, small_kernel=3, bias=False),
     "smp_dense": functools.partial(SmpConv2d, 8, 8, (5, 9), padding="same", groups=2, kernel_count=9),
-    "smp_causal": functools.partial(SmpConv1d, 8, 8, 9, groups=8, kernel_count=5),
+    "smp_causal": functools.partial(SmpConv1d, 8, 8, 9, groups=8, kernel_count=5, small_kernel=4),
     "flex": functools.partial(FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6),
-    "flex_whole": functools.partial(FlexConv2d, 8, 8, **_2D, hidden_channels=6, mask=False),
-    "flex_causal": functools.partial(FlexConv1d, 8, 8, 9, groups=2, hidden_channels=6),
+    "flex_whole": functools.partial(FlexConv2d, 8, 8, **_2D, hidden_channels=6, mask=False, kernel_net="siren"),
+    "flex_turned": functools.partial(
+        FlexConv2d, 8, 8, 9, groups=8, hidden_channels=6, steerable=True, kernel_net="gabor"
+    ),
+    "flex_causal": functools.partial(FlexConv1d, 8, 8, 9, groups=2, hidden_channels=6, kernel_net="fourier"),
 }
 #: every kind of layer
 LAYERS: dict[str, Callable[..., ConvReplacement]] = {
     **KERNEL_LAYERS,
     "smp_bn": _smp_bn,
+    "smp_bn_causal": _smp_bn_causal,
     "genv": functools.partial(GaussianEnvelopeConv2d, 8, 8, 3, 2, 1, groups=2, envelope_size=5),
     "genv_after": functools.partial(GaussianEnvelopeConv2d, 8, 8, 1, 2, envelope_size=5, order="after"),
     "cc": functools.partial(ContinuousConv2d, 8, 8, 3, 2, groups=2),
@@ -77,6 +86,8 @@ def spread_(layer: ConvReplacement) -> ConvReplacement:
             value.uniform_(0.2, 1)
         elif name == "mask_sigma":
             value.uniform_(0.3, 0.5)
+        elif name == "mask_angle":
+            value.uniform_(-1, 1)
         elif name == "raw_sigma":
             value.normal_()
         elif layer.method == "cc":  # off the kinks of its initial kernel

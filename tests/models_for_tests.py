@@ -8,11 +8,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import timm_contconv as tcc
 from timm_contconv.layers import ConvReplacement
 
 from .helpers import spread_
 
-__all__ = ["Snapshot", "awake", "create", "first_tensor", "geometry_of", "layers_of", "output", "scatter"]
+__all__ = ["REGISTERED", "Snapshot", "awake", "create", "first_tensor", "geometry_of", "layers_of", "output", "scatter"]
+
+#: the recipes that are registered on some architecture
+REGISTERED = [name for name in tcc.list_patches() if tcc.load_patch(name).models]
 
 
 def create(name: str, **options: Any) -> nn.Module:

@@ -1,12 +1,15 @@
-"""The wheel carries the data folders."""
+"""The wheel carries the data folders, the command line, and a README whose links lead somewhere."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import timm_contconv as tcc
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +27,18 @@ def test_wheel_contains_recipes_and_weights_folders(wheel):
     assert "timm_contconv/data/patches/dcls_gauss.toml" in names
     assert "timm_contconv/data/hub/convnext_tiny_dcls.zenodo_in1k/weight.toml" in names
     assert "timm_contconv/data/hub/test_convnext_dcls_gauss.digits/model.safetensors" in names
+    assert {"timm_contconv/py.typed", "contconv/py.typed", "contconv/app.py"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/"))]
+
+
+def test_its_readme_has_no_links_to_files_of_the_repository(wheel):
+    archive = zipfile.ZipFile(wheel)
+    metadata = next(archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
+    links = re.findall(r"\]\(([^)]+)\)", metadata)
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "```python" in metadata
+    assert f"\nVersion: {tcc.__version__}\n" in metadata
 
 
 def test_an_unpacked_wheel_lists_its_recipes_and_loads_its_weights(wheel, tmp_path):

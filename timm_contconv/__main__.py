@@ -1,5 +1,5 @@
 """`python -m timm_contconv` is `contconv`."""
 
-from .cli import app
+from contconv import main
 
-app()
+main()

@@ -17,7 +17,7 @@ from torch import nn
 import timm_contconv  # noqa: F401  (registers the models)
 from benchmarks.common import arguments, new_parser, summary
 from timm_contconv.cli.digits import Digits, accuracy, load_digits, train_on_digits
-from timm_contconv.inspect.figures import envelope_figure
+from timm_contconv.inspect import figures
 from timm_contconv.layers.envelope import shrink_envelopes, sigma_per_layer
 
 MODELS = ("test_resnet", "test_resnet_genv")
@@ -65,7 +65,7 @@ def main() -> None:
     for name, sigma in sigma_per_layer(model).items():
         print(f"{name:18s} sigma {sigma['mean']:.2f}, from {sigma['min']:.2f} to {sigma['max']:.2f} pixels")
     if options.figure is not None:
-        envelope_figure(model).savefig(options.figure, dpi=120)
+        figures.geometry(model, "σ of envelopes").save(options.figure)
     print_shrinking(model, digits, "learned")
     for sigma in FIXED_SIGMAS:
         fixed = {"initial_sigma": sigma, "learn_sigma": False}

@@ -124,9 +124,9 @@ def fit_magnet(frequency: float, steps: int, seed: int) -> tuple[float, MAGNet]:
     return train(magnet, gabor(frequency).float(), steps, 0.01), magnet
 
 
-def fit_njet(frequency: float, steps: int) -> tuple[float, Tensor]:
-    """Gaussian derivatives on a Gabor target: the best over widths, by Adam from several starts."""
-    target, best = gabor(frequency), (math.inf, torch.zeros(0))
+def fit_njet(target: Tensor, steps: int) -> tuple[float, Tensor]:
+    """Gaussian derivatives on a (33, 33) target: the best over widths, by Adam from several starts."""
+    best = (math.inf, torch.zeros(0))
     for start in (0.05, 0.1, 0.2, 0.4):
         model = NJet(torch.linspace(-1, 1, SIZE, dtype=torch.float64))
         nn.init.constant_(model.log_sigma, math.log(start))
@@ -208,7 +208,7 @@ def compare_on_gabor(steps: int, seeds: int, picture: Path) -> dict[str, dict[st
     axis, pictures = torch.linspace(-1, 1, SIZE), []
     for frequency in FREQUENCIES:
         fits = [fit_magnet(frequency, steps, seed) for seed in range(seeds)]
-        error, njet = fit_njet(frequency, steps)
+        error, njet = fit_njet(gabor(frequency), steps)
         best, magnet = min(fits, key=lambda pair: pair[0])
         name, variance = f"Gabor, {frequency} cycles per unit", gabor(frequency).var().item()
         results[name] = {

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import arguments, in_turns, machine, medians, new_parser, ratio, write_results
+from benchmarks.common import arguments, in_turns, machine, machine_file, medians, new_parser, ratio, write_results
 from timm_contconv.layers import ContinuousConv2d
 from timm_contconv.layers.cc.grid import distances, neighbours
 
@@ -132,7 +132,7 @@ def anywhere(name: str, work: Callable[..., None], net: dict[str, Any], rounds: 
 
 
 def main() -> None:
-    parser = new_parser(__doc__, "cc_speed.json", threads=2)
+    parser = new_parser(__doc__, machine_file("cc_speed.json"), threads=2)
     parser.add_argument("--rounds", type=int, default=31)
     options = arguments(parser)
     print(machine())

@@ -30,6 +30,7 @@ from benchmarks.common import (
     in_turns,
     infer,
     machine,
+    machine_file,
     medians,
     new_parser,
     read_results,
@@ -190,7 +191,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = new_parser(__doc__, "convnext.json", torch.get_num_threads())
+    parser = new_parser(__doc__, machine_file("convnext.json"), torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)

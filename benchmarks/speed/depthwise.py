@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import arguments, in_turns, medians, new_parser, write_results
+from benchmarks.common import arguments, in_turns, machine_file, medians, new_parser, write_results
 from timm_contconv import ops
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
@@ -97,7 +97,7 @@ def bench(channels: int, size: int, kernel: int, options: argparse.Namespace) ->
 
 
 def main() -> None:
-    parser = new_parser(__doc__, "depthwise.json", torch.get_num_threads())
+    parser = new_parser(__doc__, machine_file("depthwise.json"), torch.get_num_threads())
     parser.add_argument("--kernels", type=int, nargs="+", default=[7, 23])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)

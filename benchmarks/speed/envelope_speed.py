@@ -21,6 +21,7 @@ from benchmarks.common import (
     in_turns,
     infer,
     machine,
+    machine_file,
     medians,
     new_parser,
     ratio,
@@ -57,7 +58,7 @@ def compare(work: str, calls: dict[str, Callable[[], object]], rounds: int) -> d
 
 
 def main() -> None:
-    parser = new_parser(__doc__, "envelope_speed.json", threads=2)
+    parser = new_parser(__doc__, machine_file("envelope_speed.json"), threads=2)
     parser.add_argument("--rounds", type=int, default=15)
     options = arguments(parser)
     print(f"{machine()}; {options.rounds} rounds, {BATCH} images of {SIZE} pixels")

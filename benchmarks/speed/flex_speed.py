@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_contconv as tcc
-from benchmarks.common import arguments, in_turns, medians, new_parser, ratio, training_step, write_results
+from benchmarks.common import (
+    arguments,
+    in_turns,
+    machine_file,
+    medians,
+    new_parser,
+    ratio,
+    training_step,
+    write_results,
+)
 from tests.peers.flexnet import ReleasedFlexConv, ReleasedFlexNet
 from timm_contconv.layers import FlexConv2d
 
@@ -91,7 +100,7 @@ def flexnet7_steps(largest: float, batch: int, repeats: int) -> dict[str, float]
 
 
 def main() -> None:
-    parser = new_parser(__doc__, "flex_speed.json", torch.get_num_threads())
+    parser = new_parser(__doc__, machine_file("flex_speed.json"), torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     options = arguments(parser)

@@ -18,7 +18,17 @@ import timm
 import torch
 
 import timm_contconv as tcc
-from benchmarks.common import arguments, in_turns, infer, medians, new_parser, ratio, training_step, write_results
+from benchmarks.common import (
+    arguments,
+    in_turns,
+    infer,
+    machine_file,
+    medians,
+    new_parser,
+    ratio,
+    training_step,
+    write_results,
+)
 from tests.peers.smpconv import ReleasedNet, ReleasedSmp
 from timm_contconv.layers import SmpConv2d
 
@@ -57,7 +67,7 @@ def construction(channels: int, size: int, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = new_parser(__doc__, "smp.json", torch.get_num_threads())
+    parser = new_parser(__doc__, machine_file("smp.json"), torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=5)

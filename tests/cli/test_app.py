@@ -1,14 +1,19 @@
 """The command line."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 import timm
 from click.testing import Result
+from rich.console import Console
 from typer.testing import CliRunner
 
-from timm_contconv.cli import app
+import timm_contconv as tcc
+from contconv import app
+from timm_contconv.cli import demo
 
 HUB = Path(__file__).parents[2] / "hub"
 
@@ -42,9 +47,22 @@ def test_patch_prints_the_report():
     assert "DclsConv2d 17×17" in result.output
 
 
+@pytest.mark.parametrize("model", ["test_convnext_dcls_gauss", "test_convnext"])
+def test_tune_prints_what_was_chosen_for_each_convolution(model):
+    result = contconv("tune", model, "--batch-size", "2", "--input-size", "3", "64", "64", "--train")
+    assert result.exit_code == 0
+    assert ("patched with the recipe 'engine'" in result.output) == (model == "test_convnext")
+    for text in ("training step, batch of 2", "output", "weight", "algorithm", "gain", "the whole model"):
+        assert text in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("tune", "no_such_model"), "timm has no such model"),
+        (("tune", "resnet18"), "matches no convolution"),
+        (("tune", "test_convnext", "--input-size", "1", "64", "64"), "expected 3 channels"),
+        (("tune", "test_convnext", "--batch-size", "0"), "--batch-size"),
         (("show", "dcls_gaus"), "did you mean dcls_gauss"),
         (("patch", "no_such_model", "dcls"), "timm has no such model"),
         (("patch", "resnet18", "dcls"), "matches no convolution"),
@@ -170,9 +188,42 @@ def test_publish_names_a_file_without_weights(name, content, tmp_path):
     assert f"{file}: holds no weights of convnext_tiny_dcls" in " ".join(result.output.split())
 
 
-def test_demo_runs_to_a_saved_model_and_a_picture(tmp_path):
-    result = contconv("demo", "--epochs", "1", "--output", str(tmp_path / "demo_output"))
+@pytest.mark.slow
+def test_demo_compares_tunes_saves_and_draws(tmp_path):
+    text = io.StringIO()
+    demo.run(Console(file=text, width=140), tmp_path, epochs=1, recipes=("genv",))
+    assert re.search(r"genv +[│|] +\d+ +[│|] +100%", text.getvalue()), text.getvalue()
+    assert (tmp_path / "tf_efficientnet_lite0_genv" / "model.safetensors").is_file()
+    assert "</html>" in (tmp_path / "inspection.html").read_text(encoding="utf-8")
+
+
+def test_inspect_writes_a_report_of_a_name_and_of_a_folder(tmp_path):
+    saved = tcc.save_pretrained(timm.create_model("test_resnet_genv", num_classes=10), tmp_path / "model")
+    report = tmp_path / "report.html"
+    result = contconv("inspect", str(saved), "--start", "test_resnet", "-o", str(report))
     assert result.exit_code == 0, result.output
-    assert "test accuracy" in result.output
-    assert (tmp_path / "demo_output" / "test_convnext_dcls_gauss" / "model.safetensors").is_file()
-    assert (tmp_path / "demo_output" / "kernels.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{report}: 1." in result.output.replace("\n", "")
+    text = report.read_text(encoding="utf-8")
+    assert "Effective receptive field, before" in text
+    assert "Effective receptive field, now" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("test_resnet",), "holds no layer of timm_contconv"),
+        (("no_such_model",), "timm has no such model"),
+        (("test_resnet_genv", "--images", "."), "holds no image file"),
+        (("test_resnet_genv", "--images", "nowhere"), "no such folder"),
+        (("test_resnet_genv", "-o", "nowhere/report.html"), "--output nowhere/report.html: can't be written"),
+        (("test_resnet_genv", "-o", "."), "--output .: can't be written: it is a folder"),
+        (("model",), "no model can be loaded from this folder"),
+    ],
+)
+def test_inspect_explains_mistakes_and_writes_nothing(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    result = contconv("inspect", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output.replace("\n", " ")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

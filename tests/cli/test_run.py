@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from timm_contconv.cli import app
+from contconv import app
 from timm_contconv.cli.run import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -79,12 +79,31 @@ def test_the_interpreter_is_left_as_it_was(script):
     assert (sys.argv, sys.path, sys.modules["__main__"]) == before
 
 
-def test_an_error_of_the_script_is_its_own(tmp_path):
+FAILING = """
+def inner():
+    raise ValueError("mine")
+try:
+    {}["a"]
+except KeyError:
+    inner()
+"""
+
+
+@pytest.mark.parametrize("text", [FAILING, "a = (", "raise ValueError"])
+def test_an_error_of_the_script_is_shown_as_python_shows_it(text, tmp_path):
     path = tmp_path / "script.py"
-    path.write_text("raise ValueError('mine')")
+    path.write_text(text)
+    python = subprocess.run([sys.executable, str(path)], capture_output=True, text=True)
     result = contconv("run", path)
-    assert isinstance(result.exception, ValueError)
-    assert str(result.exception) == "mine"
+    assert (result.exit_code, result.stderr) == (python.returncode, python.stderr)
+
+
+def test_ctrl_c_ends_a_script_with_its_frames_and_130(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("# as Ctrl-C does\nraise KeyboardInterrupt")
+    result = contconv("run", path)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[1] == f'  File "{path}", line 2, in <module>'
 
 
 @pytest.mark.parametrize(
@@ -93,8 +112,8 @@ def test_an_error_of_the_script_is_its_own(tmp_path):
         (("no_such.py",), "'no_such.py' does not exist"),
         (("--penality", "1", "script.py"), "No such option: --penality"),
         (("--penalty", "-1", "script.py"), "Invalid value for '--penalty': Input should be greater than or equal to 0"),
-        (("--position-lr-scale", "0", "script.py"), "--position-lr-scale=0.0: expected more than 0"),
-        (("--position-lr-scale", "inf", "script.py"), "--position-lr-scale=inf: expected more than 0, and finite"),
+        (("--position-lr-scale", "0", "script.py"), "--position-lr-scale=0: expected 'paper' or a finite number"),
+        (("--position-lr-scale", "inf", "script.py"), "--position-lr-scale=inf: expected 'paper' or a finite number"),
         (("--penalty", "inf", "script.py"), "--penalty=inf: expected a finite number"),
         (("--penalty-power", "2", "script.py"), "--penalty-power=2: expected --penalty too"),
     ],
@@ -111,11 +130,13 @@ def test_an_unmodified_training_script_is_constrained_and_gets_its_rates(tmp_pat
     path = tmp_path / "train.py"
     path.write_text(TRAINING)
     results = {}
-    for name, options in {"plain": (), "asked": ("--position-lr-scale", 5, "--penalty", 0.1)}.items():
+    for name, options in {
+        "plain": (), "asked": ("--position-lr-scale", 5, "--penalty", 0.1), "paper": ("--position-lr-scale", "paper"),
+    }.items():  # fmt: skip
         assert contconv("run", *options, path, tmp_path / name).exit_code == 0
         results[name] = torch.load(tmp_path / name)
     for parameters, _ in results.values():
         positions = [p for name, p in parameters.items() if name.endswith("position")]
         assert max(p.abs().max() for p in positions) <= 8
     assert sorted(set(results["plain"][1])) == [0.1]
-    assert sorted(set(results["asked"][1])) == [0.1, 0.5]
+    assert sorted(set(results["asked"][1])) == sorted(set(results["paper"][1])) == [0.1, 0.5]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from timm_contconv.hub import exchange
-from timm_contconv.hub.exchange import replaced, restore
+from timm_contconv.hub.exchange import made_folder, replaced, restore
 
 STEPS = 90  # more than the lines that one exchange runs
 
@@ -146,3 +146,16 @@ def test_what_a_running_process_writes_is_left_alone(folder):
         assert content(theirs) == "theirs"
     assert content(folder) == "theirs"
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_folders_that_stay_empty_are_removed_again(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    with pytest.raises(KeyboardInterrupt), made_folder(tmp_path / "theirs" / "a" / "b"):
+        interrupt()
+    assert [*tmp_path.rglob("*")] == [tmp_path / "theirs"]
+    with pytest.raises(KeyboardInterrupt), replaced(tmp_path / "theirs" / "a" / "b"):
+        interrupt()
+    assert [*tmp_path.rglob("*")] == [tmp_path / "theirs"]
+    with made_folder(tmp_path / "ours" / "a"):
+        (tmp_path / "ours" / "file").touch()
+    assert [*(tmp_path / "ours").iterdir()] == [tmp_path / "ours" / "file"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import timm_contconv as tcc
-from timm_contconv.cli import app
+from contconv import app
 from timm_contconv.paths import data_folder
 
 from .helpers import assert_same_logits

@@ -42,7 +42,7 @@ class CosineKernel(Kernel):
         return functools.partial(cosine_kernel, kernel_size=self.kernel_size)
 
     @classmethod
-    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor], tolerance: float = 0.01) -> None:
         kernels[0].geometry["frequency"].zero_()
         for kernel, target in zip(kernels, targets, strict=True):
             kernel.weight.copy_(target.mean((-2, -1)))

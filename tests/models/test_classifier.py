@@ -16,19 +16,22 @@ SMALL = {
         {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "kernel_sizes": (13, 11, 9, 7), "drop_path_rate": 0.0}, 64,
     ),
     "flexnet3": ({"img_size": 16, "dim": 4, "flex_args": {"hidden_channels": 6}, "dropout": 0.0}, 16),
+    "smpnet7": (
+        {"img_size": 16, "dim": 4, "width_factors": (1, 1.5, 2), "smp_args": {"kernel_count": 5}, "dropout": 0.0}, 16,
+    ),
     "ccnet": ({"dims": [4, 5, 6, 7, 8, 9, 10, 11]}, 32),
     "ccnet_baseline": ({"dims": [4, 5, 6, 7, 8, 9, 10, 11]}, 32),
 }  # fmt: skip
 #: channels and reduction of the features
 FEATURES = {
     "smpconv_tiny": [(8, 4), (16, 8), (24, 16), (32, 32)],
-    "flexnet3": [(4, 1), (6, 1), (8, 1)],
+    **{name: [(4, 1), (6, 1), (8, 1)] for name in ("flexnet3", "smpnet7")},
     "ccnet": [(4, 1), (7, 2), (11, 4)],
     "ccnet_baseline": [(4, 1), (10, 2), (11, 4)],
 }
 CONFIGURED = {
     **dict.fromkeys(("smpconv_tiny", "smpconv_base"), (1000, (3, 224, 224))),
-    **dict.fromkeys(("flexnet3", "flexnet5", "flexnet7", "ccnet", "ccnet_baseline"), (10, (3, 32, 32))),
+    **dict.fromkeys(("flexnet3", "flexnet5", "flexnet7", "smpnet7", "ccnet", "ccnet_baseline"), (10, (3, 32, 32))),
 }
 every_network = pytest.mark.parametrize("name", SMALL)
 
@@ -113,7 +116,9 @@ def test_parameters_are_grouped_and_geometry_is_not_decayed(name):
     groups = group_parameters(model, model.group_matcher())
     assert sorted(n for names in groups.values() for n in names) == sorted(n for n, _ in model.named_parameters())
     geometry = {id(parameter) for layer in layers_of(model) for parameter in layer.geometry.values()}
-    assert model.no_weight_decay() == {n for n, parameter in model.named_parameters() if id(parameter) in geometry}
+    exempt = model.no_weight_decay()
+    assert exempt >= {n for n, parameter in model.named_parameters() if id(parameter) in geometry}
+    assert {n.rsplit(".", 1)[-1] for n in exempt}.isdisjoint({"weight", "hidden_weight", "output_weight"})
     assert bool(geometry) == (name != "ccnet_baseline")
 
 
@@ -128,7 +133,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3, msg=key)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @every_network
 def test_a_model_is_one_graph(name, training):
     model, x = small(name).train(training), images(name)

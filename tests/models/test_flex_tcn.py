@@ -7,7 +7,11 @@ from torch.nn import functional as F
 
 import timm_contconv as tcc
 from timm_contconv.layers.flex import FlexConv1d
-from timm_contconv.models.flex_tcn import FlexTCN
+from timm_contconv.models.flex_tcn import FlexTCN, checkpoint_filter_fn
+
+from ..helpers import relative
+from ..models_for_tests import output
+from ..peers.flexnet import ReleasedFlexTCN, randomize_
 
 
 # Table 2: 105 k, 239 k and 373 k for one channel in and ten classes
@@ -15,6 +19,25 @@ from timm_contconv.models.flex_tcn import FlexTCN
 def test_parameter_counts_are_those_of_the_paper(blocks, thousands):
     model = FlexTCN(1, 10, length=64, blocks=blocks, device="meta")
     assert sum(p.numel() for p in model.parameters()) // 1000 == thousands
+
+
+# Table 1 gives the sizes for three channels (sCIFAR10); 375 k for six blocks
+@pytest.mark.parametrize(("blocks", "thousands"), [(2, 108), (4, 241), (6, 375)])
+def test_parameter_counts_for_three_channels_are_those_of_table_1(blocks, thousands):
+    model = FlexTCN(3, 10, length=64, blocks=blocks, device="meta")
+    assert round(sum(p.numel() for p in model.parameters()) / 1000) == thousands
+
+
+def test_a_released_checkpoint_gives_the_released_output(tmp_path):
+    net = randomize_(ReleasedFlexTCN(2, 5, length=33, width=4, blocks=2)).eval()
+    torch.save(net.state_dict(), tmp_path / "tcn.pt")
+    model = FlexTCN(2, 5, length=33, channels=4, blocks=2).eval()
+    model.load_state_dict(checkpoint_filter_fn(torch.load(tmp_path / "tcn.pt"), model))
+    x = torch.randn(3, 2, 33)
+    assert relative(output(model, x), output(net, x)) < 1e-4
+    assert relative(output(tcc.merge(model), x), output(net, x)) < 1e-4
+    with pytest.raises(ValueError, match="the model's 32; create the model with length=33"):
+        checkpoint_filter_fn(net.state_dict(), FlexTCN(2, 5, length=32, channels=4, blocks=2))
 
 
 @pytest.mark.usefixtures("one_thread")

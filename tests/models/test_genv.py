@@ -1,14 +1,12 @@
 """Whole models with Gaussian envelopes: recipes, rewiring, report, merging, pictures."""
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 from torch import nn
 
 import timm_contconv as tcc
-from timm_contconv.inspect.figures import envelope_figure, save_kernel_figure
+from timm_contconv.inspect import figures
 from timm_contconv.layers.envelope import GaussianEnvelopeConv2d, shrink_envelopes
 
 
@@ -101,12 +99,8 @@ def test_shrinking_a_half_pixel_envelope_hardly_changes_logits() -> None:
     assert change.std() < 0.01 * full.std()
 
 
-def test_figure_shows_every_sigma_and_envelope(tmp_path: Path) -> None:
+def test_figure_shows_the_sigma_of_every_layer() -> None:
     model = small()
-    widths, curves = envelope_figure(model).axes
-    dots = [line.get_ydata() for line in widths.lines if line.get_marker() == "."]
-    assert [len(sigma) for sigma in dots] == [3, 32, 48, 192]
-    torch.testing.assert_close(torch.tensor(curves.lines[0].get_ydata()).sum(), torch.tensor(1.0))
-    assert save_kernel_figure(model, tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="this ResNet holds no GaussianEnvelopeConv2d"):
-        envelope_figure(timm.create_model("test_resnet"))
+    rows = figures.geometry(model, "σ of envelopes").to_dict()["data"]["values"]
+    medians = [model.get_submodule(name).sigma.quantile(0.5).item() for name in enveloped(model)]
+    assert [row["q50"] for row in rows] == pytest.approx(medians, abs=0.01)

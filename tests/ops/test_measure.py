@@ -224,7 +224,7 @@ conv()
 torch.use_deterministic_algorithms(False)
 with ops.algorithm("fft"):
     conv().sum().backward()
-ops.conv(torch.randn(1, 32, 8, 8), weight, None, (1, 1), (8, 8), 32)  # too small
+ops.conv(torch.randn(1, 32, 4, 4), weight, None, (1, 1), (8, 8), 32)  # too small
 ops.conv(torch.randn(0, 32, 28, 28), weight, None, (1, 1), (8, 8), 32)
 
 frozen, images = weight.detach(), x.detach()

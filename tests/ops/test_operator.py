@@ -137,16 +137,10 @@ def test_exports_with_a_dynamic_size(groups):
     block = Block(2, 9, groups).eval()
     dims = {"x": {0: torch.export.Dim("n", min=1), 2: torch.export.Dim("h", min=9), 3: torch.export.Dim("w", min=9)}}
     program = torch.export.export(block, (torch.randn(2, 16, 12, 13),), dynamic_shapes=dims)
-    assert "timm_contconv.conv.default" in [str(node.target) for node in program.graph.nodes]
+    assert not [node for node in program.graph.nodes if "timm_contconv" in str(node.target)]
     for shape in ((1, 16, 12, 13), (3, 16, 30, 21)):
         x = torch.randn(shape)
         torch.testing.assert_close(program.module()(x), block(x), rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("groups", [1, 16])
-def test_exported_graphs_hold_plain_convolutions_up_to_64_taps(groups):
-    graph = torch.export.export(Block(2, 7, groups, stride=2), (torch.randn(2, 16, 32, 32),)).graph
-    assert any(str(node.target).startswith("aten.conv2d") for node in graph.nodes)
 
 
 def test_autocast_is_seen_by_the_compiler():

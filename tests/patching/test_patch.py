@@ -79,7 +79,7 @@ def test_frozen_layers_that_share_with_others_are_named(frozen, outcome):
         ({"select": "head.*"}, "matches no convolution. There are: 'depthwise' (9)"),
         ({"select": []}, "select=() matches no convolution. There are: 'depthwise' (9)"),
         ({"select": "stem.0"}, "can replace none of the selected convolutions"),
-        ({"select": 3}, "select=3: expected 'depthwise', 'strided', 'all', globs"),
+        ({"select": 3}, "select=3: expected 'depthwise', 'strided', 'transposed', 'all', globs"),
         ({"select": [3]}, "select=3: expected a string or a predicate"),
         ({"init": "pretrained"}, "init='pretrained': expected 'fit'"),
         ({"compile": 3}, "compile=3: expected 'auto'"),
@@ -146,7 +146,11 @@ def test_a_failure_half_way_leaves_the_model_alone(monkeypatch):
     [
         ("test_convnext", "dcls", {"kernel_size": 9, "kernel_count": 49}),
         ("test_convnext", "smp", {"kernel_size": 15}),
-        *((base, recipe, {}) for base in ("test_resnet", "tf_efficientnet_b0") for recipe in ("genv", "cc")),
+        *(
+            (base, recipe, {"fit_tolerance": 1e-6})
+            for base in ("test_resnet", "tf_efficientnet_b0")
+            for recipe in ("genv", "cc")
+        ),
     ],
 )
 def test_an_exact_fit_keeps_the_function_and_unpatch_gives_the_model_back(base, recipe, settings):
@@ -173,16 +177,6 @@ def test_a_warm_start_is_the_same_whatever_surrounds_it(recipe):
             tcc.patch(other, recipe, **options)
         for name, value in other.state_dict().items():
             assert torch.equal(value, expected[name]), name
-
-
-def test_layers_of_a_stage_with_kernels_of_other_sizes_share_positions():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 5, padding=2, groups=4))
-    x = torch.randn(2, 4, 9, 9)
-    expected = output(model, x)
-    tcc.patch(model, "dcls", kernel_size=9, kernel_count=25)
-    first, second = geometry_of(model, "position")
-    assert first is second
-    assert relative(output(model, x), expected) < 1e-5
 
 
 @pytest.mark.parametrize("recipe", ["dcls", "dcls_triangle", "dcls_gauss", "smp"])

@@ -9,10 +9,10 @@ import timm_contconv as tcc
 from timm_contconv.layers import ConvReplacement
 
 from ..helpers import relative
-from ..models_for_tests import Snapshot, awake, create, geometry_of, layers_of, output, scatter
+from ..models_for_tests import REGISTERED, Snapshot, awake, create, geometry_of, layers_of, output, scatter
 
 IMAGES = (2, 3, 64, 64)
-BASES = {recipe: tcc.load_patch(recipe).models[-1] for recipe in tcc.list_patches()}  # the smallest comes last
+BASES = {recipe: tcc.load_patch(recipe).models[-1] for recipe in REGISTERED}  # the smallest comes last
 
 
 def patched(recipe: str, **settings) -> nn.Module:
@@ -21,7 +21,7 @@ def patched(recipe: str, **settings) -> nn.Module:
     return scatter(tcc.patch(create(base), recipe, **settings)).eval()
 
 
-@pytest.mark.parametrize("recipe", tcc.list_patches())
+@pytest.mark.parametrize("recipe", REGISTERED)
 def test_merge_gives_the_same_output_and_leaves_the_model_alone(recipe):
     model = patched(recipe)
     x = torch.randn(IMAGES)

@@ -8,7 +8,7 @@ from timm_contconv.layers import DclsConv1d, DclsConv2d, DclsConv3d
 
 __all__ = ["Dcls3_1d", "peer_kernel", "peer_of", "to_peer_axes"]
 
-VERSIONS = {"bilinear": "v0", "triangle": "max", "gauss": "gauss"}
+VERSIONS = {"bilinear": "v0", "normalized_bilinear": "v1", "triangle": "max", "gauss": "gauss"}
 CLASSES = {1: Dcls1d, 2: Dcls2d, 3: Dcls3d}
 
 

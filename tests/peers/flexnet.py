@@ -1,4 +1,4 @@
-"""The released FlexNet, written from its checkpoints' format: 1×1 convolutions over a grid of positions, then `conv2d`.
+"""The released FlexNet and FlexTCN, written from the format of checkpoints: 1×1 convolutions over positions, then conv.
 
 Names of modules, parameters and buffers are those of the released checkpoints. Kernels are cropped with the mask at
 every forward pass, which reads it, and convolved in the layout that they come in.
@@ -11,32 +11,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ReleasedFlexConv", "ReleasedFlexNet", "randomize_"]
+__all__ = ["ReleasedFlexConv", "ReleasedFlexNet", "ReleasedFlexTCN", "randomize_"]
 
 THRESHOLD = 0.1
+CONV = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
 class Filter(nn.Module):
-    def __init__(self, hidden: int, layers: int, number: int) -> None:
+    def __init__(self, hidden: int, layers: int, number: int, ndim: int = 2) -> None:
         super().__init__()
-        self.linear = nn.Conv2d(2, hidden, 1)
-        self.mu = nn.Parameter(2 * torch.rand(hidden, 2) - 1)
-        self.gamma = nn.Parameter(torch.distributions.Gamma(6.0 / number, 1.0).sample((hidden, 2)))
+        self.linear = CONV[ndim](ndim, hidden, 1)
+        self.mu = nn.Parameter(2 * torch.rand(hidden, ndim) - 1)
+        self.gamma = nn.Parameter(torch.distributions.Gamma(6.0 / number, 1.0).sample((hidden, ndim)))
         with torch.no_grad():
-            self.linear.weight *= 25.6 / math.sqrt(layers + 1) * self.gamma[..., None, None]
+            self.linear.weight *= 25.6 / math.sqrt(layers + 1) * self.gamma.view_as(self.linear.weight)
             self.linear.bias.uniform_(-math.pi, math.pi)
 
     def forward(self, x: Tensor) -> Tensor:
-        distance = self.gamma[None, :, :, None, None] * (x.unsqueeze(1) - self.mu[None, :, :, None, None])
+        spatial = (1, *self.mu.shape, *(1,) * (x.ndim - 2))
+        distance = self.gamma.view(spatial) * (x.unsqueeze(1) - self.mu.view(spatial))
         return torch.exp(-0.5 * distance.square().sum(2)) * torch.sin(self.linear(x))
 
 
 class Kernel(nn.Module):
-    def __init__(self, out_channels: int, hidden: int = 32, layers: int = 3) -> None:
+    def __init__(self, out_channels: int, hidden: int = 32, layers: int = 3, ndim: int = 2) -> None:
         super().__init__()
-        self.linear = nn.ModuleList(nn.Conv2d(hidden, hidden, 1) for _ in range(layers))
-        self.output_linear = nn.Conv2d(hidden, out_channels, 1)
-        self.filters = nn.ModuleList(Filter(hidden, layers, number) for number in range(1, layers + 2))
+        self.linear = nn.ModuleList(CONV[ndim](hidden, hidden, 1) for _ in range(layers))
+        self.output_linear = CONV[ndim](hidden, out_channels, 1)
+        self.filters = nn.ModuleList(Filter(hidden, layers, number, ndim) for number in range(1, layers + 2))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.filters[0](x)
@@ -115,14 +117,60 @@ class ReleasedFlexNet(nn.Module):
         return self.out_layer(F.adaptive_avg_pool2d(y, 1)).flatten(1)
 
 
+class ReleasedCausalFlexConv(nn.Module):
+    """One dimension: as long as the sequence, its newest sample last. Nothing is cropped but set to 0."""
+
+    def __init__(self, in_channels: int, out_channels: int, length: int) -> None:
+        super().__init__()
+        self.in_channels, self.length = in_channels, length
+        self.Kernel = Kernel(in_channels * out_channels, ndim=1)
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.mask_params = nn.Parameter(torch.tensor([[1.0, 0.125]]))
+        self.register_buffer("train_length", torch.full((1,), length, dtype=torch.int32))
+        self.register_buffer("temperature", torch.full((1,), 15.0))
+        self.register_buffer("mask_threshold", torch.full((1,), THRESHOLD))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = torch.linspace(-1, 1, self.length)
+        mean, sigma = self.mask_params[0]
+        mask = torch.exp(-0.5 * ((grid - mean) / sigma).square())
+        kernel = self.Kernel(grid[None, None]).view(-1, self.in_channels, self.length) * mask * (mask >= THRESHOLD)
+        return F.conv1d(F.pad(x, (self.length - 1, 0)), kernel, self.bias)
+
+
+class CausalBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, length: int) -> None:
+        super().__init__()
+        self.cconv1, self.cconv2 = (ReleasedCausalFlexConv(c, c_out, length) for c in (c_in, c_out))
+        self.norm1, self.norm2 = nn.BatchNorm1d(c_out), nn.BatchNorm1d(c_out)
+        self.shortcut = nn.Sequential(*([nn.Conv1d(c_in, c_out, 1)] if c_in != c_out else []))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.cconv1(x)))
+        return F.relu(F.relu(self.norm2(self.cconv2(y))) + self.shortcut(x))
+
+
+class ReleasedFlexTCN(nn.Module):
+    """In evaluation: without dropout."""
+
+    def __init__(self, channels: int, classes: int, length: int, width: int = 30, blocks: int = 2) -> None:
+        super().__init__()
+        widths = [channels] + [width] * blocks
+        self.blocks = nn.Sequential(*(CausalBlock(i, o, length) for i, o in itertools.pairwise(widths)))
+        self.out_layer = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(self.blocks(x)[..., -1])
+
+
 @torch.no_grad()
 def randomize_(net: nn.Module) -> nn.Module:
     """Masks of all sizes in the middle of their kernels, and statistics as after training."""
     for module in net.modules():
-        if isinstance(module, ReleasedFlexConv):
+        if isinstance(module, ReleasedFlexConv | ReleasedCausalFlexConv):
             module.mask_params[:, 1].uniform_(0.05, 0.6)
             module.bias.uniform_(-0.1, 0.1)
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(1, 20)
             module.weight.uniform_(0.5, 1.5)

@@ -52,16 +52,29 @@ def scaled_step(model, optimizer, extra):
     scaler.update()
 
 
+def closing_step(model, optimizer, extra):
+    """Lightning's way: the closure sets gradients to 0 and computes them."""
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model) + extra
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
 @pytest.mark.parametrize(
     ("step", "optimizer", "lr"),
     [
         (plain_step, torch.optim.SGD, 1.0),
+        (closing_step, torch.optim.SGD, 1.0),
         (accumulating_step, torch.optim.SGD, 1.0),
         (scaled_step, torch.optim.SGD, 1.0),
         (scaled_step, functools.partial(torch.optim.SGD, fused=True), 1.0),
         (plain_step, torch.optim.AdamW, 1e-2),
     ],
-    ids=["plain", "accumulation", "GradScaler", "fused with GradScaler", "AdamW"],
+    ids=["plain", "closure", "accumulation", "GradScaler", "fused with GradScaler", "AdamW"],
 )
 def test_a_penalty_by_hook_does_what_the_same_penalty_in_the_loss_does(model, step, optimizer, lr):
     hooks = {"penalty_factor": FACTOR, "penalty_power": 2}
@@ -80,7 +93,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(model):
         scaler.scale(loss_of(model) * torch.tensor(1e38)).backward()
         scaler.step(optimizer)
 
-    with pytest.warns(UserWarning, match="--penalty: had no effect"):
+    with pytest.warns(UserWarning, match="penalty_factor: had no effect"):
         after = trained(model, overflowing, hooks={"penalty_factor": 1.0})
     torch.testing.assert_close(after, dict(model.named_parameters()), atol=0, rtol=0)
 
@@ -161,10 +174,21 @@ def test_a_second_block_of_hooks_is_refused_and_the_first_stays(model):
         pass
 
 
-def test_a_penalty_with_a_closure_is_refused(model):
-    optimizer = torch.optim.LBFGS(model.parameters())
-    with pytest.raises(ValueError, match=r"tcc\.penalty\(model\) to the loss"), training_hooks(penalty_factor=1.0):
-        optimizer.step(lambda: loss_of(model).backward())
+def test_a_line_search_sees_the_loss_with_the_penalty(model):
+    """LBFGS calls the closure several times in a step and compares the losses that it returns."""
+    lbfgs = functools.partial(torch.optim.LBFGS, max_iter=3, line_search_fn="strong_wolfe")
+
+    def step(model, optimizer, extra):
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(model) + (FACTOR * tcc.penalty(model) ** 2 if torch.is_tensor(extra) else 0.0)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    by_hook = trained(model.double(), step, hooks={"penalty_factor": FACTOR, "penalty_power": 2}, optimizer=lbfgs)
+    torch.testing.assert_close(by_hook, trained(model, step, in_loss=True, optimizer=lbfgs), atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +198,7 @@ def test_a_penalty_with_a_closure_is_refused(model):
         ({"penalty_power": 0}, "penalty_power=0: expected an int of at least 1"),
         ({"penalty_factor": 1.0, "penalty_power": 1.5}, "penalty_power=1.5: expected an int of at least 1"),
         ({"penalty_power": 2}, "penalty_power=2: expected 1 with penalty_factor=0"),
-        ({"position_lr_scale": 0.0}, "lr_scale=0.0: expected more than 0"),
+        ({"position_lr_scale": 0.0}, "position_lr_scale=0.0: expected more than 0"),
     ],
 )
 def test_settings_of_hooks_out_of_range_are_refused(arguments, message):
@@ -200,6 +224,19 @@ def test_timms_factory_gives_positions_the_rate_that_is_asked_for(model, layer_d
     made = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert made.keys() == expected.keys()
     assert all(made[key] == pytest.approx(expected[key]) for key in expected)
+
+
+def test_timms_factory_gives_geometry_the_rates_of_the_papers():
+    points = timm.create_model("test_convnext_smp", num_classes=10)
+    with training_hooks(position_lr_scale={}):
+        optimizer = create_optimizer_v2(points, "adamw", lr=0.1, weight_decay=0.05)
+        CosineLRScheduler(optimizer, t_initial=10)
+        loss_of(points).backward()
+        optimizer.step()
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    for layer in layers_of(points):
+        assert rates[id(layer.geometry["radius"])] == pytest.approx(0.01)
+        assert rates[id(layer.geometry["coordinate"])] == pytest.approx(0.1)
 
 
 def test_timms_factory_is_itself_again_afterwards(model):
@@ -228,7 +265,7 @@ def test_a_scheduler_that_does_not_know_lr_scale_is_refused(model, scheduler):
 
 def test_options_without_effect_are_said():
     points = timm.create_model("test_convnext_smp", num_classes=10)
-    options = ("--position-lr-scale: had no effect", "--penalty: had no effect")
+    options = ("position_lr_scale: had no effect", "penalty_factor: had no effect")
     with pytest.warns(UserWarning, match=options[0]), pytest.warns(UserWarning, match=options[1]):  # noqa: SIM117
         with training_hooks(position_lr_scale=5.0, penalty_factor=1.0):
             torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1).step()

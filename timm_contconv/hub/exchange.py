@@ -15,9 +15,22 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["replaced", "restore"]
+__all__ = ["made_folder", "replaced", "restore"]
 
 LOCK, NEW, OLD, REMOVED = "lock", "new", "old", "removed"
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents. Those made here that are still empty at the end of the block are removed."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 @contextlib.contextmanager
@@ -32,7 +45,12 @@ def replaced(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder can not be replaced; the old one stands, or the error says where it is.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with made_folder(folder.parent), _exchanged(folder) as new:
+        yield new
+
+
+@contextlib.contextmanager
+def _exchanged(folder: Path) -> Iterator[Path]:
     restore(folder)
     for place in _places(folder):
         if not _in_use(place):

@@ -12,7 +12,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 
 from .build import check_folder
-from .checks import BUILD_ERRORS, CONFIG, WEIGHTS, check_config
+from .checks import BUILD_ERRORS, CONFIG, WEIGHTS, check_config, check_path
 from .download import download
 from .exchange import restore
 from .skeleton import build_checked
@@ -49,6 +49,7 @@ def from_pretrained(
         ValueError: the configuration or an argument asks for something unknown or out of range, or the weights are
             damaged.
     """
+    check_path("id_or_folder", id_or_folder)
     _check_arguments(kwargs)
     folder = _folder(id_or_folder, revision, token=token, cache_dir=cache_dir)
     architecture = check_config(folder / CONFIG)
@@ -96,8 +97,7 @@ def _folder(id_or_folder: str | Path, revision: str | None, **options: Any) -> P
     restore(folder.resolve())
     if not folder.is_dir():
         if folder.is_absolute() or len(folder.parts) != 2:
-            name = str(id_or_folder)
-            raise FileNotFoundError(f"id_or_folder={name!r}: no such folder, and not a Hub repository (user/name)")
+            raise FileNotFoundError(f"id_or_folder={str(id_or_folder)!r}: {_why_not_a_folder(folder)}")
         return _download(str(id_or_folder), revision, **options)
     if revision is not None:
         raise ValueError(f"revision={revision!r}: {str(folder)!r} is a folder, which has no revisions; leave it out")
@@ -107,6 +107,14 @@ def _folder(id_or_folder: str | Path, revision: str | None, **options: Any) -> P
                 f"id_or_folder={str(id_or_folder)!r}: has no {name}; tcc.save_pretrained writes one"
             )
     return folder
+
+
+def _why_not_a_folder(path: Path) -> str:
+    if path.is_file():
+        return f"is a file; give its folder, {str(path.parent)!r}"
+    if timm.is_model(str(path)):
+        return f"is an architecture, not saved weights; timm.create_model({str(path)!r}) builds it"
+    return "no such folder, and not a Hub repository (user/name)"
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import timm
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi
 from huggingface_hub.utils import validate_repo_id
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from .card import CardFacts
@@ -65,8 +65,11 @@ def push_to_hub(
     Raises:
         ValueError: repo_id is none, the model can't be saved or does not load back the same, the metadata is not
             valid, or the repository is public where a private one was asked for.
+        TypeError: repo_id is not a text.
         HfHubHTTPError, ConnectionError: the Hub said no, or did not answer; the message says what to do.
     """
+    if not isinstance(repo_id, str):
+        raise TypeError(f"repo_id={repo_id!r}: expected a text, as 'user/name'")
     validate_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="timm_contconv.") as temporary:
         folder = Path(temporary)

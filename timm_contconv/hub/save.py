@@ -11,32 +11,35 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
-from timm.models._input import get_model_args
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from ..layers import ConvReplacement
-from ..patching.record import PatchRecord, get_record, require_record
+from ..layers.core.arguments import check_module
+from ..patching.record import MERGED, MergedRecord, PatchRecord, get_record, require_record
 from .build import check_folder
 from .card import CARD, PICTURE, CardFacts, write_card
-from .checks import CONFIG, RESERVED, WEIGHTS
+from .checks import CONFIG, RESERVED, WEIGHTS, check_path
 from .exchange import replaced, restore
+from .merged import describe_merged
 from .names import HAND_PATCHED, PATCHED
 
-__all__ = ["save_pretrained", "write_folder"]
+__all__ = ["replaceable", "save_pretrained", "write_folder"]
 
 #: everything that `write_folder` may write
 FILES = frozenset((CONFIG, WEIGHTS, CARD, PICTURE))
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
-    """Write a patched timm model to a folder: weights, configuration, model card.
+    """Write a patched or a merged timm model to a folder: weights, configuration, model card.
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` and `from_pretrained` load it. A model of a named
-    architecture is saved under its name; one patched by hand under "contconv", which rebuilds it from its base and
-    its patch. The folder appears when it is whole; a saved model that is there is replaced by the new one. A process
-    that is killed while it saves leaves the old model under the folder's name, or beside it, where the next
-    `from_pretrained` or `save_pretrained` finds it.
+    architecture is saved under its name; one patched by hand under "contconv", which rebuilds it from its base and its
+    patch; a merged one under "contconv", too, with a list of its convolutions. The folder appears when it is whole; a
+    saved model that is there is replaced by the new one. A process that is killed while it saves leaves the old model
+    under the folder's name, or beside it, where the next `from_pretrained` or `save_pretrained` finds it.
 
     Args:
         model: a named model or a timm model patched by hand.
@@ -46,17 +49,29 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model is not patched (merged models too), is not a timm model, or was edited so that timm does
+        ValueError: the model is not patched, is not a timm model, or was edited so that timm does
             not rebuild it; or the folder can not be replaced.
+        TypeError: model is not a module, or folder is not a path.
         FileExistsError: the folder holds something other than a saved model, or something beside one.
     """
+    check_path("folder", folder)
     _saveable_record(model)
-    target = _target(Path(folder))
-    restore(target)
-    _check_replaceable(target, str(folder))
+    target = replaceable(Path(folder))
     with replaced(target) as new:
         write_folder(model, new, CardFacts(target.name, f"local-dir:{target.name}"))
     return Path(folder)
+
+
+def replaceable(folder: Path) -> Path:
+    """The folder that a save replaces: absolute, without symbolic links. A save that was killed is put right first.
+
+    Raises:
+        ValueError, FileExistsError: it can not be replaced, as in `save_pretrained`.
+    """
+    target = _target(folder)
+    restore(target)
+    _check_replaceable(target, str(folder))
+    return target
 
 
 def write_folder(model: nn.Module, folder: Path, facts: CardFacts) -> None:
@@ -128,13 +143,19 @@ def _warn_of_unsaved_settings(model: nn.Module) -> None:
         )
 
 
-def _saveable_record(model: nn.Module) -> PatchRecord | None:
+def _saveable_record(model: nn.Module) -> PatchRecord | MergedRecord | None:
     """The record of a model that can be saved; None for the papers' own networks.
 
     Raises:
         ValueError: the model is not patched, or was not made by timm.
     """
-    record = None if _is_own_architecture(model) else require_record(model)
+    check_module(model)
+    if isinstance(model, OptimizedModule):
+        raise ValueError(
+            f"model: a compiled {type(model._orig_mod).__name__}: pass the model that was compiled, model._orig_mod"
+        )
+    merged: MergedRecord | None = model.__dict__.get(MERGED)
+    record = merged or (None if _is_own_architecture(model) else require_record(model))
     if not hasattr(model, "pretrained_cfg"):
         raise ValueError(
             f"model: this {type(model).__name__} was not made by timm, which could not rebuild it; save its"
@@ -172,27 +193,38 @@ def _is_own_architecture(model: nn.Module) -> bool:
     return ours and layers and get_record(model) is None
 
 
-def _write_config(model: nn.Module, record: PatchRecord | None, path: Path) -> None:
-    """timm's configuration; for a model patched by hand with {base, base_args, patch} as its arguments."""
+def _write_config(model: nn.Module, record: PatchRecord | MergedRecord | None, path: Path) -> None:
+    """timm's configuration; for a model patched by hand, or merged, with {base, base_args, patch} as its arguments.
+
+    The number of classes stands in the configuration itself. transformers gives it to timm besides the arguments.
+    """
     arguments = _without_reserved(get_model_args(model))
+    arguments.pop("num_classes", None)
     overlay: dict[str, Any] = {}
-    if record is not None and record.architecture in (None, HAND_PATCHED):
+    is_merged = isinstance(record, MergedRecord)
+    if record is not None and (is_merged or record.architecture in (None, HAND_PATCHED)):
         arguments = _hand_patched_args(model, record, arguments)
         overlay = {"pretrained_cfg": {"architecture": HAND_PATCHED}}
+    if isinstance(record, MergedRecord):
+        arguments["merged"] = describe_merged(model, record)
     save_config_for_hf(model, str(path), overlay)
     config = json.loads(path.read_text(encoding="utf-8"))
     config["model_args"] = arguments
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _hand_patched_args(model: nn.Module, record: PatchRecord, arguments: dict[str, Any]) -> dict[str, Any]:
+def _hand_patched_args(
+    model: nn.Module, record: PatchRecord | MergedRecord, arguments: dict[str, Any]
+) -> dict[str, Any]:
     base: str = model.__dict__["pretrained_cfg"]["architecture"]
     if base in PATCHED:  # a named model whose patch was taken off and another put on
         base = PATCHED[base].base
         arguments.pop("patch_args", None)
     elif base == HAND_PATCHED:
         saved = {key: arguments.pop(key) for key in ("base", "base_args", "patch")}
+        arguments.pop("merged", None)
         base, arguments = saved["base"], {**saved["base_args"], **arguments}
+        arguments.pop("num_classes", None)
     return {"base": base, "base_args": arguments, "patch": record.spec.to_dict()}
 
 

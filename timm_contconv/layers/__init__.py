@@ -6,9 +6,10 @@ from .core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d, KernelConv
 from .core.replacement import ConvReplacement
 from .core.spec import METHODS, KernelSpec, LayerSpec
 from .dcls import DclsConv1d, DclsConv2d, DclsConv3d, DclsKernel
+from .engine import DepthwiseConv2d
 from .envelope import GaussianEnvelopeConv2d
 from .flex import FlexConv1d, FlexConv2d, FlexKernel, MAGNet
-from .smp import SmpConv1d, SmpConv2d, SmpConvBn2d, SmpKernel
+from .smp import SmpConv1d, SmpConv2d, SmpConvBn1d, SmpConvBn2d, SmpKernel
 
 __all__ = [
     "METHODS",
@@ -18,6 +19,7 @@ __all__ = [
     "DclsConv2d",
     "DclsConv3d",
     "DclsKernel",
+    "DepthwiseConv2d",
     "FlexConv1d",
     "FlexConv2d",
     "FlexKernel",
@@ -33,6 +35,7 @@ __all__ = [
     "MAGNet",
     "SmpConv1d",
     "SmpConv2d",
+    "SmpConvBn1d",
     "SmpConvBn2d",
     "SmpKernel",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..hub.build import build_model_with_cfg
 from ..layers import ContinuousConv2d
 from .classifier import Classifier
+from .full_resolution import CIFAR10_MEAN, CIFAR10_STD
 
 __all__ = ["CcNet", "CcNetHead", "CcNetLayer", "ccnet", "ccnet_baseline"]
 
@@ -28,9 +29,6 @@ CC_SCALES = (None, *(CC_SCALE,) * 6, 1.0)
 # the last layers whose maps have the image's size, half of it, and a quarter of it
 BASELINE_FEATURES = (0, 6, 7)
 CC_FEATURES = (0, 3, 7)
-
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 class CcNetLayer(nn.Module):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.models import get_model_traits
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..layers import ConvReplacement
 
-__all__ = ["check_keys", "own_format", "unwrap"]
+__all__ = ["check_kernel_size", "check_keys", "classifier_name", "own_format", "renamed", "unwrap"]
 
 
 def own_format(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -30,6 +33,31 @@ def unwrap(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.float() if v.dtype == torch.float8_e4m3fn else v for k, v in state_dict.items()}
 
 
+def renamed(key: str, rules: Sequence[tuple[str, str]]) -> str:
+    """A key after the regular expressions and replacements of all rules, in their order."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def classifier_name(model: Any) -> str:
+    """The name of the model's last linear layer."""
+    return "head" if isinstance(model.head, nn.Linear) else "head.fc"
+
+
+def check_kernel_size(key: str, size: int, layer: Any) -> None:
+    """Refuse a checkpoint for another resolution. Its parameters would fit, but give another function."""
+    own = layer.kernel_size[0]
+    if size not in (0, own):  # 0: never run
+        argument = (
+            f"img_size={size - 1}, then use tcc.at_resolution" if len(layer.kernel_size) == 2 else f"length={size}"
+        )
+        raise ValueError(
+            f"{key}={size}: the checkpoint's kernels have {size} pixels, the model's {own}; create the model with"
+            f" {argument}"
+        )
+
+
 def check_keys(native: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict with the model's keys and its first convolution adapted to the model's input channels.
 
@@ -43,7 +71,7 @@ def check_keys(native: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     if missing or unexpected:
         raise ValueError(
             f"the checkpoint does not fit {type(model).__name__}: {_listed('missing', missing)};"
-            f" {_listed('unexpected', unexpected)}"
+            f" {_listed('unexpected', unexpected)}{_hint(model)}"
         )
     return _with_input_channels(native, model)
 
@@ -84,6 +112,17 @@ def _adapted_keys(model: nn.Module) -> set[str]:
     if getattr(model, "num_classes", None) == config.get("num_classes"):
         return set()
     return {f"{name}.{key}" for name in names for key in ("weight", "bias")}
+
+
+def _hint(model: nn.Module) -> str:
+    """Why a checkpoint of the same architecture may not fit."""
+    convs = (module for module in model.modules() if isinstance(module, _ConvNd | ConvReplacement))
+    if all(max(conv.dilation) == 1 for conv in convs):
+        return ""
+    return (
+        "; this model is dilated (output_stride): strides became dilations, so methods that replace strided"
+        " convolutions (genv, cc) replace fewer; load the weights without output_stride"
+    )
 
 
 def _listed(kind: str, keys: list[str], shown: int = 8) -> str:

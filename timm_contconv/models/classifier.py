@@ -9,7 +9,7 @@ from timm.layers import get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import ConvReplacement
+from ..layers.core.replacement import undecayed_names
 
 __all__ = ["Classifier"]
 
@@ -30,10 +30,8 @@ class Classifier(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the geometry parameters: points, masks, the hidden layers of internal nets."""
-        layers = [module for module in self.modules() if isinstance(module, ConvReplacement)]
-        geometry = {id(parameter) for layer in layers for parameter in layer.geometry.values()}
-        return {name for name, parameter in self.named_parameters() if id(parameter) in geometry}
+        """Names of the geometry parameters (points, masks, the hidden layers of internal nets) and of the like."""
+        return set(undecayed_names(self))
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

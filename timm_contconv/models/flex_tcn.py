@@ -10,15 +10,17 @@ from torch import nn
 
 from ..layers.core.arguments import check_counts
 from ..layers.flex import FlexConv1d
+from .flexnet import checkpoint_filter_fn
 from .tcn import TCN
 
-__all__ = ["FlexTCN"]
+__all__ = ["FlexTCN", "checkpoint_filter_fn"]
 
 
 class FlexTCN(TCN):
     """Residual blocks of causal FlexConvs; the features of the last sample are classified.
 
-    The paper's FlexTCN-2, -4 and -6 have 2, 4 and 6 blocks. Kernels are as long as the sequence.
+    The paper's FlexTCN-2, -4 and -6 have 2, 4 and 6 blocks. Kernels are as long as the sequence. A checkpoint of the
+    authors loads with `model.load_state_dict(checkpoint_filter_fn(torch.load(path), model))`.
 
     Args:
         in_channels: channels of the sequences.
@@ -49,6 +51,7 @@ class FlexTCN(TCN):
         check_counts(length=length)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         conv = functools.partial(FlexConv1d, kernel_size=length, padding="causal", **(flex_args or {}), **dd)
-        super().__init__(in_channels, num_classes, conv, channels, blocks, dropout, **dd)
+        norm = functools.partial(nn.BatchNorm1d, **dd)
+        super().__init__(in_channels, num_classes, conv, norm, channels, blocks, dropout, **dd)
         nn.init.normal_(self.head.weight, std=0.01)  # as in the released code
         nn.init.zeros_(self.head.bias)

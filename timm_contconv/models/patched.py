@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 
 from ..hub.build import build_model_with_cfg
 from ..hub.checks import check_arguments
+from ..hub.merged import rebuild_merged
 from ..hub.names import HAND_PATCHED, PATCHED, PatchedArchitecture
 from ..hub.skeleton import LARGEST_ENTRIES, counted
 from ..hub.weights import packaged_weights
-from ..patching import PatchSpec, load_patch, patch
-from ..patching.record import get_record, set_architecture
-from .checkpoint import check_keys, unwrap
+from ..patching import PatchSpec, list_patches, load_patch, merge, patch
+from ..patching.record import set_architecture
+from .checkpoint import check_keys, renamed, unwrap
 
 __all__ = ["contconv"]
 
@@ -41,27 +41,43 @@ _CONVNEXT_KEYS = (
 )
 
 
-def _build_base(base: str, spec: PatchSpec, name: str, base_args: Mapping[str, Any], **kwargs: Any) -> nn.Module:
-    """The base architecture without weights, patched."""
+def _build_base(
+    base: str,
+    spec: PatchSpec,
+    name: str,
+    base_args: Mapping[str, Any],
+    merged: Mapping[str, Any] | None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The base architecture without weights, patched, and merged if `merged` describes the convolutions."""
     model = model_entrypoint(base)(pretrained=False, **{**base_args, **kwargs})
     patch(model, spec, init="random")
     set_architecture(model, name)
+    if merged is not None:
+        merge(model, inplace=True)
+        rebuild_merged(model, merged)
     return model
 
 
 def _build(
-    name: str, base: str, spec: PatchSpec, pretrained: bool, base_args: Mapping[str, Any], **kwargs: Any
+    name: str,
+    base: str,
+    spec: PatchSpec,
+    pretrained: bool,
+    base_args: Mapping[str, Any],
+    merged: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Build with timm's builder, which resolves the configuration, loads weights and wraps feature extractors."""
     kwargs.setdefault("feature_cfg", _feature_cfg(base, base_args) if kwargs.get("features_only") else {})
     model = build_model_with_cfg(
-        functools.partial(_build_base, base, spec, name, base_args),
+        functools.partial(_build_base, base, spec, name, base_args, merged),
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         **kwargs,
     )
-    if get_record(model) is not None:  # not a feature extractor
+    if not kwargs.get("features_only"):
         _name_first_conv(model)
     return model
 
@@ -95,6 +111,10 @@ def _feature_cfg(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _entrypoint(architecture: PatchedArchitecture, spec: PatchSpec) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, patch_args: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+        if not isinstance(patch_args, Mapping | None):
+            raise TypeError(
+                f"patch_args={patch_args!r}: expected a dict of the layer's settings, as {{'kernel_size': 11}}"
+            )
         changed = spec.with_layer(**patch_args) if patch_args else spec
         return _build(architecture.name, architecture.base, changed, pretrained, {}, **kwargs)
 
@@ -112,15 +132,17 @@ def contconv(
     base: str | None = None,
     base_args: Mapping[str, Any] | None = None,
     patch: Mapping[str, Any] | None = None,
+    merged: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm model that was patched by hand, rebuilt from its saved configuration.
+    """A timm model that was patched by hand, or merged, rebuilt from its saved configuration.
 
     Args:
         pretrained: load the weights that the configuration names.
         base: the timm architecture that was patched.
         base_args: its arguments.
         patch: the patch, as from `PatchSpec.to_dict()`.
+        merged: the plain convolutions of a merged model, by name; None for one that was not merged.
 
     Raises:
         ValueError: an argument is missing, unknown or out of range.
@@ -130,7 +152,7 @@ def contconv(
         raise ValueError(f"{missing}=None: '{HAND_PATCHED}' rebuilds a saved model; give base and patch, or tcc.patch")
     arguments = _checked_base(base, base_args or {})
     spec = PatchSpec.from_dict(patch, source=f"model_args of '{HAND_PATCHED}': patch")
-    return _build(HAND_PATCHED, base, spec, pretrained, arguments, **kwargs)
+    return _build(HAND_PATCHED, base, spec, pretrained, arguments, merged, **kwargs)
 
 
 def _checked_base(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,17 +185,15 @@ def _convnext_dcls_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> d
     native: dict[str, Tensor] = {}
     shared = {key.split(".")[1]: key for key in model.state_dict() if key.endswith("dcls_geometry.position")}
     for key, value in state_dict.items():
-        renamed = key
-        for pattern, replacement in _CONVNEXT_KEYS:
-            renamed = re.sub(pattern, replacement, renamed)
-        if renamed.endswith(".conv_dw.P"):
-            stage = renamed.split(".")[1]
-            renamed = shared.get(stage, renamed.replace(".P", ".kernel.position"))
-            if renamed in native and not torch.equal(native[renamed], value):
+        new = renamed(key, _CONVNEXT_KEYS)
+        if new.endswith(".conv_dw.P"):
+            stage = new.split(".")[1]
+            new = shared.get(stage, new.replace(".P", ".kernel.position"))
+            if new in native and not torch.equal(native[new], value):
                 raise ValueError(
                     f"{key}: differs from the positions of another block of stage {stage}, which shares them"
                 )
-        native[renamed] = value
+        native[new] = value
     return native
 
 
@@ -205,7 +225,8 @@ def _only_by_tag(default: DefaultCfg) -> DefaultCfg:
 
 
 default_cfgs = {k: _only_by_tag(v) for k, v in generate_default_cfgs(_default_cfgs(PATCHED)).items()}
+_RECIPES = {name: load_patch(name) for name in list_patches()}
 for _architecture in PATCHED.values():
-    _create = register_model(_entrypoint(_architecture, load_patch(_architecture.recipe)))
+    _create = register_model(_entrypoint(_architecture, _RECIPES[_architecture.recipe]))
     setattr(sys.modules[__name__], _architecture.name, _create)
 register_model(contconv)

@@ -5,7 +5,6 @@ SMP kernels replace the large kernels of RepLKNet (Ding et al. 2022). The filter
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..hub.build import build_model_with_cfg
 from ..layers import SmpConv2d, SmpConvBn2d
-from .checkpoint import check_keys, unwrap
+from .checkpoint import check_keys, renamed, unwrap
 from .classifier import Classifier
 
 __all__ = ["ConvFfn", "LargeKernelBlock", "SmpConvNet", "SmpConvStage", "smpconv_base", "smpconv_tiny"]
@@ -245,16 +244,14 @@ def _released_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         if key.endswith(".kernel_coord"):
             continue
-        renamed = key
-        for pattern, replacement in _SMPCONV_KEYS:
-            renamed = re.sub(pattern, replacement, renamed)
-        if renamed.endswith(".kernel.coordinate"):
+        new = renamed(key, _SMPCONV_KEYS)
+        if new.endswith(".kernel.coordinate"):
             value = torch.stack((-value[..., 1], value[..., 0]), -1)  # (1, m, 2)
-        elif renamed.endswith(".kernel.radius"):
+        elif new.endswith(".kernel.radius"):
             value = value.flatten(1)  # (1, m, 1, 1) -> (1, m)
-        elif renamed.endswith(".kernel.weight"):
+        elif new.endswith(".kernel.weight"):
             value = value.transpose(0, 1)  # (1, C, m) -> (C, 1, m)
-        native[renamed] = value
+        native[new] = value
     return native
 
 

@@ -14,14 +14,17 @@ __all__ = ["TCN", "TemporalBlock"]
 
 #: makes a causal convolution from the numbers of input and output channels
 CausalConv = Callable[[int, int], nn.Module]
+#: makes the norm after a convolution from its number of channels
+Norm = Callable[[int], nn.Module]
 
 
 class TemporalBlock(nn.Module):
-    """Two causal convolutions, each with batch norm, ReLU and dropout, beside a shortcut.
+    """Two causal convolutions, each with a norm, ReLU and dropout, beside a shortcut.
 
     Args:
         in_channels, out_channels: channels; if they differ, the shortcut is a 1×1 convolution.
         conv: makes the convolutions.
+        norm: makes the norms; `nn.Identity` if the convolutions have their own.
         dropout: probability.
         device, dtype: of the other parameters.
     """
@@ -31,6 +34,7 @@ class TemporalBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         conv: CausalConv,
+        norm: Norm,
         dropout: float,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -39,8 +43,7 @@ class TemporalBlock(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = conv(in_channels, out_channels)
         self.conv2 = conv(out_channels, out_channels)
-        self.norm1 = nn.BatchNorm1d(out_channels, **dd)
-        self.norm2 = nn.BatchNorm1d(out_channels, **dd)
+        self.norm1, self.norm2 = norm(out_channels), norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
@@ -60,6 +63,7 @@ class TCN(nn.Module):
         in_channels: channels of the sequences.
         num_classes: outputs.
         conv: makes the convolutions.
+        norm: makes the norms, as for `TemporalBlock`.
         channels: width of the blocks.
         blocks: number of blocks.
         dropout: probability in the blocks.
@@ -74,6 +78,7 @@ class TCN(nn.Module):
         in_channels: int,
         num_classes: int,
         conv: CausalConv,
+        norm: Norm,
         channels: int,
         blocks: int,
         dropout: float,
@@ -88,7 +93,7 @@ class TCN(nn.Module):
         widths = [in_channels] + [channels] * blocks
         self.num_classes = num_classes
         self.blocks = nn.Sequential(
-            *(TemporalBlock(widths[i], widths[i + 1], conv, dropout, **dd) for i in range(blocks))
+            *(TemporalBlock(widths[i], widths[i + 1], conv, norm, dropout, **dd) for i in range(blocks))
         )
         self.head = nn.Linear(channels, num_classes, **dd)
 

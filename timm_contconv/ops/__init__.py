@@ -1,10 +1,25 @@
 """The convolution engine: one entry, one operator, several algorithms, and what chooses among them."""
 
-from .aten import is_transformed
-from .choose import Choice, choices
+from .aten import plain_only
+from .autocast import has_autocast
+from .choose import Call, Choice, choices
 from .conv import conv
 from .forced import algorithm, algorithms
 from .measure import measuring
 from .problem import compute_dtype
+from .tune import calls_of, tune
 
-__all__ = ["Choice", "algorithm", "algorithms", "choices", "compute_dtype", "conv", "is_transformed", "measuring"]
+__all__ = [
+    "Call",
+    "Choice",
+    "algorithm",
+    "algorithms",
+    "calls_of",
+    "choices",
+    "compute_dtype",
+    "conv",
+    "has_autocast",
+    "measuring",
+    "plain_only",
+    "tune",
+]

@@ -9,30 +9,40 @@ from torch.autograd import forward_ad
 
 from .autocast import autocast_dtype
 
-__all__ = ["convolution", "input_gradient", "is_transformed", "weight_gradient"]
+__all__ = ["convolution", "input_gradient", "plain_only", "weight_gradient"]
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def is_transformed() -> bool:
-    """Whether a transform of torch.func, or differentiation in forward mode, is at work.
+def plain_only() -> bool:
+    """Whether only PyTorch's own operators will do.
 
-    A custom operator refuses the one and loses the tangents of the other; PyTorch's own know both.
+    Custom operators refuse the transforms of torch.func and lose the tangents of differentiation in forward mode. And
+    no other program knows them: a model that is exported or traced holds none.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int] | int = 1,
 ) -> Tensor:
     """The convolution of x (N, C_in, *size) with weight (C_out, C_in/groups, *kernel), plus bias (C_out,)."""
     convolve = _CONVOLUTIONS[weight.ndim - 2]
     if not _is_wrong_in_half_precision(x, weight):
-        return convolve(x, weight, bias, tuple(stride), tuple(padding), 1, groups)
+        return convolve(x, weight, bias, tuple(stride), tuple(padding), dilation, groups)
     with torch.autocast("cpu", enabled=False):
         wide = convolve(
-            x.float(), weight.float(), None if bias is None else bias.float(), tuple(stride), tuple(padding), 1, groups
-        )
+            x.float(), weight.float(), None if bias is None else bias.float(), tuple(stride), tuple(padding), dilation,
+            groups,
+        )  # fmt: skip
     return wide.to(autocast_dtype(x))
 
 

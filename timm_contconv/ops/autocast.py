@@ -6,15 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_dtype", "register"]
+__all__ = ["autocast_dtype", "has_autocast", "register"]
 
 _library = torch.library.Library("timm_contconv", "FRAGMENT")
 
 
+@torch.compiler.assume_constant_result  # torch.compile before torch 2.13 can't trace PyTorch's function
+def has_autocast(device_type: str) -> bool:
+    """Whether there is autocast on a type of device; there is none on the meta device."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which an operator gets x."""
+    if not torch._C._is_any_autocast_enabled():
+        return x.dtype
     device = x.device.type
-    if _is_castable(x) and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _is_castable(x) and has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 

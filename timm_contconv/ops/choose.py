@@ -2,7 +2,9 @@
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +17,32 @@ from .prior import candidates
 from .problem import Problem
 from .record import record_of, records
 
-__all__ = ["Choice", "choices", "choose", "decided", "gains", "state"]
+__all__ = [
+    "Call",
+    "Choice",
+    "Way",
+    "choices",
+    "choose",
+    "counting",
+    "decided",
+    "gains",
+    "is_counting",
+    "settle",
+    "state",
+]
 
 # Multiply-adds of a pass below which no choice pays, on CPUs and on accelerators.
-_FEWEST_MACS, _FEWEST_MACS_ON_ACCELERATORS = 1_000_000, 50_000_000
+_FEWEST_MACS, _FEWEST_MACS_ON_ACCELERATORS = 200_000, 50_000_000
 # What the operator's Python side costs beyond PyTorch's own convolution, in inference and for each gradient.
 _OPERATOR_SECONDS = 2e-5
 _MOST_DECISIONS = 4096
 
 _decisions: dict[Hashable, Any] = {}
 _lock = threading.Lock()
+
+#: One pass of a problem.
+Call = tuple[str, Problem]
+_counts: list[Counter[Call]] = []
 
 
 class Choice(NamedTuple):
@@ -69,14 +87,37 @@ def choose(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> Al
     forced = forced_algorithm(pass_, problem)
     if forced is not None:
         return forced
+    if _counts:
+        _counts[-1][pass_, problem] += 1
+    return settle(pass_, problem, tensors)[0]
+
+
+def settle(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> tuple[Algorithm, bool]:
+    """`choose` where nothing is forced; and whether the choice holds for as long as `state()` does."""
     key = (pass_, problem, state())
-    decision = _decisions.get(key)
-    if decision is None:
-        decision, is_final = _decide(pass_, problem, tensors)
-        if is_final:
-            _keep(key, decision)
-    chosen: Algorithm = decision
-    return chosen
+    chosen: Algorithm | None = _decisions.get(key)
+    if chosen is not None:
+        return chosen, True
+    chosen, is_final = _decide(pass_, problem, tensors)
+    if is_final:
+        _keep(key, chosen)
+    return chosen, is_final
+
+
+@contextmanager
+def counting() -> Iterator[Counter[Call]]:
+    """Counts the passes of all convolutions that run in its block; also of those that PyTorch's own does."""
+    counts: Counter[Call] = Counter()
+    _counts.append(counts)
+    try:
+        yield counts
+    finally:
+        _counts.remove(counts)
+
+
+def is_counting() -> bool:
+    """Whether every convolution has to run as the operator."""
+    return bool(_counts)
 
 
 def gains(passes: Sequence[str], problem: Problem) -> bool:
@@ -102,16 +143,37 @@ def state() -> tuple[Hashable, ...]:
         is_measuring(),
         torch.get_num_threads(),
         torch.is_anomaly_enabled(),
-        torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
+        torch._C._get_fp32_precision_getter("mkldnn", "matmul"),
     )
 
 
-def decided(key: Hashable, decide: Callable[[], Problem | None]) -> Problem | None:
-    """What `decide` says, kept until something new is measured."""
-    if key not in _decisions:
-        _keep(key, decide())
-    problem: Problem | None = _decisions.get(key)
-    return problem
+class Way:
+    """How a call runs in inference: its problem, and the algorithm once it is settled."""
+
+    __slots__ = ("algorithm", "problem")
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.algorithm: Algorithm | None = None
+
+    def run(self, *tensors: Tensor | None) -> Tensor:
+        """The output pass."""
+        algorithm = self.algorithm
+        if algorithm is None:
+            algorithm, is_final = settle("output", self.problem, tensors)
+            self.algorithm = algorithm if is_final else None
+        return algorithm.run("output", self.problem, *tensors)
+
+
+def decided(key: Hashable, decide: Callable[[], Problem | None]) -> Way | None:
+    """A way for the problem that `decide` gives, or None; kept until something new is measured."""
+    try:
+        way: Way | None = _decisions[key]
+    except KeyError:
+        problem = decide()
+        way = None if problem is None else Way(problem)
+        _keep(key, way)
+    return way
 
 
 def _keep(key: Hashable, decision: Any) -> None:

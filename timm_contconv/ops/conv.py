@@ -7,22 +7,28 @@ from torch import Tensor
 
 from . import aten, operator
 from .autocast import autocast_dtype
-from .choose import decided, gains, state
+from .choose import Way, decided, gains, is_counting, state
 from .forced import forced
 from .prior import is_large
-from .problem import Problem, fits, has_outputs, memory_format
+from .problem import Problem, fits, has_outputs, in_format, memory_format
 
 __all__ = ["conv"]
 
 
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int] = (),
 ) -> Tensor:
     """Convolution with symmetric zero padding, in 1, 2 or 3 spatial dimensions, by the fastest algorithm known.
 
-    Differentiable to any order, and one operator in compiled and exported graphs. It is PyTorch's own convolution where
-    nothing is gained by another, under the transforms of torch.func, in forward mode, under torch.jit.trace, and for
-    integers and complex numbers; and PyTorch's own error where arguments do not fit.
+    Differentiable to any order, and one operator in compiled graphs. It is PyTorch's own convolution where nothing is
+    gained by another, with dilation, under the transforms of torch.func, in forward mode, under torch.export and
+    torch.jit.trace, and for integers and complex numbers; and PyTorch's own error where arguments do not fit.
 
     A NaN or Inf in an image does not reach other images. Large kernels may run by Fourier transforms, which spread it
     over its image and not only to the outputs whose kernels meet it (not so under `torch.autograd.detect_anomaly`).
@@ -33,6 +39,7 @@ def conv(
         bias: (C_out,), or None.
         stride, padding: one int per spatial dimension.
         groups: number of blocks of channels that are convolved apart.
+        dilation: pixels between neighbours of the kernel, one int per spatial dimension; 1 if not given.
 
     Returns:
         (N, C_out, *output_size), in the memory format of `x`; without N as `x` is.
@@ -42,20 +49,22 @@ def conv(
         RuntimeError: from PyTorch, if shapes, dtypes or devices do not fit together.
     """
     if x.ndim == weight.ndim - 1:
-        return conv(x.unsqueeze(0), weight, bias, stride, padding, groups).squeeze(0)
+        return conv(x.unsqueeze(0), weight, bias, stride, padding, groups, dilation).squeeze(0)
     geometry = tuple(stride), tuple(padding), groups
-    if not x.is_floating_point() or aten.is_transformed() or torch.jit.is_tracing():
+    if max(dilation, default=1) > 1:
+        return aten.convolution(x, weight, bias, *geometry, tuple(dilation))
+    if not x.is_floating_point() or aten.plain_only():
         return aten.convolution(x, weight, bias, *geometry)
     if torch.compiler.is_compiling():
         is_ours = _may_gain(x, weight, bias, *geometry)
-    elif forced():
+    elif forced() or is_counting():
         is_ours = True
     else:
         passes = _passes(x, weight)
-        problem = _problem(passes, x, weight, bias, *geometry)
-        is_ours = problem is not None
-        if problem is not None and len(passes) == 1 and _is_unobserved(x, weight):
-            return operator.output(problem, x, weight, bias)
+        way = _way(passes, x, weight, bias, *geometry)
+        is_ours = way is not None
+        if way is not None and len(passes) == 1 and _is_unobserved(x, weight):
+            return in_format(way.run(x, weight, bias), x.dtype, memory_format(x))
     return (operator.conv if is_ours else aten.convolution)(x, weight, bias, *geometry)
 
 
@@ -66,7 +75,7 @@ def _passes(x: Tensor, weight: Tensor) -> tuple[str, ...]:
     return ("output", *("input",) * x.requires_grad, *("weight",) * weight.requires_grad)
 
 
-def _problem(
+def _way(
     passes: tuple[str, ...],
     x: Tensor,
     weight: Tensor,
@@ -74,9 +83,10 @@ def _problem(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     groups: int,
-) -> Problem | None:
-    """What is to be convolved where the operator may be the faster one, and None where PyTorch's own convolution is."""
-    kinds = tuple((t.shape, t.dtype, t.device) for t in (x, weight, bias) if t is not None)
+) -> Way | None:
+    """How to convolve where the operator may be the faster one, and None where PyTorch's own convolution is."""
+    kinds = x.shape, weight.shape, x.dtype, weight.dtype, x.device, weight.device
+    extra = None if bias is None else (bias.shape, bias.dtype, bias.device)
     last, dtype = memory_format(x) is not torch.contiguous_format, autocast_dtype(x)
 
     def decide() -> Problem | None:
@@ -85,7 +95,7 @@ def _problem(
         problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)._replace(dtype=dtype)
         return problem if gains(passes, problem) else None
 
-    return decided((passes, kinds, stride, padding, groups, last, dtype, state()), decide)
+    return decided((passes, kinds, extra, stride, padding, groups, last, dtype, state()), decide)
 
 
 def _is_unobserved(x: Tensor, weight: Tensor) -> bool:

@@ -19,6 +19,8 @@ __all__ = ["is_measuring", "is_recording", "measure", "measuring"]
 _HOPELESS, _HICCUP = 10, 0.01
 # Later rounds are for those within this factor of the best: at least so many rounds, more in these seconds.
 _CLOSE, _ROUNDS, _MOST_ROUNDS, _ROUND_SECONDS = 1.5, 4, 30, 0.02
+# Calls that are timed together on CUDA.
+_CALLS = 3
 # Errors that a candidate may have, as a share of the sums that its results would be if no terms cancelled.
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -56,10 +58,12 @@ def is_measuring() -> bool:
 
 
 def is_recording(device: torch.device) -> bool:
-    """Whether a graph is being recorded, so that nothing can be measured now."""
+    """Whether a graph is being recorded, or no call may wait for the device, so that nothing can be measured now."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    return torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() != 0
 
 
 def measure(
@@ -101,12 +105,9 @@ def measure(
 def _first(
     algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None], best: float
 ) -> tuple[float, Tensor | None]:
-    """Seconds and result of a first run; no result where one image shows that there is no hope."""
-    one = problem._replace(batch=1)
-    images = _last_image(pass_, tensors)
-    if problem.device.type != "cpu":
-        algorithm.run(pass_, one, *images)  # compiles kernels
-    if problem.batch > 1:
+    """Seconds and result of a first run; no result where one image shows, on the CPU, that there is no hope."""
+    if problem.batch > 1 and problem.device.type == "cpu":
+        one, images = problem._replace(batch=1), _last_image(pass_, tensors)
         seconds = problem.batch * min(_tries(algorithm, pass_, one, images, _HOPELESS * best / problem.batch))
         if seconds > _HOPELESS * best:
             return seconds, None
@@ -148,16 +149,29 @@ def _repeat(
 def _timed(
     algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None]
 ) -> tuple[float, Tensor]:
-    _synchronize(problem.device)
+    """Seconds of one run, and its result."""
+    if problem.device.type == "cuda":
+        return _timed_on_cuda(algorithm, pass_, problem, tensors)
     start = time.perf_counter()
     result = algorithm.run(pass_, problem, *tensors)
-    _synchronize(problem.device)
     return time.perf_counter() - start, result
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _timed_on_cuda(
+    algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None]
+) -> tuple[float, Tensor]:
+    """Seconds per run in a stream of runs, by the device's clock: its own time, or the host's where that is longer."""
+    with torch.cuda.device(problem.device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        result = algorithm.run(
+            pass_, problem, *tensors
+        )  # compiles; keeps the device busy while the others are launched
+        start.record()
+        for _ in range(_CALLS):
+            result = algorithm.run(pass_, problem, *tensors)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / _CALLS, result
 
 
 def _last_image(pass_: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

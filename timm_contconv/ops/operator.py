@@ -17,7 +17,7 @@ from .choose import choose
 from .forced import forced, inherited
 from .problem import Problem, fits, has_outputs, in_format, memory_format, new_tensor, output_size
 
-__all__ = ["conv", "input_gradient", "output", "weight_gradient"]
+__all__ = ["conv", "input_gradient", "weight_gradient"]
 
 
 @torch.library.custom_op("timm_contconv::conv", mutates_args=())
@@ -27,11 +27,7 @@ def conv(
     """Convolution of x (N, C_in, *size) with weight (C_out, C_in/groups, *kernel), plus bias (C_out,)."""
     if not (fits(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding)):
         return in_format(aten.convolution(x, weight, bias, stride, padding, groups), x.dtype, memory_format(x))
-    return output(Problem.of(x.shape, weight.shape, stride, padding, groups, x), x, weight, bias)
-
-
-def output(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `conv` does once its arguments are known to fit."""
+    problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)
     algorithm = choose("output", problem, (x, weight, bias))
     return in_format(algorithm.output(problem, x, weight, bias), x.dtype, memory_format(x))
 
@@ -65,35 +61,24 @@ def weight_gradient(
 
 
 @conv.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
-) -> Tensor:
-    if not (fits(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding)):
-        return aten.convolution(x, weight, bias, stride, padding, groups)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    stride, padding, _groups = geometry
+    if not (fits(x, weight, bias, *geometry) and has_outputs(x, weight, stride, padding)):
+        return aten.convolution(x, weight, bias, *geometry)
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding)
     return new_tensor(x, (x.shape[0], weight.shape[0], *size))
 
 
 @input_gradient.register_fake
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    channels_last: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    shape = (grad.shape[0], weight.shape[1] * groups, *input_size)
+def _(grad: Tensor, weight: Tensor, input_size: Sequence[int], channels_last: bool, *geometry: Any) -> Tensor:
+    shape = (grad.shape[0], weight.shape[1] * geometry[-1], *input_size)
     form = _format(channels_last, grad.ndim)
     return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=form)
 
 
 @weight_gradient.register_fake
-def _(
-    grad: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
-) -> Tensor:
-    return x.new_empty((grad.shape[1], x.shape[1] // groups, *kernel_size))
+def _(grad: Tensor, x: Tensor, kernel_size: Sequence[int], *geometry: Any) -> Tensor:
+    return x.new_empty((grad.shape[1], x.shape[1] // geometry[-1], *kernel_size))
 
 
 def _format(channels_last: bool, ndim: int) -> torch.memory_format:
@@ -107,17 +92,17 @@ def _format(channels_last: bool, ndim: int) -> torch.memory_format:
 
 
 def _to_output(x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-    return (aten.convolution if aten.is_transformed() else conv)(x, weight, None, *geometry)
+    return (aten.convolution if aten.plain_only() else conv)(x, weight, None, *geometry)
 
 
 def _to_x(grad: Tensor, weight: Tensor, size: Sequence[int], last: bool, geometry: tuple[Any, ...]) -> Tensor:
-    if aten.is_transformed():
+    if aten.plain_only():
         return aten.input_gradient(grad, weight, size, *geometry)
     return input_gradient(grad, weight, size, last, *geometry)
 
 
 def _to_weight(grad: Tensor, x: Tensor, size: Sequence[int], geometry: tuple[Any, ...]) -> Tensor:
-    return (aten.weight_gradient if aten.is_transformed() else weight_gradient)(grad, x, size, *geometry)
+    return (aten.weight_gradient if aten.plain_only() else weight_gradient)(grad, x, size, *geometry)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from .algorithms import ALGORITHMS, Algorithm
+from .algorithms import ALGORITHMS, TRITON, Algorithm
 from .algorithms.axis import axes_of
 from .algorithms.dft import multiply_adds
 from .problem import Problem, output_size
@@ -16,18 +16,16 @@ __all__ = ["candidates", "is_large"]
 # Below this many taps, by spatial dimensions, no algorithm of ours gains.
 _FEWEST_TAPS = {1: 65, 2: 25, 3: 65}
 _FEWEST_DEPTHWISE_TAPS = {1: 7, 2: 9, 3: 65}
-# In exported graphs, which other programs read: there an operator of our own has to gain more.
-_FEWEST_TAPS_EXPORTED = 65
 # Products that compiled loops make in the time of an FFT per pixel and halving of a line. FFTs are faster where more
 # are to be made, and not worth a try where far fewer are; but without compiled loops they are, up to PyTorch's own.
 _PRODUCTS, _FEWEST_PRODUCTS, _FEWEST_PRODUCTS_OF_PYTORCH = 40, 8, 2
+# Tiles of Triton's kernels that are worth measuring for one problem; each has to be compiled.
+_MOST_TILES = 4
 
 
 def is_large(kernel_size: Sequence[int], is_depthwise: bool) -> bool:
     """Whether an algorithm of ours may gain anything for kernels of this size."""
     taps, dims = math.prod(kernel_size), len(kernel_size)
-    if torch.compiler.is_exporting():
-        return taps >= _FEWEST_TAPS_EXPORTED
     return taps >= (_FEWEST_DEPTHWISE_TAPS if is_depthwise else _FEWEST_TAPS).get(dims, math.inf)
 
 
@@ -40,7 +38,7 @@ def candidates(pass_: str, problem: Problem) -> list[Algorithm]:
     if not is_large(problem.kernel_size, problem.is_depthwise):
         names = ["pytorch"]
     elif problem.device.type != "cpu":
-        names = _on_accelerator(problem)
+        names = _on_accelerator(pass_, problem)
     else:
         names = _depthwise(pass_, problem) if problem.is_depthwise else _dense(problem)
     able = [a for a in map(ALGORITHMS.__getitem__, names) if not a.refusal(pass_, problem)]
@@ -49,11 +47,15 @@ def candidates(pass_: str, problem: Problem) -> list[Algorithm]:
     return able or [ALGORITHMS["fft" if ALGORITHMS["pytorch"].refusal(pass_, problem) else "pytorch"]]
 
 
-def _on_accelerator(problem: Problem) -> list[str]:
+def _on_accelerator(pass_: str, problem: Problem) -> list[str]:
     """PyTorch's own first: only measuring can know better, and on other accelerators than CUDA's nothing was tried."""
     if problem.device.type != "cuda":
         return ["pytorch"]
-    names = ["pytorch", "channels_last", "triton"] if problem.is_depthwise else ["pytorch"]
+    names = ["pytorch"]
+    if problem.is_depthwise and problem.ndim <= 2:
+        able = (tile for tile in TRITON if not tile.refusal(pass_, problem))
+        tiles = sorted(able, key=lambda tile: tile.cost(pass_, problem))
+        names += ["channels_last", *(tile.name for tile in tiles[:_MOST_TILES])]
     return [*names, "fft"] if math.prod(problem.kernel_size) > 81 else names
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def new_tensor(like: Tensor, size: Sequence[int]) -> Tensor:
     """Uninitialised tensor of `size`, with the dtype, device and memory format of `like`."""
+    if like.is_contiguous():
+        return like.new_empty(size)
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 
@@ -88,6 +91,7 @@ def in_format(x: Tensor, dtype: torch.dtype, form: torch.memory_format) -> Tenso
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=form).copy_(x)
 
 
+@lru_cache(maxsize=1024)
 def _strides(size: Sequence[int], form: torch.memory_format) -> tuple[int, ...]:
     order = list(range(len(size))) if form == torch.contiguous_format else [0, *range(2, len(size)), 1]
     strides, step = [0] * len(size), 1
@@ -141,12 +145,12 @@ class Problem(NamedTuple):
     @property
     def output_size(self) -> tuple[int, ...]:
         """Spatial size of the output."""
-        return tuple(output_size(self.input_size, self.kernel_size, self.stride, self.padding))
+        return self.output_shape[2:]
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         """(N, C_out, *output_size)."""
-        return (self.batch, self.out_channels, *self.output_size)
+        return _output_shape(self)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -171,3 +175,9 @@ class Problem(NamedTuple):
             f"{self.device.type}, {self.out_channels} kernels {kernel}, stride {stride}, padding {padding}, "
             f"groups {self.groups}"
         )
+
+
+@lru_cache(maxsize=4096)
+def _output_shape(problem: Problem) -> tuple[int, ...]:
+    size = output_size(problem.input_size, problem.kernel_size, problem.stride, problem.padding)
+    return (problem.batch, problem.out_channels, *size)

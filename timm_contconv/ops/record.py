@@ -8,6 +8,7 @@ import os
 import platform
 import tempfile
 import warnings
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from .problem import Problem
 
-__all__ = ["Record", "cache_folder", "record_of", "records"]
+__all__ = ["Record", "cache_folder", "cpu_features", "cpu_name", "record_of", "records"]
 
 # Raised whenever an algorithm changes its speed.
 _ENGINE = 1
@@ -25,10 +26,17 @@ _MOST_SIZES = 8
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what it can make again: $TIMM_CONTCONV_CACHE, or a folder in $XDG_CACHE_HOME."""
+    """Where this package keeps what it can make again: $TIMM_CONTCONV_CACHE, or a folder in $XDG_CACHE_HOME.
+
+    Raises:
+        FileNotFoundError: neither is set, and the user has no home folder.
+    """
     if own := os.environ.get("TIMM_CONTCONV_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timm_contconv"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timm_contconv"
+    except RuntimeError:  # neither HOME nor an entry in the password file
+        raise FileNotFoundError("there is no home folder; set TIMM_CONTCONV_CACHE to a folder of your own") from None
 
 
 class Record:
@@ -36,7 +44,8 @@ class Record:
 
     def __init__(self, fingerprint: dict[str, Any]) -> None:
         key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = cache_folder() / f"measured-{key}.json"
+        #: The file; None where there is no folder for it.
+        self.path: Path | None = None
         self.fingerprint = fingerprint
         #: Seconds by algorithm, of every pass of a problem that this process has met.
         self.met: dict[tuple[str, Problem], dict[str, float]] = {}
@@ -45,7 +54,10 @@ class Record:
         self._stored: dict[str, dict[str, float]] = {}
         self._warned = False
         try:
-            self._merge(self._read())
+            self.path = cache_folder() / f"measured-{key}.json"
+            self._merge(self._read(self.path))
+        except FileNotFoundError as error:
+            self._warn(f"measurements are not kept for the next process ({error})")
         except (OSError, ValueError) as error:
             self._warn(f"{self.path}: not a record of measurements on this machine, so it is ignored ({error})")
 
@@ -70,22 +82,28 @@ class Record:
         self.met[pass_, problem] = times
         self._stored[_key(pass_, problem)] = times
         for name in dropped.keys() - self.dropped.keys():
+            way_out = "" if self.path is None else f" Delete {self.path} to have it tried again."
             warnings.warn(
                 f"timm_contconv: the algorithm {name!r} is not used on this machine any more, because in the {pass_} "
-                f"pass of {problem} it {dropped[name]}. Delete {self.path} to have it tried again.",
+                f"pass of {problem} it {dropped[name]}.{way_out}",
                 RuntimeWarning,
                 stacklevel=2,
             )
         self.dropped = {**dropped, **self.dropped}
         try:
-            self._write()
+            if self.path is not None:
+                self._write(self.path)
         except OSError as error:
             self._warn(f"{self.path}: measurements are not kept for the next process ({error})")
 
-    def _read(self) -> dict[str, Any]:
-        if not self.path.exists():
+    def winners(self) -> Counter[str]:
+        """For how many of the measured passes each algorithm is the fastest."""
+        return Counter(min(times, key=times.__getitem__) for times in self._stored.values() if times)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        if not path.exists():
             return {"fingerprint": self.fingerprint, "dropped": {}, "seconds": {}}
-        raw = json.loads(self.path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict) or raw.get("fingerprint") != self.fingerprint:
             raise ValueError("it holds those of another machine")
         times = [t for row in _mapping(raw, "seconds").values() for t in _mapping({"row": row}, "row").values()]
@@ -99,16 +117,16 @@ class Record:
         self._stored = {**raw["seconds"], **self._stored}
         self.dropped = {**raw["dropped"], **self.dropped}
 
-    def _write(self) -> None:
+    def _write(self, path: Path) -> None:
         """Adds to what other processes have written in the meantime; readers see the old file or the new one."""
         with contextlib.suppress(ValueError):  # a damaged file: it was said when it was read first
-            self._merge(self._read())
+            self._merge(self._read(path))
         content = {"fingerprint": self.fingerprint, "dropped": self.dropped, "seconds": self._stored}
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
-            fresh = Path(folder) / self.path.name
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            fresh = Path(folder) / path.name
             fresh.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            fresh.replace(self.path)
+            fresh.replace(path)
 
     def _warn(self, message: str) -> None:
         if not self._warned:
@@ -152,15 +170,26 @@ def _fingerprint(device: str, threads: int) -> dict[str, Any]:
     shared = {"engine": _ENGINE, "torch": torch.__version__}
     if device == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        cpu = {"device": _cpu_name(), "capability": capability, "cores": os.cpu_count(), "threads": threads}
+        cpu = {"device": cpu_name(), "capability": capability, "cores": os.cpu_count(), "threads": threads}
         return {**shared, **cpu}
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     return {**shared, "device": name, "cudnn": torch.backends.cudnn.version()}
 
 
 @lru_cache(maxsize=1)
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The name of the CPU, as the system gives it."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> str:
+    """The instruction sets of the CPU; its name where the system does not list them."""
+    return _cpu_info("flags") or _cpu_info("Features") or f"{platform.machine()} {cpu_name()}"
+
+
+def _cpu_info(key: str) -> str:
+    """A value of Linux's list of CPUs, of the first CPU that has it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")

@@ -2,6 +2,7 @@
 
 from .patch import patch
 from .plan import PatchPlan, plan_patch
+from .refit import can_refit, refit_
 from .report import PatchReport, report
 from .restore import merge, unpatch
 from .spec import PatchSpec, list_patches, load_patch
@@ -10,11 +11,13 @@ __all__ = [
     "PatchPlan",
     "PatchReport",
     "PatchSpec",
+    "can_refit",
     "list_patches",
     "load_patch",
     "merge",
     "patch",
     "plan_patch",
+    "refit_",
     "report",
     "unpatch",
 ]

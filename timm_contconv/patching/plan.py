@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from rich.table import Table
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..layers import ConvReplacement
+from ..layers import ConvReplacement, LayerSpec
+from ..layers.core.arguments import check_module
 from ..layers.core.plain import PlainConv
+from ..layers.core.replacement import FIT_TOLERANCE, Init
 from ..layers.core.spec import KernelSpec
 from .folding import folds_of_one_size
 from .record import get_record
@@ -26,11 +30,11 @@ from .select import (
     shared_refusals,
     stages,
 )
-from .spec import PatchSpec, as_patch_spec
+from .spec import PatchSpec, Share, as_patch_spec
 from .stem_pool import Rewired, plan_stem_pool, with_changes
 from .tables import as_text
 
-__all__ = ["PatchPlan", "plan_patch"]
+__all__ = ["PatchPlan", "plan_patch", "with_fit_settings"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,11 @@ class PatchPlan:
         }
 
     def _settings(self, name: str) -> dict[str, Any]:
-        return self.spec.layer_at(self.stage_of[name]).model_dump(mode="json", exclude_none=True)
+        return self.layer_of(name).model_dump(mode="json", exclude_none=True)
+
+    def layer_of(self, name: str) -> LayerSpec:
+        """The settings of a convolution's new layer."""
+        return self.spec.layer_at(self.stage_of[name], name)
 
     def __rich__(self) -> Table:
         table = Table("name", "now", "becomes", "geometry", title=f"{self.spec.layer.method}: {len(self.convs)} layers")
@@ -102,32 +110,42 @@ def plan_patch(
     *,
     select: Selector | Sequence[Selector] | None = None,
     min_kernel_size: int | None = None,
+    share: Share | Literal["recipe"] = "recipe",
+    by_name: Mapping[str, Mapping[str, Any]] | None = None,
+    init: Init = "fit",
+    fit_tolerance: float | None = FIT_TOLERANCE,
     **layer_overrides: Any,
 ) -> PatchPlan:
     """What `tcc.patch` will do with these arguments. The model is not changed, and may be on the meta device.
 
+    Settings that depend on the old kernels' values, such as the number of elements that a fit needs, stay open.
+
     Raises:
         TypeError, ValueError: as `tcc.patch`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected a module, as timm.create_model returns one")
+    check_module(model)
     spec = as_patch_spec(patch)
     if layer_overrides:
         spec = spec.with_layer(**layer_overrides)
-    if min_kernel_size is not None:
-        spec = PatchSpec.from_dict({**spec.to_dict(), "min_kernel_size": min_kernel_size})
+    changes: dict[str, Any] = {} if min_kernel_size is None else {"min_kernel_size": min_kernel_size}
+    if share != "recipe":
+        changes["share"] = share
+    if by_name is not None:
+        changes["by_name"] = {**spec.by_name, **by_name}
+    if changes:
+        spec = PatchSpec.from_dict({**spec.to_dict(), **changes})
     _require_patchable(model)
-    return _plan(model, spec, combined_selectors(spec.select, select))
+    return _plan(model, spec, combined_selectors(spec.select, select), init == "random" or fit_tolerance is None)
 
 
-def _plan(model: nn.Module, spec: PatchSpec, selectors: Sequence[Selector]) -> PatchPlan:
+def _plan(model: nn.Module, spec: PatchSpec, selectors: Sequence[Selector], as_in_papers: bool) -> PatchPlan:
     rewired = plan_stem_pool(model) if spec.stem_pool == "to_stage" else ()
     convolutions = with_changes(find_convolutions(model), rewired)
     selected = select_convolutions(convolutions, selectors, spec.min_kernel_size)
     stage_of = dict(zip(selected, stages(model, list(selected)), strict=True))
     convs, refused = _split(model, spec, selected, stage_of)
     groups = _groups(spec, convs, stage_of)
-    layer = spec.layer.resolve([[convs[name] for name in group] for group in groups])
+    layer = spec.layer.resolve([[convs[name] for name in group] for group in groups]) if as_in_papers else spec.layer
     homes = _homes(model, [group for group in groups if len(group) > 1], layer.method)
     resolved = {"layer": layer, "select": _recordable(selectors, convs), "models": ()}
     return PatchPlan(
@@ -142,11 +160,42 @@ def _plan(model: nn.Module, spec: PatchSpec, selectors: Sequence[Selector]) -> P
     )
 
 
+def with_fit_settings(plan: PatchPlan, tolerance: float) -> PatchPlan:
+    """The plan with the settings filled in that a fit of the convolutions' kernels needs, group by group."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for group in plan.groups:
+        before = plan.layer_of(group[0])
+        after = before.for_fit([plan.convs[name] for name in group], tolerance)
+        chosen |= dict.fromkeys(group, _differences(before, after))
+    common = _most_common(chosen.values())
+    spec = plan.spec.model_copy(update={"layer": plan.spec.layer.model_copy(update=common)})
+    by_name = dict(spec.by_name)
+    for name, settings in chosen.items():
+        now = spec.layer_at(plan.stage_of[name], name)
+        if rest := {key: value for key, value in settings.items() if getattr(now, key) != value}:
+            by_name[glob.escape(name)] = {**by_name.get(glob.escape(name), {}), **rest}
+    return dataclasses.replace(plan, spec=spec.model_copy(update={"by_name": by_name}))
+
+
+def _differences(before: LayerSpec, after: LayerSpec) -> dict[str, Any]:
+    """The fields of `after` that differ."""
+    return {key: getattr(after, key) for key in type(after).model_fields if getattr(after, key) != getattr(before, key)}
+
+
+def _most_common(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The most common value of each setting."""
+    counts: dict[str, Counter[Any]] = {}
+    for values in settings:
+        for key, value in values.items():
+            counts.setdefault(key, Counter())[value] += 1
+    return {key: values.most_common(1)[0][0] for key, values in counts.items()}
+
+
 def _kernel_sizes(
     spec: PatchSpec, convs: Mapping[str, PlainConv], stage_of: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     """Sizes of the dense kernels, by name; empty for a method that constructs no kernel."""
-    layers = {name: spec.layer_at(stage_of[name]) for name in convs}
+    layers = {name: spec.layer_at(stage_of[name], name) for name in convs}
     return {
         name: layer.sizes(len(convs[name].kernel_size))
         for name, layer in layers.items()
@@ -163,7 +212,8 @@ def _split(
     refused: dict[str, str] = {}
     for name, conv in selected.items():
         plain = cast(PlainConv, conv)  # else `refusal` gives a reason
-        reason = refusal(conv) or in_use.get(name) or spec.layer_at(stage_of[name]).refusal(plain)
+        layer = spec.layer_at(stage_of[name], name)
+        reason = refusal(conv, layer.replaces_transposed) or in_use.get(name) or layer.refusal(plain)
         if reason is None:
             convs[name] = plain
         else:
@@ -211,7 +261,8 @@ def _groups(
         return tuple((name,) for name in convs)
     groups: dict[Any, tuple[str, ...]] = {}
     for name, conv in convs.items():
-        key = (stage_of[name], conv.weight.shape[:2], len(conv.kernel_size), conv.weight.device, conv.weight.dtype)
+        settings = spec.layer_at(stage_of[name], name)
+        key = (stage_of[name], conv.weight.shape, conv.weight.device, conv.weight.dtype, settings)
         groups[key] = (*groups.get(key, ()), name)
     return tuple(groups.values())
 

@@ -8,18 +8,22 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_counts, check_module
+from ..layers.core.replacement import undecayed_names
 from .copies import copy_without_hooks
+from .damage import Damage, measure_damage
 from .folding import folding_blocks
-from .record import PatchRecord, require_record
+from .originals import first_images
+from .record import PatchRecord, patched_inside, require_record
 from .restore import merge, original_architecture
 from .stem_pool import Rewired
 from .tables import as_text
 
-__all__ = ["PatchReport", "PatchRow", "report"]
+__all__ = ["PatchReport", "PatchRow", "count_multiply_adds", "report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,8 @@ class PatchRow:
             dimension; None if there is no convolution.
         max_frequency: the highest frequency of the kernel, in cycles per pixel (pixels can represent up to 0.5); None
             if the method's kernels are not band-limited.
-        fit_error: ||new kernel - old kernel|| / ||old kernel|| at the start; None for a random start.
+        fit_error: ||new kernel - old kernel|| / ||old kernel|| at the start, or after `tcc.refit_`; None for a random
+            start.
     """
 
     name: str
@@ -60,22 +65,27 @@ class PatchReport:
         rows: one per replaced convolution, shared geometry and other changed module.
         refused: selected convolutions that were not replaced, and why.
         notes: warnings about the modules around the new layers.
+        no_weight_decay: names of the parameters that must have no weight decay, in the model that was given.
         parameters_before, parameters_after: of the whole model.
         multiply_adds_before, multiply_adds_after: of the whole model for one sample; None without an input size.
         multiply_adds_published: multiply_adds_after as the method's paper counts; more if this package needs fewer.
         input_size: (channels, *size) for multiply-adds.
+        damage: what the patch does to the outputs for some images; None without images. Rows then stand in the order
+            of their layers' damage, the worst first.
     """
 
     patch: dict[str, Any]
     rows: tuple[PatchRow, ...]
     refused: dict[str, str]
     notes: tuple[str, ...]
+    no_weight_decay: tuple[str, ...]
     parameters_before: int
     parameters_after: int
     multiply_adds_before: int | None
     multiply_adds_after: int | None
     multiply_adds_published: int | None
     input_size: tuple[int, ...] | None
+    damage: Damage | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -96,6 +106,11 @@ class PatchReport:
         if band_limited:
             table.add_column("cycles/pixel", justify="right")
         table.add_column("fit error", justify="right")
+        if self.damage is not None:
+            footer = f"sum {self.damage.sum:.3g}\nwhole {self.damage.whole:.3g}"
+            if self.damage.kept is not None:
+                footer += f"\ntop-1 kept {self.damage.kept:.1%}"
+            table.add_column(f"damage ({self.damage.measure})", footer=footer, justify="right")
         for row in self.rows:
             table.add_row(
                 row.name,
@@ -106,39 +121,67 @@ class PatchReport:
                 _sizes_change(row.receptive_field_before, row.receptive_field_after),
                 *(["" if row.max_frequency is None else f"{row.max_frequency:.2f}"] if band_limited else []),
                 "" if row.fit_error is None else f"{row.fit_error:.1e}",
+                *([_number(self.damage.layers.get(row.name))] if self.damage is not None else []),
             )
         for name, reason in self.refused.items():
             table.add_row(name, "refused", reason)
-        if self.notes:
-            table.caption = "\n".join(self.notes)
+        undecayed = ", ".join(sorted({name.rpartition(".")[2] for name in self.no_weight_decay}))
+        decay = f"no weight decay for {undecayed} ({len(self.no_weight_decay)} parameters): see tcc.param_groups"
+        table.caption = "\n".join((decay, *self.notes))
         return table
 
     def __str__(self) -> str:
         return as_text(self)
 
 
-def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchReport:
+def report(
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    *,
+    original: nn.Module | None = None,
+    images: Tensor | None = None,
+) -> PatchReport:
     """What the patch on a model changed.
 
     Args:
-        model: a patched model; it is not changed, and neither it nor its hooks run.
+        model: a patched model, or a module around one (compiled, of Lightning, of your own); it is not changed. Neither
+            it nor its hooks run, unless there are images. Names are those in the patched model.
         input_size: (channels, *size) of one sample, for multiply-adds. They are counted without scales that were set
             on layers later. Default: the size in the model's `pretrained_cfg`; without one, no multiply-adds.
+        original: the model before its patch, with `images`.
+        images: (N, C, H, W), a few that the model was trained for: the report then says what the exchange of each layer
+            alone does to the outputs, and what all do together. Both models run on them, once per layer.
 
     Raises:
-        ValueError: the model is not patched, or its layers were exchanged since.
+        TypeError: model is not a module; original or images is of a wrong type.
+        ValueError: the model is not patched, or its layers were exchanged since; it can't take this input size; one of
+            original and images is missing; original is another architecture, or images are not what the models take;
+            the model holds several patched models.
     """
+    check_module(model)
+    no_weight_decay = tuple(undecayed_names(model))
+    model = patched_inside(model)
     record = require_record(model)
+    if input_size is not None:
+        _check_input_size(model, input_size)
+    damage = None
+    if (original is None) != (images is None):
+        missing = "original" if original is None else "images"
+        raise ValueError(f"{missing}=None: expected it too; what a patch does to outputs takes original and images")
+    if original is not None and images is not None:
+        damage = measure_damage(model, original, first_images(images, len(images), next(model.parameters()), "images"))
     config = getattr(model, "pretrained_cfg", None)
     if input_size is None and isinstance(config, Mapping):
         channels, *size = config["input_size"]
         input_size = (getattr(model, "in_chans", channels), *size)
-    original = original_architecture(model)
-    before, old_outputs = _count_multiply_adds(original, input_size, record.replaced)
+    shadow = original_architecture(model)
+    before, old_outputs = count_multiply_adds(shadow, input_size, record.replaced)
     merged = merge(_as_built(copy_without_hooks(model).to("meta")), inplace=True)
-    after, outputs = _count_multiply_adds(merged, input_size, record.replaced)
-    existed = dict(original.named_modules())
+    after, outputs = count_multiply_adds(merged, input_size, record.replaced)
+    existed = dict(shadow.named_modules())
     rows = [_row(model, record, n, existed.get(n), old_outputs.get(n), outputs.get(n)) for n in record.replaced]
+    if damage is not None:
+        rows.sort(key=lambda row: -damage.layers.get(row.name, 0.0))
     rows += [_home_row(model, record, home, attribute) for home, attribute in record.homes]
     rows += [_module_row(model, change) for change in record.rewired if change.is_module]
     layers = {name: _layer(model, name) for name in outputs}
@@ -147,14 +190,29 @@ def report(model: nn.Module, input_size: Sequence[int] | None = None) -> PatchRe
         patch=record.spec.to_dict(),
         rows=tuple(rows),
         refused=dict(record.refused),
-        notes=_notes(model, record.replaced),
-        parameters_before=sum(p.numel() for p in original.parameters()),
+        notes=(*_notes(model, record.replaced), *_note_of_settings(record)),
+        parameters_before=sum(p.numel() for p in shadow.parameters()),
+        no_weight_decay=no_weight_decay,
         parameters_after=sum(p.numel() for p in model.parameters()),
         multiply_adds_before=before,
         multiply_adds_after=after,
         multiply_adds_published=None if after is None else after + spared,
         input_size=None if input_size is None else tuple(input_size),
+        damage=damage,
     )
+
+
+def _check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
+    if isinstance(input_size, str) or not isinstance(input_size, Sequence) or len(input_size) < 2:
+        raise ValueError(f"input_size={input_size!r}: expected (channels, *size) of one sample, as (3, 224, 224)")
+    check_counts(**{f"input_size[{i}]": size for i, size in enumerate(input_size)})
+    try:
+        count_multiply_adds(original_architecture(model), input_size, ())
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"input_size={tuple(input_size)}: the model can't take it: {reason}; try another size"
+        ) from None
 
 
 def _as_built(shadow: nn.Module) -> nn.Module:
@@ -165,7 +223,7 @@ def _as_built(shadow: nn.Module) -> nn.Module:
     return shadow
 
 
-def _count_multiply_adds(
+def count_multiply_adds(
     shadow: nn.Module, input_size: Sequence[int] | None, names: Iterable[str]
 ) -> tuple[int | None, dict[str, tuple[int, ...]]]:
     """Multiply-adds of a model on the meta device, and output sizes of the named modules."""
@@ -193,6 +251,8 @@ def _row(
     homes = [getattr(model.get_submodule(home), attribute) for home, attribute in record.homes]
     shared = {id(parameter) for home in homes for parameter in home.parameters()}  # counted in their own rows
     weights = 0 if conv is None else sum(p.numel() for key, p in conv.named_parameters() if key == "weight")
+    if isinstance(conv, nn.ConvTranspose2d):  # each pixel of its output sees a part of the kernel
+        weights //= torch.Size(conv.stride).numel()
     pixels = None if old_output is None else torch.Size(old_output).numel()
     return PatchRow(
         name=name,
@@ -250,6 +310,21 @@ def _notes(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
         f"{', '.join(sorted(folding))}: these blocks fold their branches for inference"
         " (timm.utils.reparameterize_model), which may fail with the new layers: merge, or use the model unfolded",
     )
+
+
+def _note_of_settings(record: PatchRecord) -> tuple[str, ...]:
+    """How many elements a fit took, if nobody gave their number."""
+    counts = [getattr(record.spec.layer, "kernel_count", None)]
+    counts += [table.get("kernel_count") for table in record.spec.by_name.values()]
+    found = sorted({count for count in counts if count is not None})
+    if record.fit_tolerance is None or not found:
+        return ()
+    span = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    return (f"{span} elements per kernel; fit_tolerance={record.fit_tolerance:g}",)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
 
 
 def _change(before: int | None, after: int | None) -> str:

@@ -7,21 +7,30 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import TypeVar, cast
 
+import torch
 from torch import nn
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
+from ..layers.core.plain import PlainConv, without_zero_borders
 from .copies import copy_without_hooks, with_hooks
 from .folding import fold_methods
-from .record import PatchRecord, remove_record, require_record
+from .record import MERGED, MergedRecord, PatchRecord, get_record, remove_record, require_record
 from .transaction import Transaction
 
-__all__ = ["merge", "original_architecture", "unpatch"]
+__all__ = ["merge", "original_architecture", "outermost_layers", "unpatch"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+LARGE = 9  # pixels of a depthwise kernel from which PyTorch's convolution on the CPU is slow unless channels-last
 
 
 def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
     """Turn every layer of this package into plain convolutions with the same output.
+
+    Borders of zeros are cut off their kernels. On the CPU the weights of large depthwise kernels are laid out
+    channels-last, where PyTorch's convolution is many times faster; `state_dict` and files do not keep that, so call
+    `model.to(memory_format=torch.channels_last)` after loading.
 
     Args:
         model: a patched model, or any model that holds layers of this package.
@@ -36,23 +45,39 @@ def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
         ValueError: the model holds no such layer, or holds one that equals no plain convolution, such as a CC layer
             of scale 0.7; nothing is changed then.
     """
+    check_module(model)
     if not any(isinstance(module, ConvReplacement) for module in model.modules()):
         raise ValueError(f"model: this {type(model).__name__} holds no layer of timm_contconv: nothing to merge")
     if isinstance(model, ConvReplacement):
         raise ValueError(f"model: a lone {type(model).__name__} can't be merged in place; call its to_conv()")
     if not inplace:
         model = copy.deepcopy(model)
-    layers = _outermost_layers(model)
+    layers = outermost_layers(model)
     plain = {}
     for name, layer in layers.items():
         with _named(name):
-            plain[name] = layer.to_dense_conv() if dense else layer.to_conv()
+            plain[name] = _made_lean(layer.to_dense_conv() if dense else layer.to_conv())
     changes = Transaction()
     changes.replace(model, {id(layer): with_hooks(layer, plain[name]) for name, layer in layers.items()})
     for module in model.modules():
+        if (record := get_record(module)) is not None:
+            changes.set(module, MERGED, MergedRecord(record.spec, tuple(record.replaced), record.architecture))
         remove_record(module, changes)
     changes.apply()
     return model
+
+
+def _made_lean(merged: nn.Module) -> nn.Module:
+    """The same module without what would slow it down: zero borders, and on the CPU the wrong memory format."""
+    if isinstance(merged, PlainConv):
+        conv = without_zero_borders(merged)
+        depthwise = conv.weight.ndim == 4 and conv.groups == conv.in_channels > 1
+        if depthwise and max(conv.kernel_size) >= LARGE and conv.weight.device.type == "cpu":
+            conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
+        return conv
+    for name, child in merged.named_children():
+        setattr(merged, name, _made_lean(child))
+    return merged
 
 
 def unpatch(model: Model) -> Model:
@@ -122,7 +147,7 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _outermost_layers(model: nn.Module) -> dict[str, ConvReplacement]:
+def outermost_layers(model: nn.Module) -> dict[str, ConvReplacement]:
     """Layers of this package by name, without those inside another layer."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ConvReplacement)}
     parts = {id(part) for layer in layers.values() for part in layer.modules() if part is not layer}

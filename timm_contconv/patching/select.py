@@ -28,7 +28,7 @@ __all__ = [
 
 Selector = str | Callable[[str, nn.Module], bool]
 
-PLAIN_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
+PLAIN_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, nn.ConvTranspose2d)
 
 
 def _is_depthwise(conv: _ConvNd) -> bool:
@@ -36,12 +36,13 @@ def _is_depthwise(conv: _ConvNd) -> bool:
 
 
 def _is_strided(conv: _ConvNd) -> bool:
-    return max(conv.stride) > 1
+    return max(conv.stride) > 1 and not conv.transposed
 
 
 PRESETS: dict[str, Callable[[_ConvNd], bool]] = {
     "depthwise": _is_depthwise,
     "strided": _is_strided,
+    "transposed": lambda conv: conv.transposed,
     "all": lambda conv: True,
 }
 
@@ -59,7 +60,7 @@ def select_convolutions(
     Args:
         convolutions: by module name.
         selectors: "depthwise" (one input channel per group, kernel larger than 1), "strided" (a stride above 1),
-            "all", globs over module names, and predicates (name, convolution) -> bool.
+            "transposed" (that upscale), "all", globs over module names, and predicates (name, convolution) -> bool.
         min_kernel_size: in pixels; convolutions whose kernel is smaller along every dimension are left out.
 
     Raises:
@@ -95,8 +96,8 @@ def combined_selectors(
         listed = tuple(select)
     else:
         raise TypeError(
-            f"select={select!r}: expected 'depthwise', 'strided', 'all', globs of module names, predicates"
-            " (name, convolution) -> bool, or a list of these"
+            f"select={select!r}: expected 'depthwise', 'strided', 'transposed', 'all', globs of module names,"
+            " predicates (name, convolution) -> bool, or a list of these"
         )
     only_exclusions = listed != () and all(map(_is_exclusion, listed))
     return (*recipe, *listed) if only_exclusions else listed
@@ -106,9 +107,14 @@ def _is_exclusion(selector: Selector) -> bool:
     return isinstance(selector, str) and selector.startswith("!")
 
 
-def refusal(conv: _ConvNd) -> str | None:
-    """Why no method can replace this convolution; None if one may."""
-    if conv.transposed:
+def refusal(conv: _ConvNd, transposed: bool = False) -> str | None:
+    """Why a method can't replace this convolution, whatever its settings; None if it may.
+
+    Args:
+        conv: the convolution.
+        transposed: whether the method replaces transposed convolutions too.
+    """
+    if conv.transposed and not transposed:
         return "transposed convolution"
     if parametrize.is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is computed from other parameters (parametrization, weight norm or pruning)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 import tomllib
 from collections.abc import Mapping
@@ -26,8 +27,9 @@ from ..layers.core.arguments import Int
 from ..layers.core.spec import LARGEST_KERNEL, explain
 from ..paths import data_folder
 
-__all__ = ["PatchSpec", "as_patch_spec", "list_patches", "load_patch"]
+__all__ = ["PatchSpec", "Share", "as_patch_spec", "list_patches", "load_patch"]
 
+Share = Literal["stage"] | None
 _Text = Annotated[str, Field(max_length=1000)]
 _Names = Annotated[tuple[_Text, ...], Field(max_length=10_000)]
 
@@ -49,9 +51,13 @@ class PatchSpec(BaseModel):
         layer: settings of the method that `method` names.
         by_stage: settings of the layer that differ by stage of the model: one table per stage, in order; the last
             table holds for all later stages.
-        select: the convolutions to replace: "depthwise", "strided", "all", or globs of module names; "!" excludes.
+        by_name: settings of the layer that differ by module name: a table per glob; they come after those of
+            by_stage, and a later glob after an earlier one.
+        select: the convolutions to replace: "depthwise", "strided", "transposed", "all", or globs of module names; "!"
+            excludes.
         min_kernel_size: in pixels; convolutions whose kernel is smaller along every dimension are left out.
-        share: "stage" gives layers of a stage with the same parameter shapes one set of positions and widths.
+        share: "stage" gives layers of a stage with the same parameter shapes, whose old kernels had the same size,
+            one set of positions and widths.
         stem_pool: "to_stage" removes the max-pool of a ResNet's stem; the first stage strides instead.
         description: one line for users.
         models: timm architectures to register this recipe on, as `{architecture}_{recipe}`.
@@ -64,9 +70,10 @@ class PatchSpec(BaseModel):
 
     layer: Annotated[SerializeAsAny[LayerSpec], BeforeValidator(_layer_spec)]
     by_stage: Annotated[tuple[dict[str, Any], ...], Field(max_length=100)] = ()
+    by_name: Annotated[dict[_Text, dict[str, Any]], Field(max_length=10_000)] = {}
     select: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=10_000)]
     min_kernel_size: Annotated[Int, Field(ge=1, le=LARGEST_KERNEL)] = 1
-    share: Literal["stage"] | None = None
+    share: Share = None
     stem_pool: Literal["to_stage"] | None = None
     description: _Text = ""
     models: _Names = ()
@@ -79,11 +86,23 @@ class PatchSpec(BaseModel):
                 _with_settings(info.data["layer"], table, f"stage {number}")
         return tables
 
-    def layer_at(self, stage: int) -> LayerSpec:
-        """The layer's settings in a stage, counted from 0."""
-        if not self.by_stage:
-            return self.layer
-        return _with_settings(self.layer, self.by_stage[min(stage, len(self.by_stage) - 1)], f"stage {stage + 1}")
+    @field_validator("by_name")
+    @classmethod
+    def _check_names(cls, tables: dict[str, dict[str, Any]], info: ValidationInfo) -> dict[str, dict[str, Any]]:
+        if "layer" in info.data:
+            for name, table in tables.items():
+                _with_settings(info.data["layer"], table, f"by_name[{name!r}]")
+        return tables
+
+    def layer_at(self, stage: int, name: str | None = None) -> LayerSpec:
+        """The layer's settings in a stage, counted from 0, for the module `name`."""
+        layer = self.layer
+        if self.by_stage:
+            layer = _with_settings(layer, self.by_stage[min(stage, len(self.by_stage) - 1)], f"stage {stage + 1}")
+        for glob, table in self.by_name.items():
+            if name is not None and fnmatch.fnmatchcase(name, glob):
+                layer = _with_settings(layer, table, f"by_name[{glob!r}]")
+        return layer
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "patch") -> Self:
@@ -99,7 +118,8 @@ class PatchSpec(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the inverse."""
-        unset = {key for key, empty in (("models", ()), ("min_kernel_size", 1)) if getattr(self, key) == empty}
+        empty = {"models": (), "min_kernel_size": 1, "by_name": {}}
+        unset = {key for key, value in empty.items() if getattr(self, key) == value}
         return self.model_dump(mode="json", exclude_none=True, exclude=unset)
 
     def to_toml(self) -> str:
@@ -107,7 +127,7 @@ class PatchSpec(BaseModel):
         return tomli_w.dumps(self.to_dict())
 
     def with_layer(self, **changes: Any) -> Self:
-        """The same patch with other settings of its layer, equal in all stages.
+        """The same patch with other settings of its layer, equal in all stages and for all names.
 
         Raises:
             ValueError: as `from_dict`.
@@ -116,6 +136,8 @@ class PatchSpec(BaseModel):
         values["layer"] = {**values["layer"], **changes}
         kept = [{k: v for k, v in table.items() if k not in changes} for table in self.by_stage]
         values["by_stage"] = kept if any(kept) else []
+        named = {name: {k: v for k, v in table.items() if k not in changes} for name, table in self.by_name.items()}
+        values["by_name"] = {name: table for name, table in named.items() if table}
         return self.from_dict(values)
 
 
@@ -131,7 +153,10 @@ def load_patch(name_or_path: str | Path) -> PatchSpec:
         ValueError: the recipe does not exist (the message names similar ones), or its content is wrong (the message
             names file, line and key).
         FileNotFoundError: the file does not exist.
+        TypeError: it is neither a text nor a path.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"name_or_path={name_or_path!r}: expected a recipe's name or the path of a .toml")
     if str(name_or_path) in list_patches():
         path = data_folder("patches") / f"{name_or_path}.toml"
     elif isinstance(name_or_path, Path) or name_or_path.endswith(".toml"):
@@ -142,7 +167,10 @@ def load_patch(name_or_path: str | Path) -> PatchSpec:
             f"patch={name_or_path!r}: no such recipe; did you mean {' or '.join(near)}? tcc.list_patches() lists"
             " all; a path must end in .toml"
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: not a TOML file: {error}") from None
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ConvReplacement
+from ..layers.core.arguments import check_module
 from .distributed import edit_whole_parameters, whole_parameters
 
 __all__ = ["constrain_", "constrain_layers_", "mean_penalty", "penalty"]
@@ -22,9 +23,12 @@ def penalty(model: nn.Module) -> Tensor:
     the parameters for this.
 
     Returns:
-        The mean over the layers that have a regulariser; 0 if there are none.
+        The mean over the layers that have a regulariser. DCLS layers that share their positions count as one, as in the
+        released training code. If there are none, or their parameters are frozen, it still takes `backward()`, which
+        then changes nothing; it is 0 without a regulariser.
     """
-    return mean_penalty(_layers(model))
+    value = mean_penalty(_layers(model))
+    return value if value.requires_grad or not torch.is_grad_enabled() else value.detach().requires_grad_()
 
 
 def constrain_(model: nn.Module) -> None:
@@ -37,6 +41,7 @@ def constrain_(model: nn.Module) -> None:
 
 def mean_penalty(layers: Sequence[ConvReplacement]) -> Tensor:
     """`penalty` of these layers."""
+    layers = _penalised_once(layers)
     with whole_parameters(layers):
         penalties = [value for layer in layers if (value := layer.penalty()) is not None]
     return torch.stack(penalties).mean() if penalties else torch.zeros(())
@@ -49,5 +54,15 @@ def constrain_layers_(layers: Sequence[ConvReplacement]) -> None:
             layer.constrain_()
 
 
+def _penalised_once(layers: Sequence[ConvReplacement]) -> list[ConvReplacement]:
+    """The layers without those whose penalty is that of an earlier layer, because they share what it depends on."""
+    by_source: dict[int, ConvReplacement] = {}
+    for layer in layers:
+        owner = layer.geometry_owner
+        by_source.setdefault(id(owner.geometry_home if owner.penalises_geometry else layer), layer)
+    return list(by_source.values())
+
+
 def _layers(model: nn.Module) -> list[ConvReplacement]:
+    check_module(model)
     return [module for module in model.modules() if isinstance(module, ConvReplacement)]

@@ -10,21 +10,21 @@ import timm.optim
 from timm.optim import _optim_factory
 from torch import nn
 
-from .groups import split_geometry
+from .groups import PositionScale, check_position_scale, split_geometry
 
 __all__ = ["scale_positions"]
 
 FUNCTIONS = ("param_groups_weight_decay", "param_groups_layer_decay")
 
 
-def scale_positions(lr_scale: float) -> Callable[[], None]:
+def scale_positions(lr_scale: PositionScale) -> Callable[[], None]:
     """Make timm's optimiser factory put geometry parameters into separate groups, without weight decay.
 
     The lr_scale of such a group is `lr_scale` times that of the layer's other parameters (1 without layer decay).
     timm's schedulers multiply the learning rate by it.
 
     Args:
-        lr_scale: more than 0; 5 for DCLS (Khalfaoui-Hassani et al. 2023, Appendix C).
+        lr_scale: as `position_lr_scale` of `tcc.param_groups`; {} takes each method's own.
 
     Returns:
         A function that undoes it.
@@ -32,8 +32,7 @@ def scale_positions(lr_scale: float) -> Callable[[], None]:
     Raises:
         ValueError: lr_scale is out of range.
     """
-    if not lr_scale > 0:
-        raise ValueError(f"lr_scale={lr_scale}: expected more than 0")
+    check_position_scale(lr_scale)
     places = [(module, name, getattr(module, name)) for module in (timm.optim, _optim_factory) for name in FUNCTIONS]
     for module, name, function in places:
         setattr(module, name, _with_geometry_split(function, lr_scale))
@@ -45,7 +44,7 @@ def scale_positions(lr_scale: float) -> Callable[[], None]:
     return undo
 
 
-def _with_geometry_split(function: Callable[..., Any], lr_scale: float) -> Callable[..., Any]:
+def _with_geometry_split(function: Callable[..., Any], lr_scale: PositionScale) -> Callable[..., Any]:
     @functools.wraps(function)
     def grouped(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return split_geometry(function(model, *args, **kwargs), model, lr_scale)

@@ -7,10 +7,11 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -18,6 +19,7 @@ from ..layers import ConvReplacement
 from ..layers.core.replacement import live_layers
 from .constraints import constrain_layers_, mean_penalty
 from .factory import scale_positions
+from .groups import PositionScale
 
 __all__ = ["StepHooks", "training_hooks"]
 
@@ -26,13 +28,14 @@ _IN_FORCE = threading.Lock()
 
 @contextlib.contextmanager
 def training_hooks(
-    position_lr_scale: float | None = None, penalty_factor: float = 0.0, penalty_power: int = 1
+    position_lr_scale: PositionScale | None = None, penalty_factor: float = 0.0, penalty_power: int = 1
 ) -> Iterator[None]:
     """Constrain the layers, and penalise them on request, at every optimiser step inside this block (`StepHooks`).
 
     Args:
         position_lr_scale: learning rate of positions, widths, radii and masks relative to the weights', for optimisers
-            made by `timm.optim.create_optimizer_v2`; None gives them the same rate.
+            made by `timm.optim.create_optimizer_v2`: a number, or by name as for `tcc.param_groups`, where {} is what
+            the papers have. None gives all the same rate.
         penalty_factor, penalty_power: the loss grows by factor * tcc.penalty(model) ** power.
 
     Raises:
@@ -41,7 +44,7 @@ def training_hooks(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_the_only_block())
-        # Also without position_lr_scale: layer decay needs these groups, because timm does not know shared geometry.
+        # Also without position_lr_scale: a wrapper around a patched model does not say what is not decayed.
         stack.callback(scale_positions(1.0 if position_lr_scale is None else position_lr_scale))
         hooks = StepHooks(penalty_factor, penalty_power, position_lr_scale)
         stack.callback(hooks.remove)
@@ -66,8 +69,8 @@ class StepHooks:
     """Hooks on every optimiser of this process, from now until `remove()`.
 
     They act only on layers that have a parameter in the optimiser, not on those of an EMA copy or a teacher. After a
-    step the layers are constrained. Before it, the penalty's gradient is added to the parameters' gradients, at full
-    precision:
+    step the layers are constrained. Before it, or after every call of its closure, the penalty's gradient is added to
+    the parameters' gradients, at full precision:
 
     - once per step, also with gradient accumulation, and with an optimiser that steps inside another one
       (ZeroRedundancyOptimizer);
@@ -80,14 +83,14 @@ class StepHooks:
     Args:
         penalty_factor: factor on `tcc.penalty` of the stepped layers; 0 for no penalty.
         penalty_power: power of the penalty; the released DCLS training code uses 2.
-        position_lr_scale: the scale that each optimiser must have from `scale_positions`; None checks nothing.
+        position_lr_scale: what each optimiser must have from `scale_positions`; None checks nothing.
 
     Raises:
         ValueError: an argument is out of range, or a power is given without a factor.
     """
 
     def __init__(
-        self, penalty_factor: float = 0.0, penalty_power: int = 1, position_lr_scale: float | None = None
+        self, penalty_factor: float = 0.0, penalty_power: int = 1, position_lr_scale: PositionScale | None = None
     ) -> None:
         if not penalty_factor >= 0:
             raise ValueError(f"penalty_factor={penalty_factor}: expected at least 0")
@@ -114,26 +117,50 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """PyTorch calls this with the arguments of `step`, and takes those that it returns instead."""
         if _is_inside_another_step():
-            return  # the outer step's hook has done it for all parameters
+            return None  # the outer step's hook has done it for all parameters
         layers = stepped_layers(optimizer)
         if not layers:
-            return
+            return None
         self.stepped = True
         asked = self.position_lr_scale is not None
         if asked and optimizer not in self._checked and _require_position_groups(optimizer, layers):
             self._checked.add(optimizer)
-        if self.penalty_factor:
-            if any(argument is not None for argument in (*args[1:], *kwargs.values())):
-                raise ValueError(
-                    f"--penalty: {type(optimizer).__name__}.step was given a closure, which computes gradients inside"
-                    " of the step; add tcc.penalty(model) to the loss in the closure instead"
-                )
-            self.penalised |= add_penalty_gradient(optimizer, layers, self.penalty_factor, self.penalty_power)
+        if not self.penalty_factor:
+            return None
+
+        def penalise(closure: Callable[[], Any]) -> Callable[[], Any]:
+            return lambda: self._add_penalty(optimizer, layers, closure())
+
+        positional, named = _with_closures(args[1:], kwargs, penalise)
+        if positional == args[1:] and named == kwargs:
+            self._add_penalty(optimizer, layers)
+        return (args[0], *positional), named
+
+    def _add_penalty(self, optimizer: Optimizer, layers: Sequence[ConvReplacement], loss: Any = None) -> Any:
+        """Add the penalty's gradient; return the loss of a closure with the penalty, which line searches compare."""
+        value = add_penalty_gradient(optimizer, layers, self.penalty_factor, self.penalty_power)
+        if value is None:
+            return loss
+        self.penalised = True
+        if isinstance(loss, Tensor):
+            return loss + value.to(loss.device)
+        return None if loss is None else loss + value.item()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         constrain_layers_(stepped_layers(optimizer))
+
+
+def _with_closures(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[Callable[[], Any]], Callable[[], Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an optimiser's step, with `change` applied to those that are closures."""
+    positional = tuple(change(value) if callable(value) else value for value in args)
+    return positional, {name: change(value) if callable(value) else value for name, value in kwargs.items()}
 
 
 def _is_inside_another_step() -> bool:
@@ -151,9 +178,9 @@ def _is_inside_another_step() -> bool:
 def _warn_if_unused(hooks: StepHooks) -> None:
     """Warn about options that had no effect."""
     if hooks.position_lr_scale is not None and not hooks.stepped:
-        warnings.warn("--position-lr-scale: had no effect: no optimiser stepped a layer of this package", stacklevel=4)
+        warnings.warn("position_lr_scale: had no effect: no optimiser stepped a layer of this package", stacklevel=4)
     if hooks.penalty_factor and not hooks.penalised:
-        warnings.warn("--penalty: had no effect: no optimiser stepped a layer with a penalty", stacklevel=4)
+        warnings.warn("penalty_factor: had no effect: no optimiser stepped a layer with a penalty", stacklevel=4)
 
 
 def stepped_layers(optimizer: Optimizer) -> list[ConvReplacement]:
@@ -166,17 +193,19 @@ def stepped_layers(optimizer: Optimizer) -> list[ConvReplacement]:
     ]
 
 
-def add_penalty_gradient(optimizer: Optimizer, layers: Sequence[ConvReplacement], factor: float, power: int) -> bool:
+def add_penalty_gradient(
+    optimizer: Optimizer, layers: Sequence[ConvReplacement], factor: float, power: int
+) -> Tensor | None:
     """Add the gradient of factor * (mean penalty of the layers) ** power to the gradients of the parameters.
 
     Returns:
-        False if there is none: no layer has a penalty, or its parameters are frozen.
+        The value, detached; None if no layer has a penalty, or its parameters are frozen.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     with torch.enable_grad():
         value = factor * mean_penalty(layers) ** power
     if not value.requires_grad:
-        return False
+        return None
     scale = getattr(optimizer, "grad_scale", None)  # GradScaler sets it on an optimiser that removes the scale
     for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
         if gradient is None:
@@ -184,7 +213,7 @@ def add_penalty_gradient(optimizer: Optimizer, layers: Sequence[ConvReplacement]
         if scale is not None:
             gradient = gradient * scale
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-    return True
+    return value.detach()
 
 
 def _require_position_groups(optimizer: Optimizer, layers: Sequence[ConvReplacement]) -> bool:
@@ -198,13 +227,13 @@ def _require_position_groups(optimizer: Optimizer, layers: Sequence[ConvReplacem
         inside = [id(parameter) in geometry for parameter in group["params"]]
         if any(inside) and not (all(inside) and "lr_scale" in group):
             raise ValueError(
-                f"--position-lr-scale: this {type(optimizer).__name__} was not made by timm.optim.create_optimizer_v2"
+                f"position_lr_scale: this {type(optimizer).__name__} was not made by timm.optim.create_optimizer_v2"
                 " or from its parameter groups; give it tcc.param_groups(model, lr, weight_decay, position_lr_scale=…)"
             )
     rates = [float(group["lr"]) / group.get("lr_scale", 1.0) for group in optimizer.param_groups]
     if max(rates) > (1 + 1e-6) * min(rates):
         raise ValueError(
-            "--position-lr-scale: the learning rates of this optimiser's groups are not one rate times their"
+            "position_lr_scale: the learning rates of this optimiser's groups are not one rate times their"
             " lr_scale; a scheduler of timm makes them so (train.py: --sched cosine, for example)"
         )
     return max(rates) > 0

@@ -4,6 +4,7 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,3 +126,15 @@ def test_what_an_ensemble_can_not_average_is_refused() -> None:
         scale_ensemble(network().train(), [{}])(torch.randn(1, 3, 16, 16))
     with pytest.raises(ValueError, match="this Sequential holds no ContinuousConv2d"):
         scale_ensemble(nn.Sequential(nn.Conv2d(3, 3, 3)), [{}])
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_an_ensemble_can_take_the_median(count: int) -> None:
+    model, x = network(), torch.randn(2, 3, 16, 16)
+    sequences = [HALF, TURNS, [(0.25, 1), (1, 0.25), 1], [0.25, 1, 1]][:count]
+    with torch.no_grad():
+        outputs = [scale_ensemble(model, [scales]).eval()(x).double().numpy() for scales in sequences]
+        found = scale_ensemble(model, sequences, "median").eval()(x)
+    np.testing.assert_allclose(found.numpy(), np.median(outputs, axis=0), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="aggregate='mode': expected one of mean, median"):
+        scale_ensemble(model, sequences, "mode")

@@ -21,7 +21,6 @@ from timm_contconv.layers import DclsConv2d, SmpConv1d
         ("out_channels", 0, "a positive int"),
         ("groups", 2.0, "a positive int"),
         ("in_channels", 7, "a multiple of groups=2"),
-        ("dilation", 2, "1; use a larger kernel_size to reach further"),
         ("padding", "full", "an int, 2 ints, 'same', 'valid'"),
         ("padding", "causal", "an int, 2 ints, 'same', 'valid'"),
         ("padding_mode", "mirror", "one of zeros, reflect, replicate, circular"),

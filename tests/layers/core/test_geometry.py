@@ -71,7 +71,10 @@ def shared_model() -> nn.Module:
 
 def unshared_gradients(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """By name of the shared model; of plain convolutions whose kernels are those of the formulas, layer by layer."""
-    plain = tcc.merge(model)
+    plain = copy.deepcopy(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, KernelConv):
+            plain.set_submodule(name, layer.to_conv())
     plain(images).square().sum().backward()
     model.zero_grad()
     for name, layer in model.named_modules():

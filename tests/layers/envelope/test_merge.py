@@ -52,17 +52,12 @@ def test_dense_refuses_what_no_padding_can_place() -> None:
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_layer_starts_as_the_convolution_that_it_replaces_and_goes_back(conv: dict, order: str) -> None:
     plain, x = nn.Conv2d(4, 6, 3, **conv), torch.randn(2, 4, 9, 10)
-    layer = GaussianEnvelopeConv2d.from_conv(plain, EnvelopeSpec(order=order))
+    layer = GaussianEnvelopeConv2d.from_conv(plain, EnvelopeSpec(order=order), fit_tolerance=1e-6)
     torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-5)
     assert layer.fit_error(plain) < 1e-5
-    assert torch.equal(layer.to_conv_like(plain)(x), plain(x))
+    torch.testing.assert_close(layer.to_conv_like(plain)(x), plain(x), rtol=1e-4, atol=1e-5)
     nn.init.zeros_(layer.raw_sigma)
     assert layer.to_conv_like(plain) is None
-
-
-def test_a_width_that_is_asked_for_is_not_fitted() -> None:
-    layer = GaussianEnvelopeConv2d.from_conv(nn.Conv2d(4, 6, 3), EnvelopeSpec(initial_sigma=0.5))
-    torch.testing.assert_close(layer.sigma, torch.full((4,), 0.5))
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("circular", "reflect")])

@@ -184,9 +184,35 @@ def test_bad_settings_are_named(options, message):
         make(**options)
 
 
-def test_a_causal_convolution_has_no_small_kernel():
-    with pytest.raises(ValueError, match="causal"):
-        SmpConv1d(2, 2, 8, small_kernel=3)
+def test_a_causal_small_kernel_ends_at_the_newest_sample():
+    layer = SmpConv1d(2, 2, 8, small_kernel=3)
+    whole, small = layer.weight, layer.kernel.small_weight
+    with torch.no_grad():
+        small.zero_()
+    torch.testing.assert_close(layer.weight[..., :5], whole[..., :5])
+    with torch.no_grad():
+        layer.kernel.weight.zero_()
+        small.copy_(torch.randn(2, 2, 3))
+    torch.testing.assert_close(layer.weight, torch.nn.functional.pad(small, (5, 0)))
+    with pytest.raises(ValueError, match=r"small_kernel=9: expected at most the kernel_size \(8,\)$"):
+        SmpConv1d(2, 2, 8, small_kernel=9)
+
+
+def test_a_causal_kernel_with_a_small_one_is_fitted():
+    kernel, target = SmpConv1d(2, 2, 8, small_kernel=3, kernel_count=5).kernel, torch.randn(2, 2, 8)
+    kernel.fit_([kernel], [target])  # five points for the five older samples
+    assert relative(kernel(), target) < 1e-4
+
+
+@pytest.mark.parametrize(("learn", "names"), [("coordinates", {"coordinate"}), ("radius", {"radius"})])
+def test_what_shall_not_learn_is_frozen(learn, names):
+    layer = make(**{f"learn_{learn}": False})
+    frozen = {name for name, value in layer.geometry.items() if not value.requires_grad}
+    assert frozen == names
+    layer(torch.randn(1, layer.in_channels, 9, 9)).sum().backward()
+    assert all((value.grad is None) == (name in names) for name, value in layer.geometry.items())
+    with pytest.raises(ValueError, match=f"learn_{learn}=1: expected True or False"):
+        make(**{f"learn_{learn}": 1})
 
 
 # ---- fits

@@ -19,6 +19,8 @@ CASES = [
     (1, 2, (3, 70), (2, 5), (1, 2), (0, 4)),
     (1, 2, (90,), (40,), (1,), (20,)),
     (2, 2, (4, 6), (3, 2), (3, 1), (4, 5)),
+    (2, 2, (5, 7), (31, 31), (1, 1), (15, 15)),
+    (1, 2, (9, 18), (5, 3), (1, 1), (5, 4)),
 ]
 CHECK = """
 import json
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from timm_contconv import ops
 
 
-def check(dtype, batch, channels, size, kernel, stride, padding):
+def check(name, dtype, batch, channels, size, kernel, stride, padding):
     x = torch.randn(batch, channels, *size).to(dtype).requires_grad_()
     weight = torch.randn(channels, 1, *kernel).to(dtype).requires_grad_()
     bias = torch.randn(channels).to(dtype)
@@ -36,7 +38,7 @@ def check(dtype, batch, channels, size, kernel, stride, padding):
     exact = plain(x.double(), weight.double(), bias.double(), stride, padding, 1, channels)
     grad = torch.randn(exact.shape).to(dtype)
     expected = exact, *torch.autograd.grad(exact, (x, weight), grad.double())
-    with ops.algorithm("triton"):
+    with ops.algorithm(name):
         out = ops.conv(x, weight, bias, stride, padding, channels)
         got = out, *torch.autograd.grad(out, (x, weight), grad)
     tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
@@ -45,15 +47,29 @@ def check(dtype, batch, channels, size, kernel, stride, padding):
         assert error < tolerance, (name, error, dtype, x.shape, weight.shape)
 
 
+def check_nan(name):
+    # a NaN in an image reaches what it reaches in PyTorch's convolution, and no other image
+    x, weight = torch.randn(3, 2, 9, 9), torch.randn(2, 1, 3, 3)
+    x[1, 0, 4, 4] = torch.nan
+    with ops.algorithm(name):
+        out = ops.conv(x, weight, None, (1, 1), (1, 1), 2)
+    expected = F.conv2d(x, weight, None, 1, 1, 1, 2)
+    assert out[expected.isnan()].isnan().all()
+    torch.testing.assert_close(out[::2], expected[::2], rtol=1e-4, atol=1e-4)
+
+
 torch.manual_seed(0)
-for dtype, *case in json.loads(sys.argv[1]):
-    check(getattr(torch, dtype), *case)
+check_nan("triton_8x8")
+for name, dtype, *case in json.loads(sys.argv[1]):
+    check(name, getattr(torch, dtype), *case)
 """
 
 
 def test_the_three_passes_in_float32_and_in_half_precision_with_float32_sums():
     pytest.importorskip("triton")
-    cases = [("float32", *case) for case in CASES] + [(dtype, *CASES[0]) for dtype in ("bfloat16", "float16")]
+    cases = [("triton_8x8", "float32", *case) for case in CASES]
+    cases += [("triton_1x64", "float32", *CASES[4]), ("triton_4x32", "float32", *CASES[3])]
+    cases += [("triton_8x8", dtype, *CASES[0]) for dtype in ("bfloat16", "float16")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHECK, json.dumps(cases)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

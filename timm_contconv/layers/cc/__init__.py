@@ -12,6 +12,7 @@ the projected grid, its neighbours, the weights at their distances, and the weig
 - phases.py: step 4 at scales with few phases: ordinary convolutions.
 - features_first.py: step 4 at any scale.
 - merge.py: from plain convolutions, and back.
+- transposed.py: from transposed convolutions, and back.
 - scales.py: other scales for all layers of a model: for a while, or several averaged.
 """
 

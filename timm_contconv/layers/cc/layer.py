@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,8 @@ from ..core.compilation import CompileMode, check_compile_mode
 from ..core.geometry import GeometryOwner
 from ..core.kept import Kept
 from ..core.plain import PlainConv, copy_bias_, require_weights
-from ..core.replacement import ConvReplacement
+from ..core.replacement import FIT_TOLERANCE, ConvReplacement
+from ..core.shown import Elements, Quantity, ShownKernels
 from ..core.tracing import as_node, is_traced
 from .features_first import features_first
 from .grid import (
@@ -31,8 +34,10 @@ from .grid import (
     reference_axes,
     scale_of,
     scale_text,
+    strided_axes,
 )
 from .merge import (
+    common_plateaus,
     covering_support,
     distance_from,
     fit_last_layer,
@@ -45,9 +50,21 @@ from .net import InternalNet
 from .phases import apply_kernels
 from .plan import Plan, resize_plan
 from .spec import CcSpec
+from .transposed import (
+    check_upscaling,
+    fit_upscaling,
+    is_upscaling,
+    phase_distances,
+    transposed_conv,
+    transposed_error,
+    transposed_like,
+    upscaling_support,
+)
 
 __all__ = ["ContinuousConv2d"]
 
+#: samples per pixel in pictures of the continuous kernel
+FINENESS = 8
 #: up to this number of phases, each one is computed as a convolution
 MOST_PHASES = 16
 
@@ -71,6 +88,9 @@ class ContinuousConv2d(ConvReplacement):
             columns.
         rounding: the output has ceil(size · scale) pixels, as in the paper; or "floor" or "round".
         hidden: as for `CcSpec`.
+        per_phase: with hidden=None and an integer scale, the net starts with a value for each distance that occurs,
+            scale · kernel_size along each axis, instead of one for each input pixel. It can then start as any
+            transposed convolution.
         memory_limit: bytes for intermediate values at a scale of many phases, as for `features_first`.
         compile: as for `KernelConv`.
 
@@ -101,6 +121,7 @@ class ContinuousConv2d(ConvReplacement):
         scale: Scale | None = None,
         rounding: Rounding = "ceil",
         hidden: Sequence[int] | None = None,
+        per_phase: bool = False,
         memory_limit: int | None = None,
         compile: CompileMode = "auto",
     ) -> None:
@@ -118,6 +139,8 @@ class ContinuousConv2d(ConvReplacement):
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         spec = CcSpec.of(kernel_size=self.kernel_size, hidden=hidden)
         pixels = [plateaus(*dim, rounding) for dim in zip(self._ratios, self.kernel_size, strict=True)]
+        if per_phase:
+            pixels = self._distances_as_plateaus()
         self.net = InternalNet(out_channels, in_channels // groups, pixels, spec.hidden, device, dtype)
         self.compile_construction(compile)
         self._kept: Kept[Tensor] = Kept()
@@ -129,6 +152,15 @@ class ContinuousConv2d(ConvReplacement):
         self.net.reset_parameters()
         if self.bias is not None:
             nn.init.uniform_(self.bias, -self.net.bound, self.net.bound)
+
+    def _distances_as_plateaus(self) -> list[list[tuple[float, float]]]:
+        if not is_upscaling(self._ratios):
+            raise ValueError(f"per_phase=True, scale={scale_text(self._ratios)}: expected an integer scale above 1")
+        return [[(d, d) for d in axis.flip(0).tolist()] for axis in self._phase_distances()]
+
+    def _phase_distances(self) -> list[Tensor]:
+        """The distances that occur at an integer scale, for rows and columns, ascending."""
+        return [phase_distances(p, size) for (p, _), size in zip(self._ratios, self.kernel_size, strict=True)]
 
     @property
     def scale(self) -> tuple[Fraction, Fraction]:
@@ -165,6 +197,7 @@ class ContinuousConv2d(ConvReplacement):
         """
         if is_traced(x):
             return as_node(self, x, scale=scale, size=size)
+        self._require_values(x)
         if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
             channels = self.in_channels
             raise ValueError(f"x: expected (N, {channels}, H, W) or ({channels}, H, W), got {tuple(x.shape)}")
@@ -184,6 +217,8 @@ class ContinuousConv2d(ConvReplacement):
         if out_size is not None:
             out_size = per_dimension("size", out_size, 2, minimum=1)
         ratio = scale_of(size, scale, out_size) or self._ratios
+        if ratio[0][0] * ratio[1][0] > MOST_PHASES and torch.compiler.is_dynamo_compiling():
+            size = _fixed(size)
         make = resize_plan if torch.compiler.is_compiling() else _cached_plan
         return make(tuple(size), out_size, ratio, self.kernel_size, self.rounding, self.padding_mode)
 
@@ -239,30 +274,23 @@ class ContinuousConv2d(ConvReplacement):
     def _reference_axes(self) -> tuple[ResizedAxis, ResizedAxis]:
         return reference_axes(self._ratios, self.kernel_size)
 
-    @torch.no_grad()
-    def sampled_kernel(self, samples: int, channels: int) -> Tensor:
-        """Continuous kernels on a fine grid over their support, for pictures (Fig. 3).
-
-        Args:
-            samples: along each axis.
-            channels: number of output channels, for the first input channel.
-
-        Returns:
-            (channels, samples, samples); distances fall from support/2 to -support/2, as along the pixels of a kernel.
-        """
-        centres = (torch.arange(samples, device=self.net.weight.device) + 0.5) / samples - 0.5
-        features = self.net.features(*(-size * centres for size in self.kernel_size))
-        return torch.einsum("yxf,cf->cyx", features, self.net.weight[:channels, 0].to(features.dtype))
-
     # ---- in place of a convolution, and back
 
     @classmethod
-    def in_place_of(cls, conv: PlainConv, spec: CcSpec) -> Self:
-        """A CC layer with scale 1/stride in place of `conv`.
+    def in_place_of(cls, conv: PlainConv | nn.ConvTranspose2d, spec: CcSpec) -> Self:
+        """A CC layer with scale 1/stride in place of `conv`; of a transposed convolution, with scale stride.
 
         Raises:
             ValueError: no rounding gives the output size of `conv` for every input.
         """
+        if isinstance(conv, nn.ConvTranspose2d):
+            check_upscaling(conv)
+            size = spec.kernel_size or tuple(upscaling_support(conv, dim) for dim in (0, 1))
+            return cls(
+                conv.in_channels, conv.out_channels, size, scale=conv.stride, groups=conv.groups,
+                bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype, hidden=spec.hidden,
+                per_phase=spec.hidden is None,
+            )  # fmt: skip
         rounding = rounding_of(conv)
         size = spec.kernel_size or tuple(covering_support(conv, dim, rounding) for dim in (0, 1))
         return cls(
@@ -272,43 +300,65 @@ class ContinuousConv2d(ConvReplacement):
         )  # fmt: skip
 
     @classmethod
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
         """Solve the last layers of the internal nets by least squares, so that the kernels are those of `convs`.
 
-        The fit covers all distances that occur at scale 1/stride. It is exact if the support holds the pixels that a
+        The fit covers all distances that occur at the layers' scale. It is exact if the support holds the pixels that a
         convolution reads and the hidden layers suffice, as those of `hidden=None` do.
         """
         require_weights(convs)
         for layer, conv in zip(layers, convs, strict=True):
-            fit_last_layer(layer.net.weight, layer.net.features, conv, layer.kernel_size, layer.rounding)
+            if isinstance(conv, nn.ConvTranspose2d):
+                fit_upscaling(layer.net.weight, layer.net.features, conv, layer.kernel_size)
+            else:
+                rows, columns = (common_plateaus(convs, d, layer.kernel_size[d], layer.rounding) for d in (0, 1))
+                if layer.net.hidden is None and rows is not None and columns is not None:
+                    layer.net.interpolate_((rows, columns))
+                fit_last_layer(layer.net.weight, layer.net.features, conv, layer.kernel_size, layer.rounding)
             copy_bias_(layer.bias, conv)
 
-    def fit_error(self, conv: PlainConv) -> float:
-        """||kernel - kernel of conv|| / ||kernel of conv||, for input sizes that are multiples of the stride."""
-        return distance_from(conv, self.construct(), self._reference_axes)
+    def fit_error(self, conv: PlainConv | nn.ConvTranspose2d) -> float:
+        """||kernel - kernel of conv|| / ||kernel of conv||, the largest for any size of the input."""
+        if isinstance(conv, nn.ConvTranspose2d):
+            return transposed_error(conv, self.kernel_at(*self._phase_distances()), self.kernel_size)
+        strided = [strided_axes(self.stride[d], self.kernel_size[d], self.rounding) for d in (0, 1)]
+        errors = []
+        for axes in itertools.product(*strided):
+            rows, columns = (distances(axis, 0, 1, torch.device("cpu"))[0] for axis in axes)
+            errors.append(distance_from(conv, self.kernel_at(rows, columns).detach(), axes))
+        return max(errors)
 
     def to_conv(self) -> nn.Module:
         """The strided convolution with the same output, for input sizes that are multiples of the stride.
 
-        Other sizes shift the projected grid between the pixels, and so change the kernel.
+        Other sizes shift the projected grid between the pixels, and so change the kernel. At an integer scale it is a
+        transposed convolution, for all sizes.
 
         Raises:
-            ValueError: the scale is not 1/k.
+            ValueError: the scale is neither 1/k nor an integer, or the padding of an upscaling layer is not of zeros.
         """
+        if is_upscaling(self._ratios) and self.padding_mode == "zeros":
+            kernel, scale = self.kernel_at(*self._phase_distances()), [p for p, _ in self._ratios]
+            return _trained_as(self, transposed_conv(kernel, self.bias, scale, self.kernel_size, self.groups))
         require_strides(self._ratios)
         kernel, axes = self.construct(), self._reference_axes
         return _trained_as(self, merged_conv(kernel, self.bias, axes, self.rounding, self.padding_mode, self.groups))
 
-    def to_conv_like(self, conv: PlainConv) -> PlainConv | None:
+    def to_conv_like(self, conv: Any) -> Any:
         """A copy of `conv`, which this layer stands in for, with this layer's kernel at the pixels that both read.
 
         `conv` may be on the meta device. None if more than 1e-5 of the kernel's mass lies on other pixels.
 
         Raises:
-            ValueError: the scale is not 1/stride.
+            ValueError: the scale is not 1/stride, or that of a transposed convolution.
         """
-        require_strides(self._ratios, conv.stride)
-        kernel = kernel_like(conv, self.construct().detach(), self._reference_axes)
+        if isinstance(conv, nn.ConvTranspose2d):
+            if [(s, 1) for s in conv.stride] != list(self._ratios):
+                raise ValueError(f"scale={scale_text(self._ratios)}: expected {tuple(conv.stride)}, the stride")
+            kernel = transposed_like(conv, self.kernel_at(*self._phase_distances()).detach(), self.kernel_size)
+        else:
+            require_strides(self._ratios, conv.stride)
+            kernel = kernel_like(conv, self.construct().detach(), self._reference_axes)
         if kernel is None:
             return None
         plain = copy.deepcopy(conv)
@@ -317,6 +367,28 @@ class ContinuousConv2d(ConvReplacement):
         return _trained_as(self, plain)
 
     # ---- reports, saving, modes
+
+    @torch.no_grad()
+    def shown_kernels(self) -> ShownKernels:
+        """Continuous kernels on a fine grid over their support (Fig. 3), and where `construct` samples them.
+
+        A pixel of the picture is a distance g - m in the order of a kernel's pixels: from half the support to minus
+        half. One input channel for each output channel, as `one_per_output`.
+        """
+        axes = [(torch.arange(k * FINENESS) + 0.5) / FINENESS - k / 2 for k in self.kernel_size]
+        device, channels = self.net.weight.device, torch.arange(self.out_channels)
+        features = self.net.features(*(-axis.to(device) for axis in axes))
+        weight = self.net.weight[channels, channels % self.net.weight.shape[1]].to(features.dtype)
+        values = torch.einsum("yxf,cf->cyx", features, weight)
+        samples = torch.meshgrid(*(distance.flatten() for distance in self.weight_distances()), indexing="ij")
+        position = torch.stack([size / 2 - d for size, d in zip(self.kernel_size, samples, strict=True)], -1)
+        return ShownKernels(
+            values, 1 / FINENESS, Elements(position.reshape(1, -1, 2) - 0.5, label="sample of the kernel")
+        )
+
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        """None: the hidden layers of the internal net have no meaning of their own."""
+        return ()
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         """Multiply-adds for one sample, at the layer's scale, without the construction of kernels."""
@@ -351,7 +423,15 @@ class ContinuousConv2d(ConvReplacement):
 CcSpec.layers = {2: ContinuousConv2d}
 
 
-def _trained_as(layer: ContinuousConv2d, conv: PlainConv) -> PlainConv:
+def _fixed(size: Sequence[int]) -> list[int]:
+    """Sizes as numbers, for which torch.compile makes one graph each.
+
+    As symbols they would grow from layer to layer: nested fractions that take minutes to simplify.
+    """
+    return [operator.index(pixels) for pixels in size]
+
+
+def _trained_as(layer: ContinuousConv2d, conv: Any) -> Any:
     """`conv` with the layer's training mode; its weight needs a gradient if the layer's net does."""
     conv.weight.requires_grad_(any(value.requires_grad for value in layer.net.inputs().values()))
     return conv.train(layer.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from ..core.plain import NEGLIGIBLE, PlainConv, has_same_padding, plain_conv
 from .grid import Ratio, ResizedAxis, Rounding, distances, scale_text, strided_axes
 
 __all__ = [
+    "common_plateaus",
     "covering_support",
     "distance_from",
     "fit_last_layer",
@@ -65,6 +67,39 @@ def covering_support(conv: PlainConv, dim: int, rounding: Rounding) -> int:
     ):
         support += 1
     return support
+
+
+def common_plateaus(
+    convs: Sequence[PlainConv], dim: int, support: int, rounding: Rounding
+) -> list[tuple[float, float]] | None:
+    """Plateaus on each of which convolutions read one pixel, at all distances of `strided_axes`; None if impossible.
+
+    Args:
+        convs: the convolutions.
+        dim: 0 for rows, 1 for columns.
+        support: number of plateaus.
+        rounding: of the layer.
+
+    Returns:
+        As `grid.plateaus`, which holds for all kernels. It pairs the pixels of images of even and odd sizes as they
+        stand in the support, while a convolution may read the next ones.
+    """
+    found = [_plateaus_of(conv, dim, support, rounding) for conv in convs]
+    return found[0] if all(plateaus == found[0] for plateaus in found) else None
+
+
+def _plateaus_of(conv: PlainConv, dim: int, support: int, rounding: Rounding) -> list[tuple[float, float]] | None:
+    where, taps = _distances_and_taps(conv, dim, support, rounding, torch.device("cpu"))
+    pairs = sorted(zip(where.tolist(), taps.tolist(), strict=True), reverse=True)
+    runs = [(tap, [d for d, _ in run]) for tap, run in itertools.groupby(pairs, key=lambda pair: pair[1])]
+    if len({tap for tap, _ in runs if tap >= 0}) < sum(tap >= 0 for tap, _ in runs):
+        return None
+    while len(runs) > support:  # beyond the last plateau a kernel falls to 0 anyway
+        runs = runs[1:] if runs[0][0] < 0 else runs[:-1]
+    plateaus = [(min(distances), max(distances)) for _, distances in runs]
+    while len(plateaus) < support:
+        plateaus.append((plateaus[-1][0] - 1, plateaus[-1][0] - 1))
+    return plateaus
 
 
 @torch.no_grad()
@@ -170,7 +205,7 @@ def kernel_like(conv: PlainConv, kernel: Tensor, axes: Sequence[ResizedAxis]) ->
 
 @torch.no_grad()
 def distance_from(conv: PlainConv, kernel: Tensor, axes: Sequence[ResizedAxis]) -> float:
-    """||kernel - kernel of conv|| / ||kernel of conv||; arguments as for `kernel_like`."""
+    """||kernel - kernel of conv|| / ||kernel of conv||, for the sizes of `axes`; arguments as for `kernel_like`."""
     kernel, wanted = kernel.double(), conv.weight.double()
     placed = _in_place_of(conv, kernel, axes)
     elsewhere = (kernel.square().sum() - placed.square().sum()).clamp_min(0)

@@ -127,10 +127,7 @@ class InternalNet(GeometryOwner):
             return
         spread, geometry = self.bound, self.geometry
         if self.hidden is None:
-            with torch.device("cpu"):  # whatever the default is
-                start = interpolating_net(self.plateaus)
-            for name, value in start.items():
-                geometry[name].copy_(value)
+            self.interpolate_(self.plateaus)
         else:
             for name, value in geometry.items():
                 limit = 1 / math.sqrt(geometry[name.replace("bias", "weight")].shape[1])
@@ -138,6 +135,14 @@ class InternalNet(GeometryOwner):
             spread /= self._feature_norm()
         nn.init.uniform_(self.weight, -spread, spread)
         self.weight[..., -1] = 0
+
+    @torch.no_grad()
+    def interpolate_(self, plateaus: Sequence[Sequence[tuple[float, float]]]) -> None:
+        """Let the hidden layers interpolate linearly between other plateaus; only with `hidden=None`."""
+        with torch.device("cpu"):  # whatever the default is
+            start = interpolating_net(plateaus)
+        for name, value in start.items():
+            self.geometry[name].copy_(value)
 
     def _feature_norm(self) -> float:
         """Root mean square, over distances in the support, of the norm of the features."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import check_choice
 from .grid import Scale, ratios
 from .layer import ContinuousConv2d
 
@@ -17,6 +18,7 @@ __all__ = ["ScaleEnsemble", "cc_scales", "scale_ensemble"]
 
 _LOCK = threading.RLock()
 
+Aggregate = Literal["mean", "median"]
 #: scales of the layers by module name, or of all of them in the model's order
 Scales = Mapping[str, Scale] | Sequence[Scale]
 
@@ -54,26 +56,28 @@ def cc_scales(model: nn.Module, scales: Scales) -> Iterator[nn.Module]:
 
 
 class ScaleEnsemble(nn.Module):
-    """The mean of a model's outputs over several sequences of scales for its CC layers.
+    """The mean or the median of a model's outputs over several sequences of scales for its CC layers.
 
     Args:
         model: a model that holds `ContinuousConv2d` layers; its own scales give the expected output size.
         sequences: at least one sequence of scales, each as for `cc_scales`; {} are the model's own. Along every path
             through the network the product of the scales must be that of the model's own scales, so that sizes agree.
+        aggregate: "mean", or "median" of each output value; of an even number, the mean of the middle two.
 
     Raises:
-        ValueError: as `cc_scales`.
+        ValueError: as `cc_scales`, or another aggregate.
     """
 
-    def __init__(self, model: nn.Module, sequences: Sequence[Scales]) -> None:
+    def __init__(self, model: nn.Module, sequences: Sequence[Scales], aggregate: Aggregate = "mean") -> None:
         super().__init__()
+        self.aggregate = check_choice("aggregate", aggregate, get_args(Aggregate))
         if not isinstance(sequences, Sequence) or not sequences:
             raise ValueError(f"sequences={sequences!r}: expected at least one sequence of scales, in a list")
         self.model = model
         self.sequences = tuple(_by_name(model, scales) for scales in sequences)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mean of the model's outputs for x.
+        """The mean or the median of the model's outputs for x.
 
         Raises:
             ValueError: the model is in training mode; or a sequence changes the output size of the last CC layer, or
@@ -83,7 +87,8 @@ class ScaleEnsemble(nn.Module):
             raise ValueError("model: it is in training mode, expected eval(); an ensemble of scales is for inference")
         with _one_thread_at_a_time():
             expected = self._expected_size(x)
-            return torch.stack([self._output(x, number, expected) for number in range(len(self.sequences))]).mean(0)
+            outputs = torch.stack([self._output(x, number, expected) for number in range(len(self.sequences))])
+            return outputs.mean(0) if self.aggregate == "mean" else _median(outputs)
 
     @torch.no_grad()
     def _expected_size(self, x: Tensor) -> tuple[int, ...]:
@@ -118,9 +123,15 @@ class ScaleEnsemble(nn.Module):
         return y
 
 
-def scale_ensemble(model: nn.Module, sequences: Sequence[Scales]) -> ScaleEnsemble:
-    """A `ScaleEnsemble` of a model, which averages its outputs over several sequences of scales."""
-    return ScaleEnsemble(model, sequences)
+def scale_ensemble(model: nn.Module, sequences: Sequence[Scales], aggregate: Aggregate = "mean") -> ScaleEnsemble:
+    """A `ScaleEnsemble` of a model: the mean or the median of its outputs over several sequences of scales."""
+    return ScaleEnsemble(model, sequences, aggregate)
+
+
+def _median(outputs: Tensor) -> Tensor:
+    """The median over the first dimension."""
+    ordered, middle = outputs.sort(0).values, len(outputs) // 2
+    return ordered[middle] if len(outputs) % 2 else ordered[middle - 1 : middle + 1].mean(0)
 
 
 class LayerSizes(NamedTuple):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
+from torch import nn
 
 from ..core.arguments import Int
 from ..core.plain import PlainConv
 from ..core.spec import KernelSize, LayerSpec
 from .merge import rounding_of
+from .transposed import check_upscaling
 
 __all__ = ["CcSpec"]
 
@@ -22,12 +24,20 @@ Width = Annotated[Int, Field(ge=1, le=LARGEST_WIDTH)]
 class CcSpec(LayerSpec):
     """Settings of a CC layer. In place of a convolution it has the scale 1/stride and the convolution's rounding.
 
+    In place of a transposed convolution it has the scale stride.
+
     Attributes:
         kernel_size: support of the kernel in input pixels, at most 31; one int for both dimensions or one each. None
             for the smallest support that holds the pixels that the replaced convolution reads.
         hidden: units of the hidden layers of the internal net, 1 to 1024 in each of at most 8 layers. None for three
             small layers that start as linear interpolation between the pixels of a kernel.
     """
+
+    replaces_transposed: ClassVar[bool] = True
+    fit_advice: ClassVar[str] = (
+        "Leave kernel_size and hidden out: the default support holds the pixels that a convolution reads, and the"
+        " default net reproduces any kernel."
+    )
 
     method: Literal["cc"] = "cc"
     kernel_size: KernelSize | None = None
@@ -41,5 +51,8 @@ class CcSpec(LayerSpec):
             raise ValueError(f"expected at most {LARGEST_SUPPORT} pixels, one int or one each for rows and columns")
         return size
 
-    def check_conv(self, conv: PlainConv) -> None:
-        rounding_of(conv)
+    def check_conv(self, conv: PlainConv | nn.ConvTranspose2d) -> None:
+        if isinstance(conv, nn.ConvTranspose2d):
+            check_upscaling(conv)
+        else:
+            rounding_of(conv)

@@ -6,6 +6,7 @@
 - `spec`: LayerSpec and KernelSpec, the settings of a method; `METHODS`, all specs by name
 - `kept`: a kernel that is kept outside training
 - `compilation`, `tracing`: kernels under torch.compile, layers under torch.fx
+- `shown`: what pictures show of a layer
 - `plain`, `padding`: plain convolutions, and padding that they can't do
 - `least_squares`: fits of kernels to kernels
 - `arguments`, `finite`: checks of arguments and of parameters

@@ -1,6 +1,6 @@
 """Checks of arguments that layers share with PyTorch's convolutions.
 
-Every check raises a ValueError that names the argument, its value and what is allowed.
+Every check raises an error that names the argument, its value and what is allowed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "PADDING_MODES",
@@ -19,6 +19,7 @@ __all__ = [
     "check_channels",
     "check_choice",
     "check_counts",
+    "check_module",
     "check_padding",
     "per_dimension",
 ]
@@ -46,6 +47,17 @@ def _as_strict_int(value: Any) -> int:
 
 #: a setting that takes an int of any library, and no bool, text or float
 Int = Annotated[int, BeforeValidator(_as_strict_int)]
+
+
+def check_module(model: object) -> None:
+    """Check that `model` is a module.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(model, nn.Module):
+        what = repr(model) if isinstance(model, str | None) else f"a {type(model).__name__}"
+        raise TypeError(f"model={what}: expected a module, as timm.create_model returns one")
 
 
 def check_counts(**counts: int) -> None:

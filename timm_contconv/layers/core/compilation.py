@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...ops import compute_dtype
+from ...ops import compute_dtype, has_autocast
+from .subnormals import without_subnormals
 
 __all__ = ["CompileMode", "check_compile_mode", "construct", "without_autocast"]
 
@@ -46,7 +47,7 @@ def construct(
         mode: "auto" compiles on CUDA only.
 
     Returns:
-        What the function returns, in dtype.
+        What the function returns, in dtype, values under 1e-30 set to 0.
     """
     exact = compute_dtype(dtype)
     device = next(iter(inputs.values())).device
@@ -55,12 +56,12 @@ def construct(
         wanted = device.type == "cuda" if mode == "auto" else mode
         if wanted and not torch.compiler.is_compiling():
             return _construct_compiled(function, arguments).to(dtype)
-        return function(**arguments).to(dtype)
+        return without_subnormals(function(**arguments)).to(dtype)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """A context in which operators keep the dtype of their arguments."""
-    if not torch.amp.is_autocast_available(device_type):  # the meta device
+    if not has_autocast(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
@@ -69,7 +70,7 @@ def _construct_compiled(function: Callable[..., Tensor], inputs: Mapping[str, Te
     """Call a kernel function through torch.compile. If no compiler works, warn once and stay eager."""
     global _compiler_works
     if not _compiler_works:
-        return function(**inputs)
+        return without_subnormals(function(**inputs))
     partial = function if isinstance(function, functools.partial) else functools.partial(function)
     compiled = _compiled(partial.func, tuple(sorted(partial.keywords.items())))
     wanted = torch.is_grad_enabled() and any(value.requires_grad for value in inputs.values())
@@ -83,7 +84,7 @@ def _construct_compiled(function: Callable[..., Tensor], inputs: Mapping[str, Te
             RuntimeWarning,
             stacklevel=2,
         )
-        return function(**inputs)
+        return without_subnormals(function(**inputs))
     return kernel if wanted else kernel.detach()
 
 
@@ -101,7 +102,7 @@ def _compiled(function: Callable[..., Tensor], static: tuple[tuple[str, Any], ..
     """One compiled function per method and kernel size, for any number of channels."""
 
     def construct(**inputs: Tensor) -> Tensor:
-        return function(**inputs, **dict(static))
+        return without_subnormals(function(**inputs, **dict(static)))
 
     # torch.compile stores a limited number of results per code object, so every size gets a code object of its own
     own = types.FunctionType(

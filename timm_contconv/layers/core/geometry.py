@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import nn
@@ -18,8 +18,12 @@ class GeometryOwner(nn.Module):
 
     #: names of the geometry parameters
     geometry_names: tuple[str, ...] = ()
-    #: learning rate of the geometry relative to that of the weights, as in the method's paper
-    geometry_lr_scale: ClassVar[float] = 1.0
+    #: names of other parameters without weight decay: several biases in one tensor, filters' frequencies and widths
+    undecayed_names: tuple[str, ...] = ()
+    #: learning rates relative to that of the weights, by name, as in the method's paper or release; 1 where not named
+    geometry_lr_scale: ClassVar[Mapping[str, float]] = {}
+    #: whether the method's penalty depends on the geometry alone, so that layers that share it have one
+    penalises_geometry: ClassVar[bool] = False
 
     @property
     def geometry(self) -> dict[str, nn.Parameter]:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...ops import is_transformed
+from ...ops import plain_only
 
 __all__ = ["Kept", "may_look"]
 
@@ -78,7 +78,7 @@ def _may_keep(inputs: Sequence[Tensor]) -> bool:
 
 def may_look(values: Iterable[Any]) -> bool:
     """Whether values can be read here: not on the meta device, nor while they are traced, transformed or captured."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or _is_recorded():
+    if torch.compiler.is_compiling() or plain_only() or _is_recorded():
         return False
     is_cuda = False
     for value in values:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from .compilation import CompileMode, construct
+from .finite import require_finite
 from .geometry import GeometryOwner
+from .replacement import FIT_TOLERANCE
+from .shown import Elements, Quantity, parameter_quantities
 
 __all__ = ["Kernel", "Margins"]
 
@@ -57,7 +60,13 @@ class Kernel(GeometryOwner, ABC):
         return {**own, **self.geometry}
 
     def inputs(self) -> dict[str, Tensor]:
-        """The arguments of `function()`, by name: the parameters, unless a kernel needs more."""
+        """The arguments of `function()`, by name: the parameters, unless a kernel needs more.
+
+        Raises:
+            ValueError: geometry is not finite (checked on the CPU).
+        """
+        for name, value in self.geometry.items():
+            require_finite(name, value)
         return self.sources()
 
     def forward(self) -> Tensor:
@@ -84,12 +93,13 @@ class Kernel(GeometryOwner, ABC):
 
     @classmethod
     @abstractmethod
-    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor], tolerance: float = FIT_TOLERANCE) -> None:
         """Let kernels reproduce others, in place, as well as they can. Deterministic; exact where that is possible.
 
         Args:
             kernels: kernels of one geometry; several share it.
             targets: (C_out, C_in/groups, *size) kernels of one size, at most kernel_size, with the same centre.
+            tolerance: relative error that is good enough; what it leaves free serves a geometry that can learn.
         """
 
     def constrain_(self) -> None:
@@ -106,3 +116,11 @@ class Kernel(GeometryOwner, ABC):
     def highest_frequency(self) -> float | None:
         """The highest frequency in cycles per pixel; None if the kernel is not band-limited, or without values."""
         return None
+
+    def shown_elements(self) -> Elements | None:
+        """The elements that pictures draw over the kernel; None if it has none."""
+        return None
+
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        """Numbers about the geometry whose distributions pictures show: the parameters, unless a kernel says more."""
+        return parameter_quantities(self.geometry)

@@ -16,7 +16,8 @@ from .kept import Kept
 from .kernel import Kernel, Margins
 from .padding import pad_image, sides_of
 from .plain import PlainConv, copy_bias_, kernels_inside, plain_arguments, plain_conv, require_weights
-from .replacement import ConvReplacement
+from .replacement import FIT_TOLERANCE, ConvReplacement
+from .shown import Quantity, ShownKernels, one_per_output
 from .spec import KernelSpec
 from .tracing import as_node, is_traced
 
@@ -34,7 +35,8 @@ class KernelConv(ConvReplacement):
         padding: pixels added on both sides, "valid" (none), "same" (the output has ceil(input / stride) pixels; for
             stride 1 this is PyTorch's "same", for larger strides timm's `Conv2dSame`), or in 1-D "causal" (zeros before
             the sequence, so that output i depends on inputs 0..i). Default: 0, unless the layer says otherwise.
-        dilation: only 1; use a larger kernel_size instead.
+        dilation: pixels between neighbours of the kernel, as in `nn.Conv2d`; the kernel's geometry is in its own
+            pixels. To reach further, a larger kernel_size is the better way.
         groups: blocked connections from input to output channels.
         bias: adds a learnable bias of shape (C_out,).
         padding_mode: "zeros", "reflect", "replicate" or "circular".
@@ -52,6 +54,7 @@ class KernelConv(ConvReplacement):
         ValueError: an argument is out of range; the message names it, its value and what is allowed.
     """
 
+    dilates = True
     #: `**settings` are fields of this class; None for a layer that takes any spec
     spec_class: ClassVar[type[KernelSpec] | None] = None
     default_padding: ClassVar[int | str] = 0
@@ -77,8 +80,6 @@ class KernelConv(ConvReplacement):
         super().__init__()
         padding = self.default_padding if padding is None else padding
         self._set_arguments(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
-        if max(self.dilation) > 1:
-            raise ValueError(f"dilation={dilation!r}: expected 1; use a larger kernel_size to reach further")
         self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
         if spec is None:
             spec = self._spec_of(settings)
@@ -149,14 +150,16 @@ class KernelConv(ConvReplacement):
         """
         if is_traced(x):
             return as_node(self, x)
+        self._require_values(x)
         kernel, margins = self._cropped_kernel()
         x, padding = self._pad(x, margins)
-        return convolve(x, kernel, self.bias, self.stride, padding, self.groups)
+        return convolve(x, kernel, self.bias, self.stride, padding, self.groups, self.dilation)
 
     def _pad(self, x: Tensor, margins: Margins | None) -> tuple[Tensor, tuple[int, ...]]:
         """Pad where the convolution can't (modes other than zeros, uneven sides); return x and the padding left."""
-        sides = sides_of(self.padding, self.kernel_size, self.stride, x.shape[-self.ndim :])
-        cut = margins or ((0, 0),) * self.ndim
+        reach = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        sides = sides_of(self.padding, reach, self.stride, x.shape[-self.ndim :])
+        cut = [(a * d, b * d) for (a, b), d in zip(margins or ((0, 0),) * self.ndim, self.dilation, strict=True)]
         if self.padding_mode != "zeros":
             x, sides = pad_image(x, sides, self.padding_mode), [(0, 0)] * self.ndim
         sides = [(a - before, b - after) for (a, b), (before, after) in zip(sides, cut, strict=True)]
@@ -177,10 +180,10 @@ class KernelConv(ConvReplacement):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
         require_weights(convs)
         kernels = [layer.kernel for layer in layers]
-        type(kernels[0]).fit_(kernels, kernels_inside(convs, layers[0].kernel_size))
+        type(kernels[0]).fit_(kernels, kernels_inside(convs, layers[0].kernel_size), tolerance)
         for layer, conv in zip(layers, convs, strict=True):
             copy_bias_(layer.bias, conv)
 
@@ -192,8 +195,8 @@ class KernelConv(ConvReplacement):
         self.kernel.look()
         cut = self.kernel.margins or ((0, 0),) * self.ndim
         if self.padding == "causal":
-            (before, after), size = cut[0], self.kernel_size[0]
-            pad = nn.ConstantPad1d((size - 1 - before, -after), 0.0)
+            (before, after), size, step = cut[0], self.kernel_size[0], self.dilation[0]
+            pad = nn.ConstantPad1d(((size - 1 - before) * step, -after * step), 0.0)
             return nn.Sequential(pad, self._plain_conv(self.kernel(), (0,))).train(self.training)
         padding, even = self._even_cut(cut)
         rest = [(before - e, after - e) for (before, after), e in zip(cut, even, strict=True)]
@@ -201,8 +204,9 @@ class KernelConv(ConvReplacement):
 
     def _plain_conv(self, kernel: Tensor, padding: Sequence[int] | str) -> PlainConv:
         conv = plain_conv(
-            kernel, self.bias, stride=self.stride, padding=padding, groups=self.groups, padding_mode=self.padding_mode
-        )
+            kernel, self.bias, stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups,
+            padding_mode=self.padding_mode,
+        )  # fmt: skip
         conv.weight.requires_grad_(any(value.requires_grad for value in self.kernel.sources().values()))
         return conv
 
@@ -212,8 +216,8 @@ class KernelConv(ConvReplacement):
             even = [0 if max(self.stride) > 1 else min(side) for side in cut]  # with a stride it depends on the image
             return "same", even
         assert not isinstance(self.padding, str)
-        even = [min(*side, p) for side, p in zip(cut, self.padding, strict=True)]
-        return tuple(p - e for p, e in zip(self.padding, even, strict=True)), even
+        even = [min(*side, p // d) for side, p, d in zip(cut, self.padding, self.dilation, strict=True)]
+        return tuple(p - e * d for p, e, d in zip(self.padding, even, self.dilation, strict=True)), even
 
     # ---- training, reports
 
@@ -229,14 +233,25 @@ class KernelConv(ConvReplacement):
     def highest_frequency(self) -> float | None:
         return self.kernel.highest_frequency()
 
+    @torch.no_grad()
+    def shown_kernels(self) -> ShownKernels:
+        return ShownKernels(one_per_output(self.weight), elements=self.kernel.shown_elements())
+
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        return self.kernel.shown_quantities()
+
     def receptive_field(self) -> tuple[int, ...]:
-        """Size of the kernel without its margins."""
+        """Extent of the kernel without its margins."""
+        return tuple((size - 1) * d + 1 for size, d in zip(self._inner_size(), self.dilation, strict=True))
+
+    def _inner_size(self) -> list[int]:
+        """Pixels of the kernel without its margins."""
         cut = self.kernel.margins or ((0, 0),) * self.ndim
-        return tuple(size - sum(side) for size, side in zip(self.kernel_size, cut, strict=True))
+        return [size - sum(side) for size, side in zip(self.kernel_size, cut, strict=True)]
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         channels = self.out_channels * self.in_channels // self.groups
-        return math.prod(output_size) * channels * math.prod(self.receptive_field())
+        return math.prod(output_size) * channels * math.prod(self._inner_size())
 
     # ---- modes
 
@@ -253,6 +268,8 @@ class KernelConv(ConvReplacement):
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         if self.padding != (0,) * self.ndim:
             text += f", padding={self.padding!r}"
+        if max(self.dilation) > 1:
+            text += f", dilation={self.dilation}"
         if self.groups != 1:
             text += f", groups={self.groups}"
         if self.bias is None:

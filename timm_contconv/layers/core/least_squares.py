@@ -8,15 +8,18 @@ Pereyra 1973, "The differentiation of pseudo-inverses and nonlinear least square
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry", "NormalEquations", "fit_separately", "pixels_by_energy", "refine", "solve"]
+from .plain import margin
+
+__all__ = ["Geometry", "NormalEquations", "fit_separately", "pixels_by_energy", "pixels_needed", "refine", "solve"]
 
 Geometry = Mapping[str, Tensor]
-#: geometry -> Gram matrices of the elements (B, m, m), and their products with the n targets (B, m, n)
+#: geometry -> Gram matrices of the elements (B, m, m), and their products with the n targets (B, m, n); more dimensions
+#: after B are more problems with the same geometry
 NormalEquations = Callable[[Geometry], tuple[Tensor, Tensor]]
 
 STEPS = 150
@@ -30,32 +33,40 @@ def solve(gram: Tensor, products: Tensor) -> Tensor:
     """The weights that minimise the squared error.
 
     Args:
-        gram: (B, m, m) inner products of the elements.
-        products: (B, m, n) inner products of elements and targets.
+        gram: (..., m, m) inner products of the elements.
+        products: (..., m, n) inner products of elements and targets.
 
     Returns:
-        (B, m, n).
+        (..., m, n).
     """
-    ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+    ridge = max(RIDGE, 64 * torch.finfo(gram.dtype).eps) * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(
+        torch.finfo(gram.dtype).tiny
+    )
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(products, torch.linalg.cholesky(gram + ridge[:, None, None] * identity))
+    return torch.cholesky_solve(products, torch.linalg.cholesky(gram + ridge[..., None, None] * identity))
 
 
 def fit_separately(
     equations: Callable[[Tensor, Geometry], tuple[Tensor, Tensor]],
     targets: Tensor,
+    on_pixels: Geometry,
     start: Geometry,
     units: Mapping[str, float],
     numbers: int,
+    tolerance: float,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Geometry and weights of B separate problems, solved in parts that fit into memory.
+
+    If the weights at `on_pixels` reach the tolerance, nothing is searched. Otherwise the search begins at `start`.
 
     Args:
         equations: (targets of some problems, their geometry) -> their normal equations.
         targets: (B, n, ...).
-        start: geometry to begin with, (B, m, ...) each.
+        on_pixels: geometry with elements that hardly reach beyond their own pixels, (B, m, ...) each.
+        start: geometry to begin the search with, (B, m, ...) each.
         units: as in `refine`.
         numbers: size of the largest tensor of one problem.
+        tolerance: relative error that each of the n targets, over all problems of a part, may have.
 
     Returns:
         The geometry, (B, m, ...) each, and the weights, (B, m, n).
@@ -67,13 +78,22 @@ def fit_separately(
             part = slice(first, first + at_once)
             wanted = targets[part].clone()
             own = functools.partial(equations, wanted)
-            geometry = refine(own, {k: v[part] for k, v in start.items()}, wanted.square().sum().item(), units)
-            pieces.append((geometry, solve(*own(geometry))))
+            geometry = {k: v[part] for k, v in on_pixels.items()}
+            gram, products = own(geometry)
+            weights = solve(gram, products)
+            energy = wanted.square().transpose(0, 1).flatten(1).sum(1)
+            left = energy + _loss(gram, products, weights).sum((0, 1))
+            if (left > tolerance**2 * energy).any():
+                geometry = dict(refine(own, {k: v[part] for k, v in start.items()}, energy.sum().item(), units))
+                weights = solve(*own(geometry))
+            pieces.append((geometry, weights))
     geometry = {name: torch.cat([g[name] for g, _ in pieces]) for name in start}
     return geometry, torch.cat([weight for _, weight in pieces])
 
 
-def refine(equations: NormalEquations, start: Geometry, energy: float, units: Mapping[str, float]) -> Geometry:
+def refine(
+    equations: NormalEquations, start: Geometry, energy: float, units: Mapping[str, float], steps: int = STEPS
+) -> Geometry:
     """Improve a geometry with Adam. Every step solves for the weights again.
 
     Args:
@@ -81,20 +101,21 @@ def refine(equations: NormalEquations, start: Geometry, energy: float, units: Ma
         start: where to begin, (B, ...) each.
         energy: sum of the squares of all targets.
         units: by name, the change of a value that corresponds to a pixel.
+        steps: of Adam.
 
     Returns:
         The best geometry found, shaped like start.
     """
     variables = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.Adam([{"params": [v], "lr": LARGEST_STEP * units[k]} for k, v in variables.items()])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best = dict(start)
     least = variables[next(iter(variables))].new_tensor(torch.inf)
-    for _ in range(STEPS + 1):
+    for _ in range(steps + 1):
         with torch.enable_grad():
             gram, products = equations(variables)
             weights = solve(gram.detach(), products.detach())
-            losses = (gram @ weights - 2 * products).mul(weights).sum((-2, -1))  # error less energy, by problem
+            losses = _loss(gram, products, weights).flatten(1).sum(1)
             loss = losses.sum()
         better = losses.detach() < least
         least = torch.where(better, losses.detach(), least)
@@ -109,23 +130,59 @@ def refine(equations: NormalEquations, start: Geometry, energy: float, units: Ma
     return best
 
 
-def pixels_by_energy(targets: Tensor, ndim: int, count: int) -> Tensor:
+def _loss(gram: Tensor, products: Tensor, weights: Tensor) -> Tensor:
+    """(B, m, n), whose sum over m is the squared error of each target less its energy."""
+    return (gram @ weights - 2 * products).mul(weights)
+
+
+def pixels_needed(targets: Tensor, tolerance: float) -> int:
+    """The fewest pixels of every problem without which no target misses more than a part `tolerance` of its norm.
+
+    Args:
+        targets: (B, n, *size).
+        tolerance: of the norm of a target over all problems.
+    """
+    energy = targets.square().flatten(2)
+    energy = energy / energy.sum((0, 2), keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
+    order = energy.sum(1, keepdim=True).argsort(2, descending=True).expand_as(energy)
+    missed = energy.gather(2, order).flip(2).cumsum(2).flip(2).sum(0)  # (n, P): without all from the p-th on
+    return max(1, int((missed > tolerance**2).sum(1).max()))
+
+
+def pixels_by_energy(targets: Tensor, kernel_size: Sequence[int], count: int) -> Tensor:
     """Pixels where elements start: those with the most energy in the targets, then the nearest to the centre.
 
     Args:
-        targets: (B, n, *size), size of ndim dimensions.
-        ndim: number of spatial dimensions.
-        count: m; if there are fewer pixels, they repeat.
+        targets: (B, n, *size).
+        kernel_size: D ints, at least the targets' size, with the same centre.
+        count: m. Pixels beyond those of the targets are the nearest ones around them; if there are fewer in the whole
+            kernel, they repeat.
 
     Returns:
-        (B, m, ndim) pixel indices.
+        (B, m, D) indices of the kernel's pixels.
     """
-    size = targets.shape[-ndim:]
+    size = targets.shape[2:]
+    margins = targets.new_tensor([margin(old, new) for old, new in zip(size, kernel_size, strict=True)])
     energy = targets.square().sum(1).flatten(1)
-    device = energy.device
-    axes = torch.meshgrid(*(torch.arange(k, dtype=energy.dtype, device=device) for k in size), indexing="ij")
-    pixels = torch.stack(axes, -1).flatten(0, -2)
-    from_centre = (pixels - (energy.new_tensor(size) - 1) / 2).square().sum(-1)
+    pixels = _pixels(size, targets)
     rank = energy / energy.amax(1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
-    order = (rank - 1e-12 * from_centre).argsort(dim=1, descending=True, stable=True)
-    return pixels.to(energy)[order[:, torch.arange(count, device=device) % order.shape[1]]]
+    order = (rank - 1e-12 * _from_centre(pixels, size)).argsort(dim=1, descending=True, stable=True)
+    chosen = pixels[order[:, :count]] + margins
+    if count > len(pixels):
+        around = _pixels(kernel_size, targets) - margins
+        outside = ((around < 0) | (around >= targets.new_tensor(size))).any(-1)
+        around = around[outside]
+        around = around[_from_centre(around, size).argsort(stable=True)] + margins
+        chosen = torch.cat((chosen, around.expand(len(chosen), -1, -1)), 1)
+    return chosen[:, torch.arange(count, device=chosen.device) % chosen.shape[1]]
+
+
+def _pixels(size: Sequence[int], like: Tensor) -> Tensor:
+    """(P, D): the indices of all pixels."""
+    axes = torch.meshgrid(*(torch.arange(k, dtype=like.dtype, device=like.device) for k in size), indexing="ij")
+    return torch.stack(axes, -1).flatten(0, -2)
+
+
+def _from_centre(pixels: Tensor, size: Sequence[int]) -> Tensor:
+    """Squared distances from the centre of an image of `size` pixels."""
+    return (pixels - (pixels.new_tensor(size) - 1) / 2).square().sum(-1)

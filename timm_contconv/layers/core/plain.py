@@ -10,6 +10,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .subnormals import without_subnormals
+
 __all__ = [
     "NEGLIGIBLE",
     "PlainConv",
@@ -23,6 +25,7 @@ __all__ = [
     "plain_conv",
     "relative_error",
     "require_weights",
+    "without_zero_borders",
 ]
 
 PlainConv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -46,7 +49,7 @@ def plain_conv(
     groups: int = 1,
     padding_mode: str = "zeros",
 ) -> PlainConv:
-    """A plain convolution with copies of a kernel and a bias, which train if these do.
+    """A plain convolution with copies of a kernel, less its subnormal numbers, and a bias. They train if these do.
 
     Args:
         weight: (C_out, C_in/groups, *kernel_size) of 1 to 3 spatial dimensions.
@@ -70,7 +73,7 @@ def plain_conv(
     else:
         given = padding if isinstance(padding, str) else tuple(padding)
         conv = CONVOLUTIONS[ndim](*channels, size, tuple(stride), given, padding_mode=padding_mode, **settings)  # type: ignore[arg-type]
-    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    conv.weight = nn.Parameter(without_subnormals(weight.detach()), requires_grad=weight.requires_grad)
     if bias is not None:
         conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return conv
@@ -90,7 +93,7 @@ def plain_arguments(conv: PlainConv, kernel_size: Sequence[int]) -> dict[str, An
     else:
         old: Sequence[int] = (0,) * len(kernel_size) if isinstance(conv.padding, str) else conv.padding
         growth = [new - now for new, now in zip(kernel_size, conv.kernel_size, strict=True)]
-        padding = tuple(p + g // 2 for p, g in zip(old, growth, strict=True))
+        padding = tuple(p + g // 2 * d for p, g, d in zip(old, growth, conv.dilation, strict=True))
         if any(g % 2 for g in growth) or min(padding) < 0:
             raise ValueError(
                 f"kernel_size={tuple(kernel_size)} can't be centred on a {conv.kernel_size} kernel with"
@@ -158,6 +161,47 @@ def centred(kernel: Tensor, size: Sequence[int]) -> Tensor:
     for old, new in reversed(list(zip(kernel.shape[-len(size) :], size, strict=True))):
         padding += [margin(old, new), new - old - margin(old, new)]
     return F.pad(kernel, padding)
+
+
+def without_zero_borders(conv: PlainConv) -> PlainConv:
+    """The convolution without borders of zeros around its kernel, as far as its padding can follow.
+
+    Values below a rounding error of the kernel's largest count as zero. The output stays the same. A kernel on the meta
+    device has no values, and a dilated one is not cropped; then it is the same convolution.
+    """
+    if conv.weight.is_meta or max(conv.dilation) > 1:
+        return conv
+    cut = [_border(conv, dim) for dim in range(len(conv.kernel_size))]
+    if not any(cut):
+        return conv
+    size = [k - 2 * c for k, c in zip(conv.kernel_size, cut, strict=True)]
+    same = has_same_padding(conv)
+    cropped = plain_conv(
+        centred(conv.weight.detach(), size), conv.bias, stride=conv.stride,
+        padding="same" if same else [p - c for p, c in zip(_padding(conv), cut, strict=True)],
+        groups=conv.groups, padding_mode=conv.padding_mode,
+    )  # fmt: skip
+    cropped.weight.requires_grad_(conv.weight.requires_grad)
+    return cropped.train(conv.training)
+
+
+@torch.no_grad()
+def _border(conv: PlainConv, dim: int) -> int:
+    """Pixels that can be cut off both ends of a convolution's kernel along a dimension."""
+    kernel = conv.weight.abs()
+    size, stride = conv.kernel_size[dim], conv.stride[dim]
+    rounding = min(torch.finfo(kernel.dtype).eps, torch.finfo(torch.float32).eps) / 8
+    others = [d for d in range(kernel.ndim) if d != 2 + dim]
+    largest = kernel.amax(others)
+    used = (largest > rounding * largest.max()).nonzero().flatten().tolist() or [size // 2]
+    border = min(used[0], size - 1 - used[-1])
+    if not has_same_padding(conv):
+        return min(border, _padding(conv)[dim])
+    return min(border, max((size - stride) // 2, 0))  # a smaller kernel would need a negative padding for some images
+
+
+def _padding(conv: PlainConv) -> tuple[int, ...]:
+    return (0,) * len(conv.kernel_size) if isinstance(conv.padding, str) else tuple(conv.padding)
 
 
 def kernels_inside(convs: Sequence[PlainConv], size: Sequence[int]) -> list[Tensor]:

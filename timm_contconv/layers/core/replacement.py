@@ -14,11 +14,23 @@ from torch import Tensor, nn
 from .arguments import PADDING_MODES, check_channels, check_choice, check_padding, per_dimension
 from .compilation import CompileMode
 from .geometry import GeometryOwner
-from .plain import PlainConv, kernel_in_size, relative_error
+from .plain import PlainConv, kernel_in_size, relative_error, require_weights
+from .shown import Quantity, ShownKernels, one_per_output, parameter_quantities
 
-__all__ = ["CONV_ATTRIBUTES", "ConvReplacement", "Init", "check_init", "live_layers"]
+__all__ = [
+    "CONV_ATTRIBUTES",
+    "FIT_TOLERANCE",
+    "ConvReplacement",
+    "Init",
+    "check_init",
+    "live_layers",
+    "undecayed_names",
+]
 
 Init = Literal["fit", "random"]
+
+#: relative error of a kernel that a fit may have, unless the caller says otherwise
+FIT_TOLERANCE = 0.01
 
 #: attributes of `nn.Conv2d` that other code reads; `bias` comes on top
 CONV_ATTRIBUTES = (
@@ -44,6 +56,8 @@ class ConvReplacement(nn.Module, ABC):
     method: str
     #: number of spatial dimensions
     ndim: ClassVar[int] = 2
+    #: whether it can stand in for a dilated convolution
+    dilates: ClassVar[bool] = False
 
     transposed = False
 
@@ -91,24 +105,47 @@ class ConvReplacement(nn.Module, ABC):
         """The geometry parameters, by name. They have no weight decay; layers may share them."""
         return self.geometry_owner.geometry
 
+    def _require_values(self, x: Tensor) -> None:
+        """Refuse to run with geometry on the meta device, which has no values.
+
+        Raises:
+            ValueError: x has values.
+        """
+        for name, value in self.geometry.items():
+            if value.is_meta and not x.is_meta:
+                raise ValueError(
+                    f"{name}: is on the meta device, the input on {x.device}: load the weights first; with accelerate's"
+                    " offloading, give it tcc.no_split_modules(model) as preload_module_classes"
+                )
+
+    @property
+    def undecayed(self) -> list[nn.Parameter]:
+        """The parameters that must have no weight decay, besides biases of one dimension: the geometry first."""
+        owner = self.geometry_owner
+        return [*self.geometry.values(), *(getattr(owner, name) for name in owner.undecayed_names)]
+
     # ---- in place of a convolution, and back
 
     @classmethod
-    def from_conv(cls, conv: PlainConv, spec: Any, init: Init = "fit") -> Self:
+    def from_conv(cls, conv: PlainConv, spec: Any, init: Init = "fit", fit_tolerance: float = FIT_TOLERANCE) -> Self:
         """A layer that stands in for `conv`: same channels, stride, bias, output size, device and dtype.
 
         Args:
             conv: the convolution; it is not changed.
             spec: the method's `LayerSpec`.
             init: "fit" reproduces the kernel of `conv` as well as the layer can, "random" draws all parameters.
+            fit_tolerance: relative error of the kernel that is good enough. Settings that the spec leaves open, such
+                as the number of elements, are chosen for it.
 
         Raises:
             ValueError: another init, settings that this convolution does not allow, or no values to fit (meta device).
         """
         check_init(init)
-        layer = cls.in_place_of(conv, spec)
-        if init == "fit":
-            cls.fit_([layer], [conv])
+        if init == "random":
+            return cls.in_place_of(conv, spec)
+        require_weights([conv])
+        layer = cls.in_place_of(conv, spec.for_fit([conv], fit_tolerance))
+        cls.fit_([layer], [conv], fit_tolerance)
         return layer
 
     @classmethod
@@ -118,14 +155,16 @@ class ConvReplacement(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
         """Let layers reproduce the kernels and biases of plain convolutions, in place, as well as they can.
 
-        Deterministic, and exact where the method can be exact.
+        Deterministic.
 
         Args:
             layers: layers of one geometry, each made by `in_place_of`; several share it.
             convs: the convolution that each stands in for.
+            tolerance: relative error of each kernel that is good enough; what it leaves free serves a geometry that
+                can learn.
         """
 
     @abstractmethod
@@ -186,6 +225,17 @@ class ConvReplacement(nn.Module, ABC):
         """
         return None
 
+    def shown_kernels(self) -> ShownKernels:
+        """What pictures show of the kernels: `to_dense_conv()`'s, unless a method has more to show."""
+        dense = self.to_dense_conv()
+        conv = dense[-1] if isinstance(dense, nn.Sequential) else dense  # causal ones have their padding before them
+        assert isinstance(conv, PlainConv)
+        return ShownKernels(one_per_output(conv.weight.detach()))
+
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        """Numbers about the geometry whose distributions pictures show: the parameters, unless a method says more."""
+        return parameter_quantities(self.geometry)
+
     @abstractmethod
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         """Multiply-adds for one sample with an output of `output_size` pixels."""
@@ -203,11 +253,24 @@ class ConvReplacement(nn.Module, ABC):
     def reset_setting(self) -> None:
         """Undo what `unsaved_setting` names, if it prevents merging the layer."""
 
+    def __prepare_scriptable__(self) -> Self:
+        raise NotImplementedError(
+            f"{type(self).__name__}: torch.jit.script can't compile the construction of kernels; script"
+            " tcc.merge(model), or use torch.jit.trace or torch.export"
+        )
+
     def _replicate_for_data_parallel(self) -> Self:
         raise NotImplementedError(
             f"{type(self).__name__}: nn.DataParallel does not copy the parameters of constructed kernels; use"
             " DistributedDataParallel, or tcc.merge(model) to evaluate"
         )
+
+
+def undecayed_names(model: nn.Module) -> list[str]:
+    """Names of the model's parameters that must have no weight decay because a method says so."""
+    layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
+    exempt = {id(parameter) for layer in layers for parameter in layer.undecayed}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in exempt]
 
 
 _CREATED = itertools.count()

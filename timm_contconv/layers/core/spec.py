@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from .arguments import as_int
 from .kernel import Kernel
 from .plain import PlainConv, plain_arguments
-from .replacement import ConvReplacement, Init
+from .replacement import ConvReplacement
 
 __all__ = ["LARGEST_KERNEL", "METHODS", "KernelSize", "KernelSpec", "LayerSpec", "explain"]
 
@@ -43,6 +43,8 @@ class LayerSpec(BaseModel):
 
     #: the layers of the method, by number of spatial dimensions
     layers: ClassVar[dict[int, type[ConvReplacement]]]
+    #: whether the method can stand in for `nn.ConvTranspose2d`
+    replaces_transposed: ClassVar[bool] = False
 
     method: str
 
@@ -68,7 +70,7 @@ class LayerSpec(BaseModel):
         """Why this method can't stand in for `conv`; None if it can."""
         if len(conv.kernel_size) not in self.layers:
             return f"{self.method} has no {len(conv.kernel_size)}-D layer"
-        if max(conv.dilation) > 1:
+        if max(conv.dilation) > 1 and not self.layers[len(conv.kernel_size)].dilates:
             return f"dilation {conv.dilation}: only 1 can be replaced"
         try:
             self.check_conv(conv)
@@ -79,17 +81,29 @@ class LayerSpec(BaseModel):
     def check_conv(self, conv: PlainConv) -> None:
         """Raise a ValueError if a condition of this method's own keeps it from standing in for `conv`."""
 
+    #: what to do if a fit has too large an error, for messages
+    fit_advice: ClassVar[str] = "Use other settings."
+
+    def for_fit(self, convs: Sequence[PlainConv], tolerance: float) -> Self:
+        """The spec with the settings filled in that decide how well layers can reproduce kernels.
+
+        Args:
+            convs: convolutions with values, whose layers will share their geometry.
+            tolerance: relative error that no kernel should exceed.
+        """
+        return self
+
     def resolve(self, groups: Sequence[Sequence[PlainConv]]) -> Self:
-        """The spec with the settings that depend on the whole model filled in.
+        """The spec with the settings that depend on the whole model filled in, as the method's paper does.
 
         Args:
             groups: the convolutions to replace; those of one inner sequence will share their geometry.
         """
         return self
 
-    def build(self, conv: PlainConv, init: Init) -> ConvReplacement:
-        """The layer that stands in for `conv`."""
-        return self.layers[len(conv.kernel_size)].from_conv(conv, self, init=init)
+    def build(self, conv: PlainConv) -> ConvReplacement:
+        """The layer that stands in for `conv`, drawn at random."""
+        return self.layers[len(conv.kernel_size)].in_place_of(conv, self)
 
 
 class KernelSpec(LayerSpec):

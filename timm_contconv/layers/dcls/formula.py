@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ops import is_transformed
+from ...ops import plain_only
+from ..core.subnormals import SMALLEST_EXPONENT, SMALLEST_FACTOR, bell
 
 __all__ = [
     "FACTORS",
@@ -20,19 +21,19 @@ __all__ = [
     "Interpolation",
     "bilinear_kernel",
     "gauss_kernel",
+    "normalized_bilinear_kernel",
     "outer",
     "repulsion",
     "triangle_kernel",
 ]
 
-Interpolation = Literal["bilinear", "triangle", "gauss"]
+Interpolation = Literal["bilinear", "normalized_bilinear", "triangle", "gauss"]
 #: factors (..., m, K_d) along every axis, and the normalisation (..., m) of Eq. 11, or None
 Factors = tuple[list[Tensor], Tensor | None]
 
 TRIANGLE_MIN_WIDTH = 1.0  # sigma_0 of Eq. 9
 GAUSS_MIN_WIDTH = 0.27  # sigma_0 of Eq. 10
 NORMALIZATION_EPS = 1e-7  # epsilon of Eq. 11
-NEGLIGIBLE = 1e-12  # smaller factors become 0: kernels must not hold subnormal numbers, which are slow on CPUs
 
 
 def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -47,6 +48,14 @@ def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]
         (C_out, C_in/groups, *kernel_size) kernel. Parts of elements outside the kernel are cut off.
     """
     return _sum_of_products(weight, *bilinear_factors(position, kernel_size))
+
+
+def normalized_bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Dense DCLS kernel with bilinear interpolation, normalised as in Eq. 11: version "v1" of the authors' package.
+
+    It differs from `bilinear_kernel`, whose arguments it takes, where an element lies partly outside the kernel.
+    """
+    return _sum_of_products(weight, *normalized_bilinear_factors(position, kernel_size))
 
 
 def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -95,20 +104,26 @@ def bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
     return [_hat(_distance(position[d], size)) for d, size in enumerate(kernel_size)], None
 
 
+def normalized_bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
+    """As `bilinear_factors`, with the normalisation of Eq. 11."""
+    factors, _ = bilinear_factors(position, kernel_size)
+    return factors, _mass([factor.sum(-1) for factor in factors])
+
+
 def triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
     """As `bilinear_factors`, with the normalisation of Eq. 11; also for `gauss_factors`."""
     widths = TRIANGLE_MIN_WIDTH + sigma.abs()
     factors = [
         (widths[d].unsqueeze(-1) - _distance(position[d], size).abs()).relu() for d, size in enumerate(kernel_size)
     ]
-    return factors, _mass(factors)
+    return factors, _mass([factor.sum(-1) for factor in factors])
 
 
 def gauss_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
     widths = GAUSS_MIN_WIDTH + sigma.abs()
-    bell = _bell if is_transformed() else _Bell.apply
-    factors = [bell(position[d], widths[d], size) for d, size in enumerate(kernel_size)]
-    return factors, _mass(factors)
+    bells = _bells if plain_only() else _Bells.apply
+    pairs = [bells(position[d], widths[d], size) for d, size in enumerate(kernel_size)]
+    return [factor for factor, _ in pairs], _mass([total for _, total in pairs])
 
 
 def _distance(position: Tensor, size: int) -> Tensor:
@@ -127,41 +142,54 @@ def _hat(distance: Tensor) -> Tensor:
     return torch.where((distance <= -1) | (distance > 1), 0, hat)
 
 
-def _bell(position: Tensor, width: Tensor, size: int) -> Tensor:
-    """exp(-(distance / width)^2 / 2), negligible values set to 0: position and width (..., m) to (..., m, size)."""
-    return F.threshold(torch.exp(-0.5 * (_distance(position, size) / width.unsqueeze(-1)).square()), NEGLIGIBLE, 0)
+def _bells(position: Tensor, width: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """exp(-(distance / width)^2 / 2), negligible values set to 0, and the sums over the axis.
+
+    Args:
+        position, width: (..., m).
+        size: of the axis.
+
+    Returns:
+        (..., m, size) and (..., m).
+    """
+    factors = bell(-0.5 * (_distance(position, size) / width.unsqueeze(-1)).square())
+    return factors, factors.sum(-1)
 
 
-class _Bell(torch.autograd.Function):
-    """`_bell` with a gradient that passes over memory a third as often as autograd's.
+class _Bells(torch.autograd.Function):
+    """`_bells` with a gradient that passes over memory a third as often as autograd's.
 
     With g = exp(-t^2 / 2), t = distance / width: dg/dposition = g t / width and dg/dwidth = g t^2 / width. `backward`
     uses differentiable operators, so derivatives of any order are right.
     """
 
     @staticmethod
-    def forward(position: Tensor, width: Tensor, size: int) -> Tensor:
-        bell = _distance(position, size).div_(width.unsqueeze(-1)).square_().mul_(-0.5).exp_()
-        return F.threshold(bell, NEGLIGIBLE, 0, inplace=True)
+    def forward(position: Tensor, width: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        exponent = _distance(position, size).div_(width.unsqueeze(-1)).square_().mul_(-0.5)
+        factors = F.threshold(exponent.clamp_(min=SMALLEST_EXPONENT).exp_(), SMALLEST_FACTOR, 0, inplace=True)
+        return factors, factors.sum(-1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         position, width, _ = inputs
-        ctx.save_for_backward(position, width, output)
+        ctx.save_for_backward(position, width, output[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        position, width, bell = ctx.saved_tensors
-        t = _distance(position, bell.shape[-1]) / width.unsqueeze(-1)
-        once = grad * bell * t
+    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        position, width, factors = ctx.saved_tensors
+        t = _distance(position, factors.shape[-1]).div_(width.unsqueeze(-1))
+        once = (grad + grad_total.unsqueeze(-1)).mul_(factors).mul_(t)
         grad_position = once.sum(-1) / width if ctx.needs_input_grad[0] else None
-        grad_width = (once * t).sum(-1) / width if ctx.needs_input_grad[1] else None
+        grad_width = once.mul_(t).sum(-1) / width if ctx.needs_input_grad[1] else None
         return grad_position, grad_width, None
 
 
-def _mass(factors: Sequence[Tensor]) -> Tensor:
-    """Normalisation of Eq. 11. The sum over the kernel of a product over axes is the product of the sums."""
-    return NORMALIZATION_EPS + functools.reduce(operator.mul, [factor.sum(-1) for factor in factors])
+def _mass(totals: Sequence[Tensor]) -> Tensor:
+    """Normalisation of Eq. 11, from every element's sum along each axis.
+
+    The sum over the kernel of a product over axes is the product of the sums.
+    """
+    return NORMALIZATION_EPS + functools.reduce(operator.mul, totals)
 
 
 def _sum_of_products(weight: Tensor, factors: Sequence[Tensor], mass: Tensor | None) -> Tensor:
@@ -189,11 +217,13 @@ def outer(factors: Sequence[Tensor]) -> Tensor:
 
 KERNEL_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "bilinear": bilinear_kernel,
+    "normalized_bilinear": normalized_bilinear_kernel,
     "triangle": triangle_kernel,
     "gauss": gauss_kernel,
 }
 FACTORS: dict[str, Callable[..., Factors]] = {
     "bilinear": bilinear_factors,
+    "normalized_bilinear": normalized_bilinear_factors,
     "triangle": triangle_factors,
     "gauss": gauss_factors,
 }

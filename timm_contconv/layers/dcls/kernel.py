@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -13,14 +13,18 @@ from torch import Tensor, nn
 
 from ..core.arguments import Int
 from ..core.kernel import Kernel
-from ..core.plain import PlainConv, centred
+from ..core.plain import PlainConv, centred, kernels_inside
+from ..core.replacement import FIT_TOLERANCE
+from ..core.shown import Elements, Form, Quantity, one_per_output
 from ..core.spec import KernelSpec
-from .fit import INITIAL_SIGMA, fit_elements
-from .formula import KERNEL_FUNCTIONS, Interpolation, repulsion
+from .fit import INITIAL_SIGMA, element_kernels, elements_needed, fit_elements
+from .formula import GAUSS_MIN_WIDTH, KERNEL_FUNCTIONS, TRIANGLE_MIN_WIDTH, Interpolation, repulsion
 
 __all__ = ["DclsKernel", "DclsSpec"]
 
 INITIAL_POSITION_STD = 0.5  # Appendix C
+#: effective width of an element whose sigma is 0, in pixels
+MIN_WIDTH = {"bilinear": 1.0, "triangle": TRIANGLE_MIN_WIDTH, "gauss": GAUSS_MIN_WIDTH}
 
 
 class DclsKernel(Kernel):
@@ -34,10 +38,11 @@ class DclsKernel(Kernel):
     Parameters:
         weight: (C_out, C_in/groups, *dense sizes, m), m = kernel_count.
         position: (moving dimensions, *weight.shape), in pixels from the kernel centre.
-        sigma: like position; not for "bilinear".
+        sigma: like position; for "triangle" and "gauss" only.
     """
 
-    geometry_lr_scale = 5.0  # Appendix C
+    geometry_lr_scale: ClassVar[Mapping[str, float]] = {"position": 5.0, "sigma": 5.0}  # Appendix C
+    penalises_geometry = True
 
     def __init__(
         self,
@@ -61,7 +66,7 @@ class DclsKernel(Kernel):
         dense = (k for d, k in enumerate(self.kernel_size) if d not in self.position_dims)
         shape = (out_channels, in_channels, *dense, self.kernel_count)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.geometry_names = ("position",) if self.interpolation == "bilinear" else ("position", "sigma")
+        self.geometry_names = ("position", "sigma") if self.interpolation in INITIAL_SIGMA else ("position",)
         for name in self.geometry_names:
             value = torch.empty((len(self.moving), *shape), device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(value))
@@ -72,7 +77,7 @@ class DclsKernel(Kernel):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.normal_(self.geometry["position"], 0, INITIAL_POSITION_STD)
         self._clamp_positions_()
-        if self.interpolation != "bilinear":
+        if self.interpolation in INITIAL_SIGMA:
             nn.init.constant_(self.geometry["sigma"], INITIAL_SIGMA[self.interpolation])
 
     @property
@@ -88,8 +93,8 @@ class DclsKernel(Kernel):
         )
 
     def constrain_(self) -> None:
-        """Clamp positions into the kernel, for "bilinear" only (Appendix C)."""
-        if self.interpolation == "bilinear":
+        """Clamp positions into the kernel, for elements without widths only (Appendix C)."""
+        if self.interpolation not in INITIAL_SIGMA:
             self._clamp_positions_()
 
     def penalty(self) -> Tensor:
@@ -103,28 +108,58 @@ class DclsKernel(Kernel):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor]) -> None:
+    def fit_(cls, kernels: Sequence[Self], targets: Sequence[Tensor], tolerance: float = FIT_TOLERANCE) -> None:
         """Exact for "bilinear" with an element per pixel of the old kernel, otherwise a least squares fit."""
         first = kernels[0]
-        ndim = len(first.moving)
-        moving_last = torch.stack([first._moving_last(target) for target in targets], -ndim - 1)
-        geometry, weight = fit_elements(
-            moving_last.flatten(0, -ndim - 2), first.moving, first.kernel_count, first.interpolation
-        )
+        problems, norms = _problems(targets, first.kernel_size, first.position_dims)
+        geometry, weight = fit_elements(problems, first.moving, first.kernel_count, first.interpolation, tolerance)
+        weight *= norms
         for name, value in geometry.items():
             parameter = first.geometry[name]
             parameter.copy_(value.movedim(-1, 0).view_as(parameter))
         for index, kernel in enumerate(kernels):
             kernel.weight.copy_(weight[..., index].view_as(kernel.weight))
 
-    def _moving_last(self, kernel: Tensor) -> Tensor:
-        """A kernel in full size along the dense axes: (C_out, C_in/groups, *dense sizes, *moving sizes)."""
-        sizes = [k if d in self.position_dims else self.kernel_size[d] for d, k in enumerate(kernel.shape[2:])]
-        ends = tuple(range(-len(self.position_dims), 0))
-        return centred(kernel, sizes).movedim(tuple(2 + d for d in self.position_dims), ends)
+    def element_kernels(self, geometry: Mapping[str, Tensor], window: Sequence[tuple[int, int]]) -> Tensor:
+        """Kernels of elements with a weight of 1, within a window of the whole kernel; differentiable.
+
+        Args:
+            geometry: (B, m, D) each.
+            window: the first pixel, and the one after the last, along each axis.
+
+        Returns:
+            (B, m, P), P pixels of the window.
+        """
+        return element_kernels(geometry, self.moving, self.interpolation, window)
 
     def summary(self) -> str:
         return f" / {self.kernel_count}"
+
+    @torch.no_grad()
+    def shown_elements(self) -> Elements | None:
+        """Positions and effective widths; None if elements move along some dimensions only."""
+        if len(self.moving) < len(self.kernel_size):
+            return None
+        position, reach = (one_per_output(value.movedim(0, -1)) for value in (self._position(), self._width()))
+        centre = position.new_tensor([size // 2 for size in self.moving])
+        form: Form = "ellipse" if self.interpolation == "gauss" else "box"
+        return Elements(position + centre, form, reach, weight=one_per_output(self.weight.detach()))
+
+    @torch.no_grad()
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        position = Quantity("distance of elements from the centre", "pixels", self._position().flatten(1).mT)
+        if self.interpolation == "bilinear":
+            return (position,)
+        return (position, Quantity("width σ of elements", "pixels", self._width().reshape(-1, 1)))
+
+    def _position(self) -> Tensor:
+        """(moving dimensions, *weight.shape), in pixels from the kernel centre."""
+        return self.geometry["position"].detach().clone()
+
+    def _width(self) -> Tensor:
+        """Effective widths, like `_position`."""
+        sigma = self.geometry.get("sigma", torch.zeros_like(self.geometry["position"]))
+        return sigma.detach().abs() + MIN_WIDTH[self.interpolation]
 
     def extra_repr(self) -> str:
         text = f"kernel_count={self.kernel_count}, interpolation={self.interpolation}"
@@ -136,14 +171,19 @@ class DclsSpec(KernelSpec):
 
     Attributes:
         kernel_size: size of the constructed kernel, one int for all dimensions or one each.
-        interpolation: "bilinear", "triangle" or "gauss".
-        kernel_count: m, elements per kernel, at least 1. In a patch None means the parameter rule of Appendix C: the
+        interpolation: "bilinear", "triangle" or "gauss"; "normalized_bilinear" is version "v1" of the authors' package.
+        kernel_count: m, elements per kernel, at least 1. In a patch None means as many as the fit of the old kernels
+            needs. From a random start, or with fit_tolerance=None, it means the parameter rule of Appendix C: the
             largest number for which the model has no more parameters than before.
         position_dims: spatial dimensions along which elements move; None means all. Along the others, every pixel of
             the kernel has `kernel_count` elements of its own.
     """
 
     kernel: ClassVar[type[Kernel]] = DclsKernel
+    fit_advice: ClassVar[str] = (
+        "Leave kernel_count out, which takes as many elements as the old kernels need, or give more; a kernel_size"
+        " below the old one cuts kernels off. tcc.refit_ makes the best of a fixed kernel_count with a few images."
+    )
 
     method: Literal["dcls"] = "dcls"
     interpolation: Interpolation = "gauss"
@@ -163,13 +203,43 @@ class DclsSpec(KernelSpec):
             )
         return self.model_copy(update={"kernel_count": int(available // per_element)})
 
+    def for_fit(self, convs: Sequence[PlainConv], tolerance: float) -> Self:
+        """Take as many elements as the kernels need, at most one per pixel, if kernel_count is None."""
+        if self.kernel_count is not None:
+            return self
+        sizes = self.sizes(len(convs[0].kernel_size))
+        moving = check_position_dims(self.position_dims, len(sizes))
+        problems, _ = _problems(kernels_inside(convs, sizes), sizes, moving)
+        count = elements_needed(problems, self.interpolation, tolerance)
+        return self.model_copy(update={"kernel_count": count})
+
     def _parameters_per_element(self, group: Sequence[PlainConv]) -> int:
         ndim = len(group[0].kernel_size)
         moving = check_position_dims(self.position_dims, ndim)
         dense = math.prod(k for d, k in enumerate(self.sizes(ndim)) if d not in moving)
         places = [conv.weight.shape[:2].numel() * dense for conv in group]
-        shared_kinds = len(moving) * (1 if self.interpolation == "bilinear" else 2)
+        shared_kinds = len(moving) * (2 if self.interpolation in INITIAL_SIGMA else 1)
         return sum(places) + shared_kinds * places[0]
+
+
+def _problems(targets: Sequence[Tensor], kernel_size: Sequence[int], moving: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Kernels as separate problems of a fit, each with elements of its own.
+
+    Args:
+        targets: n kernels (C_out, C_in/groups, *size).
+        kernel_size: of the constructed kernels.
+        moving: dimensions along which elements move; the kernels get their full size along the others.
+
+    Returns:
+        (B, n, *sizes along the moving dimensions), where every kernel has a norm of 1, and the n norms before.
+    """
+    sizes = [k if d in moving else kernel_size[d] for d, k in enumerate(targets[0].shape[2:])]
+    ends = tuple(range(-len(moving), 0))
+    last = [centred(target, sizes).movedim(tuple(2 + d for d in moving), ends).double() for target in targets]
+    norms = torch.stack([torch.linalg.vector_norm(kernel) for kernel in last])
+    norms = norms.clamp_min(torch.finfo(norms.dtype).tiny).cpu()
+    stacked = torch.stack([k.cpu() / n for k, n in zip(last, norms, strict=True)], -len(moving) - 1)
+    return stacked.flatten(0, -len(moving) - 2), norms
 
 
 def _partly_dense_kernel(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...ops import compute_dtype
+from ..core.subnormals import SMALLEST_FACTOR, without_subnormals
 
 __all__ = [
     "NEARLY_DELTA_VARIANCE",
@@ -23,8 +24,8 @@ __all__ = [
 SMALLEST_VARIANCE = 1 / 2000
 #: sigma^2 at which a neighbour weighs 1e-6: almost nothing is smoothed, but sigma has a gradient and can grow
 NEARLY_DELTA_VARIANCE = 1 / (2 * math.log(1e6))
-#: below this sigma^2, exp(-1 / (2 sigma^2)) underflows to 0: the filter is a delta, and sigma's gradient is 0
-DELTA_VARIANCE = {torch.float32: 1 / 208, torch.float64: 1 / 1500}
+#: below this sigma^2, exp(-1 / (2 sigma^2)) is under 1e-12 and set to 0: the filter is a delta, sigma's gradient is 0
+DELTA_VARIANCE = 1 / 56
 
 
 def variance_from_raw(raw: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def raw_from_variance(variance: float) -> float:
 
 def is_delta(variance: Tensor) -> bool:
     """Whether the filters of all these sigma^2 are deltas, bit for bit."""
-    return bool((variance < DELTA_VARIANCE[variance.dtype]).all())
+    return bool((variance < DELTA_VARIANCE).all())
 
 
 def envelope_filter(variance: Tensor, size: int) -> Tensor:
@@ -51,9 +52,10 @@ def envelope_filter(variance: Tensor, size: int) -> Tensor:
         size: k_g, odd: the number of taps.
 
     Returns:
-        (C, size): softmax over x = -r..r of -x^2 / (2 sigma^2), r = size // 2.
+        (C, size): softmax over x = -r..r of -x^2 / (2 sigma^2), r = size // 2; taps under 1e-12 of the largest are 0.
     """
-    return torch.softmax(-_squared_offsets(variance, size) / (2 * variance.unsqueeze(-1)), dim=-1)
+    exponent = -_squared_offsets(variance, size) / (2 * variance.unsqueeze(-1))
+    return torch.softmax(F.threshold(exponent, math.log(SMALLEST_FACTOR), -math.inf), dim=-1)
 
 
 def envelope_filter_derivative(variance: Tensor, size: int) -> Tensor:
@@ -68,7 +70,7 @@ def envelope_filter_derivative(variance: Tensor, size: int) -> Tensor:
     taps = envelope_filter(variance, size)
     squares = _squared_offsets(variance, size)
     mean = (taps * squares).sum(-1, keepdim=True)
-    return taps * (squares - mean) / (2 * variance.square().unsqueeze(-1))
+    return without_subnormals(taps * (squares - mean) / (2 * variance.square().unsqueeze(-1)))
 
 
 def _squared_offsets(like: Tensor, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -11,15 +12,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ...ops import is_transformed
+from ...ops import plain_only
 from ..core.finite import require_finite
 from ..core.geometry import GeometryOwner
 from ..core.kept import may_look
 from ..core.plain import NEGLIGIBLE, PlainConv, copy_bias_, plain_arguments, plain_conv, relative_error, require_weights
-from ..core.replacement import CONV_ATTRIBUTES, ConvReplacement
+from ..core.replacement import CONV_ATTRIBUTES, FIT_TOLERANCE, ConvReplacement
+from ..core.shown import Elements, Quantity, ShownKernels
 from ..core.tracing import as_node, is_traced
 from .cost import largest_input, smoothing_multiply_adds
-from .gaussian import NEARLY_DELTA_VARIANCE, envelope_filter, is_delta, raw_from_variance, variance_from_raw
+from .fit import EnvelopeFit
+from .gaussian import envelope_filter, is_delta, raw_from_variance, variance_from_raw
 from .merge import dense_kernel, dense_padding, is_plain, smoothing_convs, spread_taps
 from .smoothing import smooth, smooth_and_convolve
 from .spec import EnvelopeSpec
@@ -114,9 +117,10 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         if self.spec.order == "after" and self.bias is not None:
             bound = (self.in_channels // self.groups * math.prod(self.kernel_size)) ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
-        sigma = self.spec.initial_sigma
-        start = 0.0 if sigma is None else raw_from_variance(sigma**2)
-        nn.init.constant_(self.geometry["raw_sigma"], start)
+        if self.spec.initial_sigma is None:
+            nn.init.zeros_(self.geometry["raw_sigma"])
+        else:
+            self.set_sigma_(self.spec.initial_sigma)
 
     @property
     def geometry_owner(self) -> GeometryOwner:
@@ -141,6 +145,14 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """Widths of the envelopes in pixels, (C,) or (1,); differentiable."""
         return self.variance.sqrt()
 
+    @torch.no_grad()
+    def set_sigma_(self, sigma: float) -> Self:
+        """Give all envelopes this width, in pixels, in place."""
+        if not 0 <= sigma < math.inf:
+            raise ValueError(f"sigma={sigma!r}: expected a finite number of at least 0, in pixels")
+        nn.init.constant_(self.geometry["raw_sigma"], raw_from_variance(sigma**2))
+        return self
+
     def shrink(self, size: int) -> Self:
         """Use another k_g outside training, with the same sigma (Table 1e); `envelope_size` undoes it.
 
@@ -159,6 +171,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """
         if is_traced(x):
             return as_node(self, x)
+        self._require_values(x)
         if self.spec.order == "after":
             y = self._smooth(self.conv(x))
             return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
@@ -179,7 +192,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """Whether sigma needs a gradient, the image needs none, and `smooth_and_convolve` can run `conv`."""
         if x.requires_grad or not torch.is_grad_enabled() or not self.geometry["raw_sigma"].requires_grad:
             return False
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or is_transformed():
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or plain_only():
             return False
         return _is_bare(self.conv)
 
@@ -191,14 +204,23 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
 
     @classmethod
     @torch.no_grad()
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv]) -> None:
-        """Copy kernels and biases. Envelopes start as deltas, to 1e-6, unless `initial_sigma` is given."""
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
+        """Take the widest envelopes with which kernels can stay within half of the tolerance; solve for the kernels.
+
+        Half, because every strided layer of a network smooths, and pretrained networks keep what they say then.
+
+        An envelope that is nearly a delta would be exact, but its sigma would have hardly any gradient. With
+        `initial_sigma` only kernels are solved for.
+        """
         require_weights(convs)
         for layer, conv in zip(layers, convs, strict=True):
-            layer.conv.weight.copy_(conv.weight)
+            distances = list(zip(layer.dilation, layer.smoothing_distance, strict=True))
+            fit = EnvelopeFit(conv.weight, layer.spec.taps(training=False), distances)
+            given = layer.spec.initial_sigma
+            variance = fit.widest(tolerance / 2) if given is None else given**2
+            layer.geometry["raw_sigma"].fill_(raw_from_variance(variance))
+            layer.conv.weight.copy_(fit.kernel(variance))
             copy_bias_(layer.bias, conv)
-            if layer.spec.initial_sigma is None:
-                layer.geometry["raw_sigma"].fill_(raw_from_variance(NEARLY_DELTA_VARIANCE))
 
     def to_conv(self) -> nn.Module:
         """Two depthwise convolutions, of `inference_size`, and a copy of `conv`, in the layer's order.
@@ -273,6 +295,27 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """Pixels of the input that an output depends on outside training, per spatial dimension."""
         added = self.spec.taps(training=False) - 1
         return tuple(size + added * d for size, d in zip(self._reach, self.smoothing_distance, strict=True))
+
+    @torch.no_grad()
+    def shown_kernels(self) -> ShownKernels:
+        """The kernels with the envelope folded in, and the envelope's σ at their centre."""
+        shown = super().shown_kernels()
+        sigma = self.sigma.detach().expand(self.smoothed_channels)
+        if self.spec.order == "before":
+            per_group = self.in_channels // self.groups
+            outputs = torch.arange(self.out_channels, device=sigma.device)
+            group = outputs // (self.out_channels // self.groups)
+            sigma = sigma[group * per_group + outputs % per_group]  # as `one_per_output` chooses
+        distance = sigma.new_tensor(self.smoothing_distance)
+        centre = (sigma.new_tensor(shown.values.shape[1:]) - 1) / 2
+        position = centre.expand(len(sigma), 1, -1)
+        return dataclasses.replace(
+            shown, elements=Elements(position, "ellipse", sigma[:, None, None] * distance, label="envelope σ")
+        )
+
+    @torch.no_grad()
+    def shown_quantities(self) -> tuple[Quantity, ...]:
+        return (Quantity("σ of envelopes", "pixels", self.sigma.detach().reshape(-1, 1), "Kobayashi 2023, Fig. 4"),)
 
     def multiply_adds(self, output_size: Sequence[int]) -> int:
         """Multiply-adds for one sample outside training, for the largest input with an output of this size."""

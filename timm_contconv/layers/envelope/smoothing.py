@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from ...ops import is_transformed
+from ...ops import plain_only
 from ...ops.autocast import autocast_dtype
 from .gaussian import envelope_filter, envelope_filter_derivative
 
@@ -46,7 +46,7 @@ def smooth(
         x, padding = F.pad(x, (padding,) * 4, mode=padding_mode), 0
     variance = variance.expand(x.shape[1])
     has_gradient = torch.is_grad_enabled() and (x.requires_grad or variance.requires_grad)
-    passes = _Smooth.apply if has_gradient and not is_transformed() else _two_passes
+    passes = _Smooth.apply if has_gradient and not plain_only() else _two_passes
     return _in_layout_of(given, passes(x, variance, size, tuple(stride), padding))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -34,6 +34,10 @@ class EnvelopeSpec(LayerSpec):
         initial_sigma: width at the start, 0 to 255 pixels; None for the paper's s = 0, sigma = 0.83.
         learn_sigma: False keeps the width fixed (Table 1h).
     """
+
+    fit_advice: ClassVar[str] = (
+        "Leave initial_sigma out: the fit then takes the widest envelopes that keep the kernels within the tolerance."
+    )
 
     method: Literal["genv"] = "genv"
     envelope_size: OddSize = 9

@@ -36,9 +36,11 @@ class FlexConv(KernelConv):
             The layer.
 
         Raises:
-            ValueError: a resolution is not positive; then nothing is changed.
+            ValueError: a resolution is not positive, or the layer is dilated; then nothing is changed.
         """
         check_counts(source=source, target=target)
+        if max(self.dilation) > 1:
+            raise ValueError(f"dilation={self.dilation}: expected 1; a dilated layer stays at its resolution")
         kernel = self.kernel
         if kernel.resolution_ratio == 1:
             self._made_padding = self.padding

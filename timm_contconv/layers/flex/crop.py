@@ -6,6 +6,7 @@ Margins are zero pixels before and after the kernel, per spatial dimension. The 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -17,17 +18,18 @@ from .grid import KernelAxis
 
 __all__ = ["Crop", "MaskValues", "margins_of_mask", "read_mask"]
 
-#: mean and sigma of a mask, one number per dimension each
-MaskValues = tuple[list[float], list[float]]
+#: mean and sigma of a mask, one number per dimension each, and the angle if there is one
+MaskValues = tuple[list[float], ...]
 
+COARSENESS_COMPILED = 6  # the same in compiled training, where a new size compiles the model again
 COARSENESS = 16  # crops grow and shrink by 1/16 of the kernel, so that there are few sizes
 ROUNDING = 1e-3  # pixels; the mask itself is evaluated in float32
 
 
 def read_mask(mask: Sequence[Tensor]) -> MaskValues:
-    """Mean and sigma of a mask as numbers; waits for an accelerator."""
-    mean, sigma = torch.stack([value.detach() for value in mask]).tolist()
-    return mean, sigma
+    """The parameters of a mask as numbers; waits for an accelerator."""
+    numbers = iter(torch.cat([value.detach() for value in mask]).tolist())
+    return tuple(list(itertools.islice(numbers, len(value))) for value in mask)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +39,7 @@ class Crop:
     Attributes:
         margins: what the mask leaves out.
         values: of the mask.
-        tensors: the mask's mean and sigma on an accelerator, where values are not compared; () on the CPU.
+        tensors: the mask's parameters on an accelerator, where values are not compared; () on the CPU.
         versions: of the tensors; PyTorch counts every edit in place, except through `.data`.
     """
 
@@ -61,23 +63,31 @@ class Crop:
         return all(now is then and now._version == version for now, then, version in known)
 
 
-def margins_of_mask(values: MaskValues, axes: Sequence[KernelAxis], threshold: float, causal: bool) -> Margins:
+def margins_of_mask(
+    values: MaskValues, axes: Sequence[KernelAxis], threshold: float, causal: bool, coarseness: int = COARSENESS
+) -> Margins:
     """What may be left out of a kernel: pixels where a Gaussian mask is below the threshold along an axis.
 
-    At least one pixel stays. The part that stays is rounded up to one of few sizes: the kernel has about 16 steps,
-    which count from the centre, or from the last pixel of a causal kernel.
+    At least one pixel stays. The part that stays is rounded up to one of few sizes: the kernel has about `coarseness`
+    steps, which count from the centre, or from the last pixel of a causal kernel.
 
     Args:
         values: of the mask; the kernel spans -1 to 1.
         axes: of the kernel.
         threshold: between 0 and 1.
         causal: as for `Kernel`.
+        coarseness: steps of the kernel.
     """
     deviations = math.sqrt(-2 * math.log(threshold))
+    means, sigmas, *angles = values
+    widths = [abs(sigma) * deviations for sigma in sigmas]
+    if angles:  # the box around a turned box
+        cosine, sine = abs(math.cos(angles[0][0])), abs(math.sin(angles[0][0]))
+        widths = [cosine * widths[0] + sine * widths[1], sine * widths[0] + cosine * widths[1]]
     margins = []
-    for middle, width, axis in zip(*values, axes, strict=True):
-        first, last = _visible(middle, abs(width) * deviations, axis)
-        step = max(1, (axis.size - 1) // COARSENESS)
+    for middle, width, axis in zip(means, widths, axes, strict=True):
+        first, last = _visible(middle, width, axis)
+        step = max(1, (axis.size - 1) // coarseness)
         origin = axis.size - 1 if causal else (axis.size - 1) // 2
         low = origin + step * math.floor((first - origin) / step)
         high = origin + step * math.ceil((last - origin) / step)

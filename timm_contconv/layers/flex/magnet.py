@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arguments import check_counts
+from ..core.subnormals import bell
 
 __all__ = [
     "ENVELOPE_CUT",
@@ -26,7 +27,11 @@ __all__ = [
     "gabor_filters",
     "magnet_features",
     "magnet_shapes",
+    "modulated_sines",
+    "multiply_filters",
+    "reset_hidden_",
     "reset_magnet_",
+    "sample_gamma",
 ]
 
 GABOR_PARAMETERS = ("sine_weight", "sine_bias", "mean", "gamma")
@@ -42,9 +47,6 @@ def gabor_filters(
 ) -> Tensor:
     """Anisotropic Gabor filters on a grid (Romero et al. 2022, Eq. 7).
 
-    The sine of a sum of two phases is a sum of two products. So a two-dimensional grid needs one matrix product of
-    one-dimensional factors.
-
     Args:
         sine_weight: (F, D) radians per unit of the coordinates.
         sine_bias: (F,) radians.
@@ -55,9 +57,27 @@ def gabor_filters(
     Returns:
         (F, *K) filters.
     """
-    axes = range(len(coordinates))
-    envelope = [torch.exp(-0.5 * (gamma[:, d, None] * (coordinates[d] - mean[:, d, None])).square()) for d in axes]
-    phase = [sine_weight[:, d, None] * coordinates[d] for d in axes]
+    distances = [gamma[:, d, None] * (axis - mean[:, d, None]) for d, axis in enumerate(coordinates)]
+    envelope = [bell(-0.5 * distance.square()) for distance in distances]
+    return modulated_sines(sine_weight, sine_bias, envelope, coordinates)
+
+
+def modulated_sines(
+    sine_weight: Tensor, sine_bias: Tensor, envelope: Sequence[Tensor | float], coordinates: Sequence[Tensor]
+) -> Tensor:
+    """Sines on a grid, times an envelope that is a product over axes.
+
+    The sine of a sum of two phases is a sum of two products. So a two-dimensional grid needs one matrix product of
+    one-dimensional factors.
+
+    Args:
+        sine_weight, sine_bias, coordinates: as for `gabor_filters`.
+        envelope: D factors, (F, K_d) or a number each.
+
+    Returns:
+        (F, *K).
+    """
+    phase = [sine_weight[:, d, None] * axis for d, axis in enumerate(coordinates)]
     phase[0] = phase[0] + sine_bias[:, None]
     if len(coordinates) == 1:
         return envelope[0] * phase[0].sin()
@@ -92,8 +112,21 @@ def magnet_features(
         sine_weight.reshape(-1, ndim), sine_bias.reshape(-1), mean.reshape(-1, ndim), gamma.reshape(-1, ndim),
         coordinates,
     ).reshape(layers, hidden, -1)  # fmt: skip
+    return multiply_filters(filters, hidden_weight, hidden_bias)
+
+
+def multiply_filters(filters: Tensor, hidden_weight: Tensor, hidden_bias: Tensor) -> Tensor:
+    """The hidden channels of a multiplicative filter network (Romero et al. 2022, Eq. 2 and 3).
+
+    Args:
+        filters: (L, H, prod(K)).
+        hidden_weight, hidden_bias: (L - 1, H, H) and (L - 1, H).
+
+    Returns:
+        (H, prod(K)).
+    """
     features = filters[0]
-    for layer in range(1, layers):
+    for layer in range(1, len(filters)):
         linear = torch.addmm(hidden_bias[layer - 1, :, None], hidden_weight[layer - 1], features)
         features = linear * filters[layer]
     return features
@@ -140,22 +173,40 @@ def magnet_shapes(
 
 
 @torch.no_grad()
-def reset_magnet_(parameters: Mapping[str, Tensor], input_scale: float) -> None:
+def reset_magnet_(parameters: Mapping[str, Tensor], input_scale: float, by_layer: bool = True) -> None:
     """Draw a MAGNet's parameters in place, as section 3.2, appendix D.1 and the released code do.
 
     Args:
         parameters: by the names and with the shapes of `magnet_shapes`.
         input_scale: speed of the first filter's sines, times sqrt(filters).
+        by_layer: as for `sample_gamma`.
     """
     sine_weight, gamma = parameters["sine_weight"], parameters["gamma"]
-    layers, hidden, ndim = sine_weight.shape
-    number = torch.arange(1, layers + 1, device=gamma.device, dtype=torch.float32)[:, None, None]
-    concentration = (GAMMA_CONCENTRATION / number).expand(gamma.shape)
-    gamma.copy_(torch.distributions.Gamma(concentration, torch.ones_like(concentration), validate_args=False).sample())
+    layers, _, ndim = sine_weight.shape
+    gamma.copy_(sample_gamma(gamma, by_layer))
     sine_weight.uniform_(-1 / math.sqrt(ndim), 1 / math.sqrt(ndim)).mul_(gamma).mul_(input_scale / math.sqrt(layers))
     parameters["sine_bias"].uniform_(-math.pi, math.pi)
     parameters["mean"].uniform_(-1, 1)
-    bound = 1 / math.sqrt(hidden)
+    reset_hidden_(parameters)
+
+
+def sample_gamma(like: Tensor, by_layer: bool) -> Tensor:
+    """Initial gammas, (L, ...): Gamma(6 / l, 1) in layer l (section 3.2), or Gamma(6 / L, 1) in all layers.
+
+    The latter is what Fathony et al. 2021 do.
+    """
+    if like.is_meta:  # before torch 2.13 there is no such draw there
+        return torch.empty_like(like)
+    layers = len(like)
+    number = torch.arange(1, layers + 1, device=like.device, dtype=torch.float32)
+    number = (number if by_layer else torch.full_like(number, layers)).view(-1, *(1,) * (like.ndim - 1))
+    concentration = (GAMMA_CONCENTRATION / number).expand(like.shape)
+    return torch.distributions.Gamma(concentration, torch.ones_like(concentration), validate_args=False).sample()
+
+
+def reset_hidden_(parameters: Mapping[str, Tensor]) -> None:
+    """Draw the linear layers between the filters and after them, in place, as `nn.Linear` does."""
+    bound = 1 / math.sqrt(parameters["hidden_bias"].shape[-1])
     for name in ("hidden_weight", "hidden_bias", "output_weight", "output_bias"):
         parameters[name].uniform_(-bound, bound)
 

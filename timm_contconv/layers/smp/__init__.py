@@ -11,13 +11,14 @@ weight at its coordinates to 0 at its radius. Points move freely in training.
 """
 
 from .conv import SmpConv1d, SmpConv2d
-from .conv_bn import SmpConvBn2d
+from .conv_bn import SmpConvBn1d, SmpConvBn2d
 from .formula import point_basis, smp_kernel, smp_sum_kernel
 from .kernel import SmpKernel, SmpSpec
 
 __all__ = [
     "SmpConv1d",
     "SmpConv2d",
+    "SmpConvBn1d",
     "SmpConvBn2d",
     "SmpKernel",
     "SmpSpec",

@@ -2,6 +2,7 @@
 
 import ctypes
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,29 +41,38 @@ class Direct(Algorithm):
     def output(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = new_tensor(x, problem.output_shape)
         bias = None if bias is None else _floats(bias)
-        _call("contconv_forward", problem, x, out, _splits(problem), x, _floats(weight), bias, out)
+        _call("contconv_forward", problem, x, out, x, _floats(weight), bias, out)
         return out
 
     def input(self, problem: Problem, grad: Tensor, weight: Tensor) -> Tensor:
         out = new_tensor(grad, problem.input_shape)
-        _call("contconv_input_gradient", problem, out, grad, _splits(problem), grad, _floats(weight), out)
+        _call("contconv_input_gradient", problem, out, grad, grad, _floats(weight), out)
         return out
 
     def weight(self, problem: Problem, grad: Tensor, x: Tensor) -> Tensor:
-        splits = _splits(problem)
+        splits = _splits(problem, torch.get_num_threads())
         parts = torch.zeros(splits, *problem.weight_shape)
-        _call("contconv_weight_gradient", problem, x, grad, splits, grad, x, parts)
+        _call("contconv_weight_gradient", problem, x, grad, grad, x, parts)
         return parts.sum(0).to(x.dtype) if splits > 1 else parts[0].to(x.dtype)
 
 
 def _floats(x: Tensor) -> Tensor:
-    return x.to(torch.float32).contiguous()
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
 
 
-def _splits(problem: Problem) -> int:
+def _splits(problem: Problem, threads: int) -> int:
     """Into how many parts the batch goes, so that every thread has blocks of channels to work on."""
     blocks = -(-problem.in_channels // _library().contconv_lanes())
-    return max(1, min(problem.batch, -(-_TASKS_PER_THREAD * torch.get_num_threads() // blocks)))
+    return max(1, min(problem.batch, -(-_TASKS_PER_THREAD * threads // blocks)))
+
+
+@lru_cache(maxsize=8)
+def _function(name: str, tensors: int) -> Any:
+    """A function of the library that takes a problem, a number of splits, and tensors."""
+    function = getattr(_library(), name)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * tensors]
+    function.restype = None
+    return function
 
 
 def _library() -> ctypes.CDLL:
@@ -75,8 +85,8 @@ def _library() -> ctypes.CDLL:
 @lru_cache(maxsize=4096)
 def _fields(
     problem: Problem, threads: int, image: tuple[int, ...], out: tuple[int, ...]
-) -> ctypes.Array[ctypes.c_int64]:
-    """The fields of `struct Problem` (tiles.h), in its order; `image` and `out` are strides."""
+) -> tuple[ctypes.Array[ctypes.c_int64], int]:
+    """The fields of `struct Problem` (tiles.h), in its order, and the splits; `image` and `out` are strides."""
     missing = 2 - problem.ndim
     ones, zeros = [1] * missing, [0] * missing
     values = [
@@ -86,11 +96,11 @@ def _fields(
         *(*image[:2], *zeros, *image[2:]),
         *(*out[:2], *zeros, *out[2:]),
     ]
-    return (ctypes.c_int64 * len(values))(*values)
+    return (ctypes.c_int64 * len(values))(*values), _splits(problem, threads)
 
 
-def _call(name: str, problem: Problem, image: Tensor, out: Tensor, splits: int, *tensors: Tensor | None) -> None:
+def _call(name: str, problem: Problem, image: Tensor, out: Tensor, *tensors: Tensor | None) -> None:
     """Calls a function of the library; `image` and `out` are x and the output, or their gradients."""
-    fields = _fields(problem, torch.get_num_threads(), image.stride(), out.stride())
-    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-    getattr(_library(), name)(fields, ctypes.c_int64(splits), *pointers)
+    fields, splits = _fields(problem, torch.get_num_threads(), image.stride(), out.stride())
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    _function(name, len(pointers))(fields, splits, *pointers)

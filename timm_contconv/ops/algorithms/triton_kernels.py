@@ -1,144 +1,135 @@
-"""Triton kernels of the depthwise convolution: implicit matrix products with the kernel rows' Toeplitz bands.
+"""Triton kernels of the depthwise convolution: implicit matrix products with the Toeplitz bands of the kernels.
 
-For one channel and one kernel row, the output rows are the input rows times a band matrix that holds that row of
-the kernel along its diagonals. The band is never stored: each program gathers the block of it that it needs. Images
-are contiguous (N, C, H, W), weights (C, KH, KW); sums are float32. UPCAST is for Triton's interpreter, whose product of
-bfloat16 blocks multiplies their bits.
+A tile is ROWS x COLUMNS outputs of one channel. The pixels that it needs stand in lines of the image. For one channel
+and one line, the line's part of the tiles of all images is a matrix product: the line's pixels (a row for each tile,
+and DEPTH pixels) times a band matrix (DEPTH by ROWS * COLUMNS), which holds a row of the kernel along its diagonals.
+`band_kernel` lays these matrices out once per call, so that everything is loaded as vectors of 16 bytes.
+
+Images are contiguous (N, C, H, W), their W a multiple of VECTOR, the numbers in 16 bytes; sums are float32. `g` is a
+`Geometry` (triton.py). UPCAST is for Triton's interpreter, whose product of bfloat16 blocks multiplies their bits.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
 
-__all__ = ["input_kernel", "output_kernel", "weight_kernel"]
+__all__ = ["band_kernel", "diagonal_kernel", "output_kernel", "weight_kernel"]
 
 
 @triton.jit
-def output_kernel(  # type: ignore[no-untyped-def]
-    x, weight, bias, out, batch, channels, height, width, out_height, out_width, kernel_height, kernel_width,
-    stride_y, stride_x, pad_y, pad_x, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+def band_kernel(weight, bands, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """Lays out `bands` (C, lines * blocks, DEPTH, ROWS * COLUMNS) of `weight` (C, KH, KW); grid (lines * blocks, C)."""
+    step, channel = tl.program_id(0), tl.program_id(1)
+    cell = tl.arange(0, ROWS * COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    tap_y = (step // g.blocks - cell // COLUMNS * g.stride_y + g.first_y)[None, :]
+    tap_x = (step % g.blocks * DEPTH + depth)[:, None] - (cell % COLUMNS * g.stride_x)[None, :] + g.first_x
+    mask = (tap_y >= 0) & (tap_y < g.kernel_height) & (tap_x >= 0) & (tap_x < g.kernel_width)
+    taps = tl.load(weight + (channel * g.kernel_height + tap_y) * g.kernel_width + tap_x, mask=mask, other=0.0)
+    target = bands + (channel * g.lines * g.blocks + step).to(tl.int64) * (DEPTH * ROWS * COLUMNS)
+    tl.store(target + depth[:, None] * (ROWS * COLUMNS) + cell[None, :], taps)
+
+
+@triton.jit
+def _pixels(
+    images, batch, g, channel, tile, first, line, start, VECTOR: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
+):
+    """One line's DEPTH pixels from `start` on, for a block of tiles (of all images) whose first column is `first`."""
+    tiles = tl.cdiv(g.out_height, ROWS)
+    image = tile // tiles
+    y = tile % tiles * ROWS * g.stride_y + line - g.offset_y
+    x = first * g.stride_x - g.offset_x * VECTOR + start + tl.arange(0, DEPTH)
+    source = images + ((image.to(tl.int64) * g.channels + channel) * g.height + y) * (g.width * VECTOR)
+    inside = (image < batch) & (y >= 0) & (y < g.height)
+    mask = inside[:, None] & (x >= 0)[None, :] & (x < g.width * VECTOR)[None, :]
+    return tl.load(source[:, None] + x[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _cells(batch, g, channel, tile, first, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the outputs of a block of tiles stand in (N, C, H, width), and which of them there are."""
+    tiles = tl.cdiv(g.out_height, ROWS)
+    image, y = tile // tiles, tile % tiles * ROWS
+    row, x = tl.arange(0, ROWS * COLUMNS) // COLUMNS, first + tl.arange(0, ROWS * COLUMNS) % COLUMNS
+    place = ((image.to(tl.int64) * g.channels + channel) * g.out_height + y) * width
+    mask = (image < batch)[:, None] & (y[:, None] + row[None, :] < g.out_height) & (x < width)[None, :]
+    return place[:, None] + (row * width + x)[None, :], mask
+
+
+@triton.jit(do_not_specialize=["batch"])
+def output_kernel(
+    images, bands, bias, out, batch, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, VECTOR: tl.constexpr, STORED: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A block of (n, y) rows by x columns of the output of one channel; grid (row blocks, column blocks, C)."""
+    """TILES tiles of the output of one channel; grid (tiles of all images / TILES, columns / COLUMNS, C)."""
     channel = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    image, y = row // out_height, row % out_height
     first = tl.program_id(1) * COLUMNS
-    column = tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for tap_y in range(kernel_height):
-        from_y = y * stride_y + tap_y - pad_y
-        inside = (image < batch) & (from_y >= 0) & (from_y < height)
-        source = x + ((image.to(tl.int64) * channels + channel) * height + from_y) * width
-        for start in range(0, (COLUMNS - 1) * stride_x + kernel_width, DEPTH):
-            depth = start + tl.arange(0, DEPTH)
-            from_x = first * stride_x - pad_x + depth
-            pixels = tl.load(
-                source[:, None] + from_x[None, :],
-                mask=inside[:, None] & (from_x >= 0)[None, :] & (from_x < width)[None, :],
-                other=0.0,
-            )
-            tap_x = depth[:, None] - column[None, :] * stride_x
-            band = tl.load(
-                weight + (channel * kernel_height + tap_y) * kernel_width + tap_x,
-                mask=(tap_x >= 0) & (tap_x < kernel_width),
-                other=0.0,
-            )
-            if UPCAST:
-                pixels, band = pixels.to(tl.float32), band.to(tl.float32)
-            total = tl.dot(pixels, band, total, input_precision=PRECISION)
-    if HAS_BIAS:
-        total += tl.load(bias + channel).to(tl.float32)
-    to_x = first + column
-    target = out + ((image.to(tl.int64) * channels + channel) * out_height + y) * out_width
-    mask = (image < batch)[:, None] & (to_x < out_width)[None, :]
-    tl.store(target[:, None] + to_x[None, :], total.to(out.dtype.element_ty), mask=mask)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    cell = tl.arange(0, ROWS * COLUMNS)
+    total = tl.zeros((TILES, ROWS * COLUMNS), dtype=tl.float32)
+    steps = g.lines * g.blocks
+    source = bands + (channel * steps).to(tl.int64) * (DEPTH * ROWS * COLUMNS)
+    source = source + tl.arange(0, DEPTH)[:, None] * (ROWS * COLUMNS) + cell[None, :]
+    for step in range(steps):
+        pixels = _pixels(
+            images, batch, g, channel, tile, first, step // g.blocks, step % g.blocks * DEPTH, VECTOR, ROWS, DEPTH
+        )
+        band = tl.load(source + step * (DEPTH * ROWS * COLUMNS))
+        if UPCAST:
+            pixels, band = pixels.to(tl.float32), band.to(tl.float32)
+        total = tl.dot(pixels, band, total, input_precision=PRECISION)
+    total += tl.load(bias + channel).to(tl.float32)
+    source, mask = _cells(batch, g, channel, tile, first, g.out_width // STORED * STORED, ROWS, COLUMNS)
+    tl.store(out + source, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def input_kernel(  # type: ignore[no-untyped-def]
-    grad, weight, out, batch, channels, height, width, out_height, out_width, kernel_height, kernel_width,
-    stride_y, stride_x, pad_y, pad_x, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+@triton.jit(do_not_specialize=["batch", "tiles_per_split"])
+def weight_kernel(
+    grad, images, parts, batch, tiles_per_split, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, VECTOR: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A block of (n, y) rows by x columns of the gradient for the input; grid (row blocks, column blocks, C)."""
-    channel = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    image, y = row // height, row % height
-    to_x = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    # The first output column that reaches this block, and the number of those that do.
-    first = tl.maximum(0, tl.program_id(1) * COLUMNS + pad_x - kernel_width + stride_x) // stride_x
-    span = (COLUMNS + kernel_width - 2) // stride_x + 1
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for tap_y in range(kernel_height):
-        scaled = y + pad_y - tap_y
-        from_y = scaled // stride_y
-        inside = (image < batch) & (scaled >= 0) & (scaled % stride_y == 0) & (from_y < out_height)
-        source = grad + ((image.to(tl.int64) * channels + channel) * out_height + from_y) * out_width
-        for start in range(0, span, DEPTH):
-            from_x = first + start + tl.arange(0, DEPTH)
-            pixels = tl.load(
-                source[:, None] + from_x[None, :],
-                mask=inside[:, None] & (from_x < out_width)[None, :],
-                other=0.0,
-            )
-            tap_x = to_x[None, :] + pad_x - from_x[:, None] * stride_x
-            band = tl.load(
-                weight + (channel * kernel_height + tap_y) * kernel_width + tap_x,
-                mask=(tap_x >= 0) & (tap_x < kernel_width),
-                other=0.0,
-            )
-            if UPCAST:
-                pixels, band = pixels.to(tl.float32), band.to(tl.float32)
-            total = tl.dot(pixels, band, total, input_precision=PRECISION)
-    target = out + ((image.to(tl.int64) * channels + channel) * height + y) * width
-    mask = (image < batch)[:, None] & (to_x < width)[None, :]
-    tl.store(target[:, None] + to_x[None, :], total.to(out.dtype.element_ty), mask=mask)
+    """Sums over tiles of the products of every output in a tile with every pixel of one line that it may need.
 
-
-@triton.jit
-def weight_kernel(  # type: ignore[no-untyped-def]
-    grad, x, parts, batch, channels, height, width, out_height, out_width, kernel_height, kernel_width,
-    stride_y, stride_x, pad_y, pad_x, rows_per_split, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """One kernel row's gradient over a share of the (n, y) rows and a block of output columns of one channel.
-
-    grid (splits * column blocks, KH, C); `parts` is (splits * column blocks, C, KH, KW). The products of every output
-    column with every input column are a matrix product over rows; the gradient is the sums along its diagonals.
+    grid (splits, lines * blocks, C); `parts` is (splits, C, lines * blocks, ROWS * COLUMNS, DEPTH), and `grad` is laid
+    out as images are. The gradient is the sums along the diagonals of `parts`.
     """
-    channel, tap_y = tl.program_id(2), tl.program_id(1)
-    blocks = tl.cdiv(out_width, COLUMNS)
-    split = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * COLUMNS
-    column = first + tl.arange(0, COLUMNS)
-    taps = tl.arange(0, TAPS)
-    result = tl.zeros((TAPS,), dtype=tl.float32)
-    for start in range(0, (COLUMNS - 1) * stride_x + kernel_width, COLUMNS):
-        from_x = first * stride_x - pad_x + start + tl.arange(0, COLUMNS)
-        total = tl.zeros((COLUMNS, COLUMNS), dtype=tl.float32)
-        for begin in range(0, rows_per_split, ROWS):
-            row = split * rows_per_split + begin + tl.arange(0, ROWS)
-            image, y = row // out_height, row % out_height
-            from_y = y * stride_y + tap_y - pad_y
-            known = (image < batch) & (begin + tl.arange(0, ROWS) < rows_per_split)
-            inside = known & (from_y >= 0) & (from_y < height)
-            base = image.to(tl.int64) * channels + channel
-            grads = tl.load(
-                grad + ((base * out_height + y) * out_width)[None, :] + column[:, None],
-                mask=inside[None, :] & (column < out_width)[:, None],
-                other=0.0,
-            )
-            pixels = tl.load(
-                x + ((base * height + from_y) * width)[:, None] + from_x[None, :],
-                mask=inside[:, None] & (from_x >= 0)[None, :] & (from_x < width)[None, :],
-                other=0.0,
-            )
-            if UPCAST:
-                grads, pixels = grads.to(tl.float32), pixels.to(tl.float32)
-            total = tl.dot(grads, pixels, total, input_precision=PRECISION)
-        tap_x = from_x[None, :] - column[:, None] * stride_x + pad_x
-        for tap in range(kernel_width):
-            diagonal = tl.sum(tl.sum(tl.where(tap_x == tap, total, 0.0), 1), 0)
-            result += tl.where(taps == tap, diagonal, 0.0)
-    target = parts + ((tl.program_id(0) * channels + channel) * kernel_height + tap_y) * kernel_width
-    tl.store(target + taps, result, mask=taps < kernel_width)
+    split, step, channel = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    across = tl.cdiv(g.out_width, COLUMNS)
+    width = tl.cdiv(g.out_width, VECTOR) * VECTOR
+    total = tl.zeros((ROWS * COLUMNS, DEPTH), dtype=tl.float32)
+    for part in range(tiles_per_split // TILES * across):
+        first = part % across * COLUMNS
+        tile = split * tiles_per_split + part // across * TILES + tl.arange(0, TILES)
+        pixels = _pixels(
+            images, batch, g, channel, tile, first, step // g.blocks, step % g.blocks * DEPTH, VECTOR, ROWS, DEPTH
+        )
+        source, mask = _cells(batch, g, channel, tile, first, width, ROWS, COLUMNS)
+        grads = tl.load(grad + source, mask=mask, other=0.0)
+        if UPCAST:
+            grads, pixels = grads.to(tl.float32), pixels.to(tl.float32)
+        total = tl.dot(tl.trans(grads), pixels, total, input_precision=PRECISION)
+    place = (split * g.channels + channel).to(tl.int64) * (g.lines * g.blocks) + step
+    place = place * (ROWS * COLUMNS) + tl.arange(0, ROWS * COLUMNS)
+    tl.store(parts + place[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :], total)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def diagonal_kernel(
+    parts, out, splits, g, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TAPS: tl.constexpr
+):
+    """Sums of `parts` along their diagonals: TAPS taps of `out` (C, KH, KW); grid (KW / TAPS, KH, C)."""
+    tap_x = tl.program_id(0) * TAPS + tl.arange(0, TAPS)
+    tap_y, channel = tl.program_id(1), tl.program_id(2)
+    cell = tl.arange(0, ROWS * COLUMNS)[:, None]
+    line = tap_y + cell // COLUMNS * g.stride_y - g.first_y
+    depth = tap_x[None, :] + cell % COLUMNS * g.stride_x - g.first_x
+    inside = (line >= 0) & (line < g.lines) & (depth >= 0) & (depth < g.blocks * DEPTH)
+    total = tl.zeros((ROWS * COLUMNS, TAPS), dtype=tl.float32)
+    for split in range(splits):
+        place = (split * g.channels + channel).to(tl.int64) * (g.lines * g.blocks) + line * g.blocks + depth // DEPTH
+        source = parts + (place * (ROWS * COLUMNS) + cell) * DEPTH + depth % DEPTH
+        total += tl.load(source, mask=inside, other=0.0)
+    target = out + (channel * g.kernel_height + tap_y) * g.kernel_width + tap_x
+    tl.store(target, tl.sum(total, 0).to(out.dtype.element_ty), mask=tap_x < g.kernel_width)

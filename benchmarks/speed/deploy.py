@@ -1,0 +1,175 @@
+"""Times of plain, patched and merged models in the runtimes that they are deployed with; writes docs/deploy.md's table.
+
+    python -m benchmarks.speed.deploy
+
+Contenders run in turns (benchmarks/common.py), so that whatever else the machine does meets them alike. A cell is the
+median time for one image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import timm_contconv as tcc
+from tests.models_for_tests import awake, scatter
+from timm_contconv.export import load_exported
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "deploy.md"
+START, END = "<!-- times: benchmarks/speed/deploy.py writes this table -->", "<!-- end of times -->"
+Run = Callable[[Tensor], object]
+
+
+def models(base: str, recipe: str) -> dict[str, nn.Module]:
+    patched = scatter(awake(timm.create_model(f"{base}_{recipe}"))).eval()
+    return {"plain": awake(timm.create_model(base)).eval(), "patched": patched, "merged": tcc.merge(patched)}
+
+
+def eager(model: nn.Module, folder: Path) -> Run:
+    return model
+
+
+def channels_last(model: nn.Module, folder: Path) -> Run:
+    model = model.to(memory_format=torch.channels_last)
+    return lambda x: model(x.to(memory_format=torch.channels_last))
+
+
+def bfloat16(model: nn.Module, folder: Path) -> Run:
+    def run(x: Tensor) -> object:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    return run
+
+
+def compiled(model: nn.Module, folder: Path) -> Run:
+    torch.compiler.reset()
+    return torch.compile(model)
+
+
+def onnx_file(model: nn.Module, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    if not path.exists():
+        tcc.export(model, path, dynamic=(), merge=False)
+    return path
+
+
+def onnx_session(path: Path) -> Run:
+    run = load_exported(path, "onnx")
+    return lambda x: run(x.expand(2, -1, -1, -1).contiguous())  # files of fixed sizes take two images
+
+
+def onnx(model: nn.Module, folder: Path) -> Run:
+    return onnx_session(onnx_file(model, folder))
+
+
+def aoti(model: nn.Module, folder: Path) -> Run:
+    tcc.export(model, folder / "model.pt2", "aoti", dynamic=(), merge=False)
+    run = load_exported(folder / "model.pt2", "aoti")
+    return lambda x: run(x.expand(2, -1, -1, -1).contiguous())
+
+
+def openvino_(precision: str) -> Callable[[nn.Module, Path], Run]:
+    def prepare(model: nn.Module, folder: Path) -> Run:
+        import openvino
+
+        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        run = openvino.Core().compile_model(str(onnx_file(model, folder)), "CPU", settings)
+        return lambda x: run(x.expand(2, -1, -1, -1).numpy())
+
+    return prepare
+
+
+def int8(model: nn.Module, folder: Path) -> Run:
+    """ONNX Runtime's static quantisation, calibrated on random images: for times only."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = 2
+
+        def get_next(self) -> dict[str, object] | None:
+            self.left -= 1
+            return None if self.left < 0 else {"images": torch.randn(2, 3, 224, 224).numpy()}
+
+    quantize_static(onnx_file(model, folder), folder / "int8.onnx", Images(), quant_format=QuantFormat.QDQ)
+    return onnx_session(folder / "int8.onnx")
+
+
+RUNTIMES: dict[str, tuple[Callable[[nn.Module, Path], Run], int]] = {
+    "eager": (eager, 1),
+    "eager, channels last": (channels_last, 1),
+    "eager, bfloat16 autocast": (bfloat16, 1),
+    "torch.compile": (compiled, 1),
+    "AOTInductor": (aoti, 2),
+    "ONNX Runtime": (onnx, 2),
+    "ONNX Runtime, int8": (int8, 2),
+    "OpenVINO": (openvino_("f32"), 2),
+    "OpenVINO, bfloat16": (openvino_("bf16"), 2),
+}
+
+
+def times(runs: dict[str, Run], images: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds for one image, in turns."""
+    x, found = torch.randn(1, 3, 224, 224), {name: [] for name in runs}
+    with torch.no_grad():
+        for number in range(rounds + 2):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run(x)
+                if number > 1:
+                    found[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) / images for name, values in found.items()}
+
+
+def row(runtime: str, contenders: dict[str, nn.Module], rounds: int, folder: Path) -> str:
+    prepare, images = RUNTIMES[runtime]
+    runs: dict[str, Run] = {}
+    failed = {}
+    for name, model in contenders.items():
+        place = folder / name
+        place.mkdir(exist_ok=True)
+        try:
+            run = prepare(copy.deepcopy(model), place)
+            with torch.no_grad():
+                run(torch.randn(1, 3, 224, 224))
+        except Exception as error:
+            failed[name] = f"no: {type(error).__name__}"
+            print(runtime, name, error)
+        else:
+            runs[name] = run
+    found = times(runs, images, rounds)
+    cells = [failed.get(name) or f"{found[name]:.1f} ms" for name in contenders]
+    return f"| {runtime} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="convnext_atto")
+    parser.add_argument("--recipe", default="dcls_gauss")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--runtimes", nargs="*", choices=list(RUNTIMES), default=list(RUNTIMES))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    contenders = models(arguments.base, arguments.recipe)
+    lines = ["| runtime | plain | patched | merged |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for runtime in arguments.runtimes:
+            lines.append(row(runtime, contenders, arguments.rounds, Path(folder)))
+            print(lines[-1], flush=True)
+    text = PAGE.read_text(encoding="utf-8")
+    head, _, rest = text.partition(START)
+    PAGE.write_text("\n".join((head + START, "", *lines, "", END)) + rest.partition(END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""torch.compile as users call it: Inductor, no arguments, images whose size changes, training and evaluation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import timm_contconv  # noqa: F401 - registers the models
+from tests.models_for_tests import awake
+
+pytestmark = pytest.mark.slow
+
+SIZES = (64, 96, 80)
+MODELS = (
+    *(f"test_convnext_{recipe}" for recipe in ("dcls", "dcls_triangle", "dcls_gauss", "smp", "flex")),
+    *("test_resnet_genv", "test_resnet_cc"),
+)
+
+
+def images(pixels: int) -> torch.Tensor:
+    return torch.randn(2, 3, pixels, pixels + 16, generator=torch.Generator().manual_seed(pixels))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_compiled_model_equals_eager_at_all_sizes(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = awake(timm.create_model(name, num_classes=10))
+    check(model)
+
+
+def test_ccnet_with_a_pooling_compiles_one_graph_per_size():
+    """Its layers' scales are long fractions, with which symbolic sizes did not end."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    check(timm.create_model("ccnet", num_classes=10, global_pool="avg", dims=8), (32, 40, 48))
+
+
+def check(model: torch.nn.Module, sizes: tuple[int, ...] = SIZES) -> None:
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model)
+    for x in map(images, sizes):
+        for each, module in ((compiled, model), (eager, eager)):
+            module.zero_grad()
+            each.train()(x).square().sum().backward()
+        for (name, a), (_, b) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * b.grad.abs().max().item(), msg=name)
+    with torch.no_grad():
+        for x in map(images, sizes):
+            torch.testing.assert_close(compiled.eval()(x), eager.eval()(x), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,1 @@
+"""Hooks for training frameworks, a file each. A file needs its framework; nothing else of this package does."""

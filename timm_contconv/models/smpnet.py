@@ -1,0 +1,159 @@
+"""smpnet7: SMPConv's network for CIFAR-10 (Kim and Park 2023, Table 4), FlexNet-7 with SMP convolutions.
+
+Beside every SMP convolution stands a small one. Each has a batch norm, and their sum a ReLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..hub.build import build_model_with_cfg
+from ..layers.smp import SmpConv2d, SmpConvBn2d, SmpSpec
+from .checkpoint import check_kernel_size, check_keys, classifier_name, renamed, unwrap
+from .full_resolution import CIFAR10_MEAN, CIFAR10_STD, FullResolutionNet, checked_settings, full_kernel_size
+
+__all__ = ["SmpNet", "checkpoint_filter_fn", "smpnet7"]
+
+#: settings of the released code for CIFAR-10
+CIFAR10_POINTS: dict[str, Any] = {"kernel_count": 16, "initial_radius": 0.12, "coordinate_std": 0.05}
+
+# key of the release -> key of this network
+RELEASED_KEYS = (
+    (r"^module\.", ""),
+    (r"^(cconv|norm)1(s?)\.", r"stem.\g<1>\2."),
+    (r"\.cconv(\d?)\.Kernel\.weight_coord$", r".conv\1.conv.kernel.coordinate"),
+    (r"\.cconv(\d?)\.Kernel\.weights$", r".conv\1.conv.kernel.weight"),
+    (r"\.cconv(\d?)\.(Kernel\.)?(radius|train_length)$", r".conv\1.conv.kernel.\3"),
+    (r"\.cconv(\d?)s\.", r".conv\1.small_conv."),
+    (r"\.norm(\d?)\.", r".conv\1.bn."),
+    (r"\.norm(\d?)s\.", r".conv\1.small_bn."),
+    (r"\.shortcut\.0\.", ".shortcut."),
+)
+
+
+class SmpNet(FullResolutionNet):
+    """SMPConv's network for small images (Kim and Park 2023, section 4.3).
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: outputs of the head; 0 for none.
+        global_pool: pooling before the head, as in timm; "" for none.
+        img_size: pixels of the images, an int or (height, width). Kernels have this size, plus one if it is even.
+        dim: channels of the stem.
+        width_factors: channels of the blocks relative to the stem's.
+        small_kernel: size of the small kernels, odd; None for no small convolutions.
+        dropout: probability in the blocks.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        smp_args: settings of the SMP convolutions by name, as in `SmpSpec` without kernel_size and small_kernel, and
+            "compile". Defaults: 16 points per filter, initial_radius 0.12.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] = 32,
+        dim: int = 24,
+        width_factors: Sequence[float] = (1, 1, 1.5, 1.5, 1.5, 2, 2),
+        small_kernel: int | None = 3,
+        dropout: float = 0.1,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        smp_args: dict[str, Any] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        kernel_size = full_kernel_size(img_size)
+        dd = {"device": device, "dtype": dtype}
+        allowed = {*SmpSpec.model_fields, "compile"} - {"method", "kernel_size", "small_kernel"}
+        given = checked_settings("smp_args", {} if smp_args is None else smp_args, allowed)
+        settings = {"padding": "same", "bias": False, **CIFAR10_POINTS, **given, **dd}
+
+        def conv(in_chs: int, out_chs: int, small_bias: bool = False) -> SmpConvBn2d:
+            return SmpConvBn2d(SmpConv2d(in_chs, out_chs, kernel_size, **settings), small_kernel, small_bias)
+
+        def stem_conv(in_chs: int, out_chs: int) -> SmpConvBn2d:
+            return conv(in_chs, out_chs, small_bias=True)
+
+        super().__init__(
+            in_chans, num_classes, global_pool, stem_conv, conv, nn.Identity, dim, width_factors, dropout, drop_rate,
+            drop_path_rate, **dd,
+        )  # fmt: skip
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of an SmpNet or an SmpTCN, or a checkpoint of the authors, with the model's keys.
+
+    The release transposes its two-dimensional kernels and flips the rows: its point (p0, p1) lies at row -p1, column
+    p0. Small convolutions without a bias get one of 0 where the model has one.
+
+    Raises:
+        ValueError: keys are missing or left over, or the checkpoint's kernels have another size than the model's.
+    """
+    native = unwrap(state_dict)
+    if any(key.endswith(".Kernel.weight_coord") for key in native):
+        native = _of_release(native, model)
+    return check_keys(native, model)
+
+
+def _of_release(released: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    wanted = model.state_dict()
+    native = {key: torch.zeros_like(value) for key, value in wanted.items() if key.endswith(".small_conv.bias")}
+    rules = (*RELEASED_KEYS, (r"^out_layer\.", f"{classifier_name(model)}."))
+    for key, value in released.items():
+        new = renamed(key, rules)
+        layer, _, name = new.rpartition(".")
+        if name == "train_length":
+            check_kernel_size(key, int(value), model.get_submodule(layer))
+        else:
+            native[new] = _in_our_shape(name, value, wanted[new].shape) if new in wanted else value
+    return native
+
+
+def _in_our_shape(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    if name == "coordinate" and value.shape[-1] == 2:
+        value = torch.stack((-value[..., 1], value[..., 0]), -1)
+    squeezed = value.ndim != len(shape) and value.numel() == shape.numel()  # a linear layer as 1×1 convolution
+    return value.reshape(shape) if squeezed else value
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    """The released files are on Google Drive: load one with pretrained_cfg_overlay={"file": path}."""
+    return {
+        "num_classes": 10, "input_size": (3, 32, 32), "pool_size": None,
+        "crop_pct": 1.0, "interpolation": "bilinear",
+        "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
+        "first_conv": "stem.conv", "classifier": "head.fc",
+        "paper_ids": "arXiv:2304.02330", "origin_url": "https://github.com/sangnekim/SMPConv",
+        "paper_name": "SMPConv: Self-moving Point Representations for Continuous Convolution",
+        **kwargs,
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs({"smpnet7": _cfg()})
+
+
+@register_model
+def smpnet7(pretrained: bool = False, **kwargs: Any) -> SmpNet:
+    """SMPConv's CIFAR-10 network: 489,646 parameters, 93.0 % in the paper (Table 4)."""
+    arguments: dict[str, Any] = {"dim": 24, "width_factors": (1, 1, 1.5, 1.5, 1.5, 2, 2), **kwargs}
+    out_indices = arguments.pop("out_indices", tuple(range(len(arguments["width_factors"]))))
+    return build_model_with_cfg(
+        SmpNet,
+        "smpnet7",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "flatten_sequential": True},
+        **arguments,
+    )

@@ -1,0 +1,107 @@
+"""What the exchange of a convolution does to a model's outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import ConvReplacement
+from .originals import original_convs, run
+from .record import require_record
+
+__all__ = ["Damage", "measure_damage"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """How far a patch moves a model's outputs from those of the original.
+
+    Attributes:
+        measure: "KL" for logits (N, classes): the mean Kullback-Leibler divergence of the original's probabilities from
+            the new ones, in nats; "relative" for other outputs: ||new - old|| / ||old||.
+        layers: of the exchange of each convolution alone, by module name. A layer whose convolution the patch also gave
+            another stride, or whose place did not exist, is left out.
+        whole: of all of them together.
+        kept: the part of the images whose largest logit is the same; None for other outputs.
+    """
+
+    measure: str
+    layers: dict[str, float]
+    whole: float
+    kept: float | None
+
+    @property
+    def sum(self) -> float:
+        """Of the layers; near `whole` where they do not interact."""
+        return sum(self.layers.values())
+
+
+@torch.no_grad()
+def measure_damage(model: nn.Module, original: nn.Module, images: Tensor) -> Damage:
+    """Compare the outputs of a patched model, and of the original with one exchanged layer at a time.
+
+    Both models run in eval mode, and keep their modes. Nothing is changed; a hook on each convolution of the original
+    gives the layer's output instead of the convolution's.
+
+    Args:
+        model: the patched model.
+        original: the model before its patch.
+        images: (N, C, H, W).
+
+    Raises:
+        TypeError, ValueError: as `original_convs` and `run`.
+    """
+    record = require_record(model)
+    convs = original_convs(record, original)
+    rewired = {change.name.removesuffix(".stride") for change in record.rewired}
+    modes = {module: module.training for whole in (model, original) for module in whole.modules()}
+    try:
+        model.eval()
+        original.eval()
+        expected = run(original, images, "images")
+        outputs = {}
+        for name, conv in convs.items():
+            if name not in rewired:
+                outputs[name] = _with_layer(original, conv, model.get_submodule(name), images)
+        return _compare(expected, outputs, run(model, images, "images"), _gives_logits(original, expected))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _with_layer(original: nn.Module, conv: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
+    """The original's output with another layer in the place of a convolution."""
+    assert isinstance(layer, ConvReplacement)
+    handle = conv.register_forward_hook(lambda _, inputs, __: layer(*inputs))
+    try:
+        return run(original, images, "images")
+    finally:
+        handle.remove()
+
+
+def _gives_logits(original: nn.Module, output: Tensor) -> bool:
+    """Whether the output is (N, classes); a timm model without classes gives features."""
+    return output.ndim == 2 and output.shape[1] > 1 and getattr(original, "num_classes", None) != 0
+
+
+def _compare(expected: Tensor, outputs: Mapping[str, Tensor], whole: Tensor, logits: bool) -> Damage:
+    distance = _divergence if logits else _relative
+    return Damage(
+        measure="KL" if logits else "relative",
+        layers={name: distance(expected, output) for name, output in outputs.items()},
+        whole=distance(expected, whole),
+        kept=(expected.argmax(1) == whole.argmax(1)).double().mean().item() if logits else None,
+    )
+
+
+def _divergence(expected: Tensor, output: Tensor) -> float:
+    new, old = (values.double().log_softmax(1) for values in (output, expected))
+    return nn.functional.kl_div(new, old, reduction="batchmean", log_target=True).item()
+
+
+def _relative(expected: Tensor, output: Tensor) -> float:
+    size = torch.linalg.vector_norm(expected.double()).clamp_min(torch.finfo(torch.float64).tiny)
+    return (torch.linalg.vector_norm((output - expected).double()) / size).item()
