@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TOOLS := build/tools/bin
 UV := $(TOOLS)/uv pip install --quiet --python
 
-.PHONY: demo test slow soak gpu browser-test zoo ecosystem check format wheel installed oldest newest clean
+.PHONY: demo test slow soak gpu browser-test docs proof zoo ecosystem check format wheel installed oldest newest clean
 
 # The environment is up to date if this file is newer than pyproject.toml.
 $(VENV)/.installed: pyproject.toml
@@ -38,6 +38,10 @@ gpu: $(VENV)/.installed
 browser-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
+
+# What each method gains on Fashion-MNIST: hours; runs that are recorded are skipped. `apt-get install dataset-fashion-mnist`.
+proof: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.papers.proof.run
 
 # The site, in docs/_build/html; warnings are errors.
 docs: $(VENV)/.installed

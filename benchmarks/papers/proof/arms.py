@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
+from timm.layers import BlurPool2d
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
@@ -50,7 +51,7 @@ def convnext(kernel_size: int = 7, dims: tuple[int, ...] = CONVNEXT["dims"]) -> 
 
 
 def resnet(**settings: Any) -> nn.Module:
-    """A small ResNet of timm's for small pictures: a 3×3 stem without stride or pool, maps of 28, 14, 7 and 4 pixels."""
+    """A small ResNet of timm's: a 3×3 stem without stride or pool, maps of 28, 14, 7 and 4 pixels."""
     model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, channels=RESNET_CHANNELS, **settings)
     model.conv1 = nn.Conv2d(1, model.conv1.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -109,7 +110,7 @@ def _resnet_arms() -> list[Arm]:
     arms = [
         arm("resnet", build=resnet),
         arm("resnet, 1.5 times as long", build=resnet, longer=1.5),
-        arm("resnet, blur", build=functools.partial(resnet, aa_layer="blurpc")),
+        arm("resnet, blur", build=functools.partial(resnet, aa_layer=BlurPool2d)),
         arm("resnet, max-pool", build=functools.partial(resnet, aa_layer=MaxPool)),
         arm("resnet, genv", build=_patched(resnet, "genv")),
         arm("resnet, cc", build=_patched(resnet, "cc")),
@@ -124,13 +125,13 @@ def _resnet_arms() -> list[Arm]:
 
 def _paper_arms() -> list[Arm]:
     create = functools.partial(timm.create_model, num_classes=10, in_chans=1)
-    ccnet = functools.partial(create, dims=16)
+    ccnet = functools.partial(create, dims=16, global_pool="avg")
     return [
         Arm("ccnet_baseline", "ccnet", functools.partial(ccnet, "ccnet_baseline")),
         Arm("ccnet", "ccnet", functools.partial(ccnet, "ccnet")),
-        Arm("flexnet3", "flexnet", functools.partial(create, "flexnet3", dims=(8, 12, 16), img_size=28)),
+        Arm("flexnet3", "flexnet", functools.partial(create, "flexnet3", dim=8, img_size=28)),
         Arm("flexnet3, fixed size", "flexnet", functools.partial(
-            create, "flexnet3", dims=(8, 12, 16), img_size=28, flex_args={"mask": False})),
+            create, "flexnet3", dim=8, img_size=28, flex_args={"mask": False})),
     ]  # fmt: skip
 
 

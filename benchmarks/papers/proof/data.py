@@ -92,6 +92,6 @@ def _find(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"{folder}: has no {name}[.gz]; `apt-get install dataset-fashion-mnist` brings Fashion-MNIST on Debian, elsewhere"
-        " pass --data FOLDER with its four IDX files"
+        f"{folder}: has no {name}[.gz]; `apt-get install dataset-fashion-mnist` brings Fashion-MNIST on Debian,"
+        " elsewhere pass --data FOLDER with its four IDX files"
     )
