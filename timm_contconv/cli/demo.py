@@ -27,7 +27,7 @@ __all__ = ["run"]
 MODEL = "tf_efficientnet_lite0"
 RECIPES = ("dcls_gauss", "smp", "flex", "genv", "cc")
 TUNED = "genv"
-CROPS, DIGIT_SIZE, BATCH_SIZE = 2, 64, 64
+CROPS, DIGIT_SIZE, BATCH_SIZE = 1, 64, 64
 
 
 def run(console: Console, output: Path, epochs: int, recipes: Sequence[str] = RECIPES) -> None:
