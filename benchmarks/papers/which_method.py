@@ -9,8 +9,8 @@ top-1 stays, parameters, multiply-adds, time of a forward pass (patched and merg
 
 from __future__ import annotations
 
-from benchmarks.common import arguments, new_parser, training_step, write_results
-from timm_contconv.cli.compare import compare_recipes, times_in_turns
+from benchmarks.common import arguments, in_turns, medians, new_parser, training_step, write_results
+from timm_contconv.cli.compare import compare_recipes
 from timm_contconv.cli.lite0 import load_lite0, load_photographs
 
 RECIPES = ("dcls", "dcls_triangle", "dcls_gauss", "smp", "flex", "genv", "cc")
@@ -24,7 +24,7 @@ def main() -> None:
     model, images = load_lite0(), load_photographs(options.crops).flatten(0, 1)
     compared = compare_recipes(model, images, RECIPES, options.rounds)
     nets = {"plain": model, **{c.recipe: c.model for c in compared}}
-    steps = times_in_turns({name: training_step(net, images[:8]) for name, net in nets.items()}, options.rounds)
+    steps = medians(in_turns({name: training_step(net, images[:8]) for name, net in nets.items()}, options.rounds))
     record = {}
     print("| recipe | layers | top-1 kept | parameters | multiply-adds | forward | forward, merged | training step |")
     print("|---|---|---|---|---|---|---|---|")

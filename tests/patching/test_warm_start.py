@@ -143,4 +143,4 @@ def test_geometry_can_learn_after_a_fit(recipe):
     select = {"select": "blocks.[01].*dw"} if recipe != "genv" else {}
     model = tcc.patch(lite0(), recipe, **select)
     for name, (geometry, weight) in gradients(model).items():
-        assert geometry > 5e-4 * weight, name
+        assert geometry > (5e-4 if recipe == "dcls_gauss" else 1e-3) * weight, name

@@ -17,7 +17,7 @@ from .. import patching
 
 Key = TypeVar("Key", bound=Hashable)
 
-__all__ = ["Comparison", "compare_recipes", "times_in_turns"]
+__all__ = ["Comparison", "compare_recipes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def compare_recipes(
     contenders = {("plain", ""): model}
     contenders |= {("patched", recipe): net for recipe, net in patched.items()}
     contenders |= {("merged", recipe): net for recipe, net in merged.items()}
-    times = times_in_turns({key: functools.partial(net, few) for key, net in contenders.items()}, rounds)
+    times = _times_in_turns({key: functools.partial(net, few) for key, net in contenders.items()}, rounds)
     plain = times["plain", ""]
     before = _logits(model, images)
     comparisons = []
@@ -97,7 +97,7 @@ def compare_recipes(
     return comparisons
 
 
-def times_in_turns(calls: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
+def _times_in_turns(calls: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
     """Median seconds of each call, after one call that is not counted; all take turns in every round."""
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     for turn in range(rounds + 1):

@@ -68,3 +68,4 @@ def test_no_step_waits_on_a_real_one(name, training):
                 y.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert y.isfinite().all()

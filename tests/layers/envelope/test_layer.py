@@ -145,7 +145,7 @@ def test_a_delta_is_skipped_without_a_gradient_and_has_the_same_bits() -> None:
         assert torch.equal(layer(x), plain(x))
     assert counter.get_total_flops() == 2 * (2 * 6 * 4 * 9 * 2 * 4 * 4)
     y = layer(x)
-    torch.testing.assert_close(y, plain(x))
+    assert torch.equal(y, plain(x.contiguous(memory_format=torch.channels_last)))  # as smoothed images lie
     assert torch.equal(torch.autograd.grad(y.sum(), layer.raw_sigma)[0], torch.zeros(4))
 
 
