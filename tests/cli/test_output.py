@@ -21,7 +21,7 @@ ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
 
 
 def start(*arguments, environment=None, **streams):
-    command = [sys.executable, "-m", "timm_contconv", *arguments]
+    command = [sys.executable, "-c", "from contconv import main; main()", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
     return subprocess.Popen(command, env=environment, **{"stdout": -1, "stderr": -1, "stdin": -3, **streams})
 
@@ -53,7 +53,7 @@ def ended(tmp_path_factory):
     with Path("/dev/full").open("w") as full:
         processes = {
             "ascii": start(*show, environment=ASCII),
-            "full": start(*show, stdout=full),
+            "full": start("--version", stdout=full),
             "closed": start(*save, stdout=None, stderr=None, preexec_fn=lambda: [os.close(fd) for fd in (0, 1, 2)]),
             "narrow": start(*show, stdout=theirs, environment={"COLUMNS": ""}),
         }

@@ -100,12 +100,11 @@ def test_positions_that_layers_share_are_stored_once(tmp_path):
         assert sum(key.endswith("position") for key in file.keys()) == 4  # noqa: SIM118
 
 
-def test_the_card_has_the_report_and_a_picture(tmp_path):
+def test_the_card_has_the_report(tmp_path):
     folder = tcc.save_pretrained(small(), tmp_path / "model")
     card = (folder / "README.md").read_text()
     assert "GaussianEnvelopeConv2d 1×1" in card
     assert card.startswith("---\nlibrary_name: timm")
-    assert (folder / "kernels.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_saving_draws_no_random_numbers(tmp_path):

@@ -133,8 +133,14 @@ def test_gradient_checkpointing_gives_equal_gradients(name):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3, msg=key)
 
 
-@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
-@every_network
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        pytest.param(name, training, marks=[pytest.mark.slow] * ((name, training) != ("smpnet7", True)))
+        for name in SMALL
+        for training in (True, False)
+    ],
+)
 def test_a_model_is_one_graph(name, training):
     model, x = small(name).train(training), images(name)
     expected = model(x)

@@ -150,7 +150,7 @@ def test_group_matcher_covers_the_model(name):
     assert sorted(grouped) == sorted(n for n, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_whole_model_compiles_without_a_graph_break(training):
     model = create("test_convnext_dcls_gauss", num_classes=4, depths=(1, 1, 1, 1)).train(training)
     x = torch.randn(2, 3, 32, 32)

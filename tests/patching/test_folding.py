@@ -39,7 +39,10 @@ def images(model: nn.Module) -> torch.Tensor:
     return torch.randn(1, 3, *(config["input_size"][1:] if config.get("fixed_input_size") else (64, 64)))
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("fastvit_t8", "tiny_vit_5m_224", "levit_128s", "repvgg_a0", "repghostnet_050")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_a_patched_model_folds_to_the_same_output_or_raises(name):
     plain = create(name, **MODELS[name])
     x = images(plain)
