@@ -96,11 +96,11 @@ def test_a_model_that_does_not_load_back_the_same_is_not_published(hub, edit, me
 # interruptions
 
 #: requests of a publication over an old one, lost before or after they are served
-MOMENTS = [("/repos/create", "before"), ("/preupload/", "before"), ("objects/batch", "before"), ("/lfs/", "before"),
-           ("/lfs/", "after"), ("/commit/", "before"), ("/commit/", "after")]  # fmt: skip
+MOMENTS = [("/repos/create", "before"), ("/lfs/", "after"), ("/commit/", "before"), ("/commit/", "after")]
+MORE = [("/preupload/", "before"), ("objects/batch", "before"), ("/lfs/", "before")]
 
 
-@pytest.mark.parametrize(("path", "drop"), MOMENTS)
+@pytest.mark.parametrize(("path", "drop"), [*MOMENTS, *(pytest.param(*m, marks=pytest.mark.slow) for m in MORE)])
 def test_interrupted_it_is_the_old_revision_or_the_new_and_the_next_try_finishes(hub, no_waiting, x, path, drop):
     old, new = small(), small(seed=1, num_classes=4)
     tcc.push_to_hub(old, REPO)

@@ -252,6 +252,7 @@ def test_the_environment_turns_measuring_off():
     assert ops.choices() == before
 
 
+@pytest.mark.slow
 def test_a_wrong_algorithm_is_not_used_any_more(tmp_path):
     python("""
 from timm_contconv.ops.algorithms import ALGORITHMS, direct

@@ -141,7 +141,9 @@ def outcomes(verb, recipe, act, error):
     return found
 
 
-@pytest.mark.parametrize("recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r == "smp")) for r in RECIPES])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r in ("smp", "genv5"))) for r in RECIPES]
+)
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_error_at_any_line_leaves_the_model_as_it_was_or_wholly_changed(verb, recipe):
     handler = signal.getsignal(signal.SIGINT)

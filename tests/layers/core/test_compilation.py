@@ -34,11 +34,14 @@ def compilations() -> int:
 @pytest.mark.parametrize(
     "layer",
     [
-        *(make(24, interpolation=interpolation) for interpolation in ("bilinear", "triangle", "gauss")),
-        SmpConv2d(24, 24, 7, groups=24, compile=True),
-        FlexConv2d(24, 24, 7, groups=24, hidden_layers=1, compile=True),
+        pytest.param(make(24, interpolation="gauss"), id="gauss"),
+        pytest.param(make(24, interpolation="bilinear"), id="bilinear", marks=pytest.mark.slow),
+        pytest.param(make(24, interpolation="triangle"), id="triangle", marks=pytest.mark.slow),
+        pytest.param(SmpConv2d(24, 24, 7, groups=24, compile=True), id="smp", marks=pytest.mark.slow),
+        pytest.param(
+            FlexConv2d(24, 24, 7, groups=24, hidden_layers=1, compile=True), id="flex", marks=pytest.mark.slow
+        ),
     ],
-    ids=["bilinear", "triangle", "gauss", "smp", "flex"],
 )
 def test_compiled_construction_equals_eager(layer):
     spread_(layer)
@@ -70,6 +73,7 @@ def test_one_compilation_serves_all_widths_counts_and_modes():
     assert compilations() == before
 
 
+@pytest.mark.slow
 def test_every_kernel_size_compiles_however_many_there_are():
     before, limit = compilations(), 1
     sizes = range(9, 9 + 2 * (limit + 2), 2)
@@ -105,12 +109,19 @@ print([w.category.__name__ for w in caught if "stays eager" in str(w.message)])
 # ---- layers
 
 
-@every_layer
+QUICK = ("dcls", "dcls_reflect", "smp", "flex", "genv", "cc")
+
+
 @pytest.mark.parametrize(
-    "needs_gradient", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["inside", "entrance"]
+    ("name", "needs_gradient"),
+    [
+        pytest.param(name, inside, marks=[pytest.mark.slow] * (name not in QUICK or not inside))
+        for name in LAYERS
+        for inside in (True, False)
+    ],
 )
-def test_a_compiled_layer_equals_eager(make, needs_gradient):
-    layer = spread_(make())
+def test_a_compiled_layer_equals_eager(name, needs_gradient):
+    layer = spread_(LAYERS[name]())
     x, eager = image_for(layer).requires_grad_(needs_gradient), copy.deepcopy(layer)
     outputs, gradients = [], []
     for each in (torch.compile(layer, fullgraph=True, backend="aot_eager"), eager):
@@ -139,6 +150,7 @@ def test_a_layer_that_is_made_in_a_compiled_function_equals_eager(make):
     torch.testing.assert_close(torch.compile(run, backend="eager")(x), run(x))
 
 
+@pytest.mark.slow
 def test_a_compiled_stage_computes_its_factors_once():
     """4 layers share a set of positions, which takes 2 exponentials; partitioned as inductor does."""
     exponentials = []

@@ -223,8 +223,8 @@ def test_a_mask_learns_the_size_of_its_target():
     target[..., 4:17, 8:13] = torch.randn(13, 5)
     layer = FlexConv2d(1, 1, 21)
     assert set(layer.kernel.geometry_lr_scale.values()) == {0.1}
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
-    for _ in range(400):
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    for _ in range(200):
         optimizer.zero_grad()
         (layer.weight - target).square().sum().backward()
         optimizer.step()

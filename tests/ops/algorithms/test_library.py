@@ -190,8 +190,9 @@ for each in caught:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs Linux")
-@pytest.mark.parametrize("home", ["none", pytest.param("read-only", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("home", ["none", "read-only"])
 def test_without_a_home_that_can_be_written_convolutions_run(home, tmp_path, fake):
     """The library and the measurements are each missed once, and the warning says why."""
     unset = ("HOME", "XDG_CACHE_HOME", "TIMM_CONTCONV_CACHE")
