@@ -37,7 +37,7 @@ def close(found, model, images):
 @pytest.mark.parametrize(
     ("merge", "methods", "dynamic"),
     [
-        (True, ("dcls", "smp", "flex", "genv", "cc"), SIDES),
+        pytest.param(True, ("dcls", "smp", "flex", "genv", "cc"), SIDES, marks=pytest.mark.slow),
         (False, ("dcls", "smp", "flex", "genv"), SIDES),
         (False, ("cc",), ("batch",)),
     ],

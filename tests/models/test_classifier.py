@@ -8,6 +8,7 @@ import torch
 from timm.models import get_pretrained_cfg, group_parameters
 from torch import nn
 
+from ..helpers import slow_but
 from ..models_for_tests import layers_of
 
 #: quick to run, without dropout: arguments, and the size of images
@@ -135,11 +136,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name):
 
 @pytest.mark.parametrize(
     ("name", "training"),
-    [
-        pytest.param(name, training, marks=[pytest.mark.slow] * ((name, training) != ("smpnet7", True)))
-        for name in SMALL
-        for training in (True, False)
-    ],
+    slow_but([(name, training) for name in SMALL for training in (True, False)], ("smpnet7", True)),
 )
 def test_a_model_is_one_graph(name, training):
     model, x = small(name).train(training), images(name)

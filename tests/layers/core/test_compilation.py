@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 import timm_contconv  # noqa: F401 - registers the models
-from tests.helpers import LAYERS, every_layer, image_for, spread_
+from tests.helpers import LAYERS, every_layer, image_for, slow_but, spread_
 from tests.models_for_tests import layers_of
 from timm_contconv.layers import DclsConv2d, FlexConv2d, SmpConv2d
 
@@ -114,11 +114,7 @@ QUICK = ("dcls", "dcls_reflect", "smp", "flex", "genv", "cc")
 
 @pytest.mark.parametrize(
     ("name", "needs_gradient"),
-    [
-        pytest.param(name, inside, marks=[pytest.mark.slow] * (name not in QUICK or not inside))
-        for name in LAYERS
-        for inside in (True, False)
-    ],
+    slow_but([(name, inside) for name in LAYERS for inside in (True, False)], *((name, True) for name in QUICK)),
 )
 def test_a_compiled_layer_equals_eager(name, needs_gradient):
     layer = spread_(LAYERS[name]())
