@@ -282,7 +282,7 @@ def _refit_geometry_(layers: Sequence[KernelConv2d], observed: Sequence[Observed
     start = {name: value.detach().flatten(1, 2).movedim(0, -1).float() for name, value in kernel.geometry.items()}
     units = dict.fromkeys(start, 1.0)
     with torch.inference_mode(False):
-        found = refine(equations, _confined(start, layers[0], old), float(len(layers)), units, steps=GEOMETRY_STEPS)
+        found = refine(equations, _confined(start, layers[0], old), units, steps=GEOMETRY_STEPS)
     for name, value in _confined(found, layers[0], old).items():
         parameter = kernel.geometry[name]
         parameter.copy_(value.movedim(-1, 0).view_as(parameter))

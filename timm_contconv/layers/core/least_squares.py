@@ -26,7 +26,6 @@ STEPS = 150
 LARGEST_STEP = 0.15  # pixels
 RIDGE = 1e-9  # relative to the mean of the Gram matrix's diagonal: two elements may be at the same place
 LARGEST_TENSOR = 1 << 24  # numbers
-CLOSE_ENOUGH = 1e-6  # relative error
 
 
 def solve(gram: Tensor, products: Tensor) -> Tensor:
@@ -54,6 +53,7 @@ def fit_separately(
     units: Mapping[str, float],
     numbers: int,
     tolerance: float,
+    plain: Callable[[Tensor, Geometry], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Geometry and weights of B separate problems, solved in parts that fit into memory.
 
@@ -67,6 +67,7 @@ def fit_separately(
         units: as in `refine`.
         numbers: size of the largest tensor of one problem.
         tolerance: relative error that each of the n targets, over all problems of a part, may have.
+        plain: normal equations of the plain squared error, which the tolerance is about, if `equations` weigh errors.
 
     Returns:
         The geometry, (B, m, ...) each, and the weights, (B, m, n).
@@ -79,12 +80,11 @@ def fit_separately(
             wanted = targets[part].clone()
             own = functools.partial(equations, wanted)
             geometry = {k: v[part] for k, v in on_pixels.items()}
-            gram, products = own(geometry)
-            weights = solve(gram, products)
+            weights = solve(*own(geometry))
             energy = wanted.square().transpose(0, 1).flatten(1).sum(1)
-            left = energy + _loss(gram, products, weights).sum((0, 1))
+            left = energy + _loss(*(plain or equations)(wanted, geometry), weights).sum((0, 1))
             if (left > tolerance**2 * energy).any():
-                geometry = dict(refine(own, {k: v[part] for k, v in start.items()}, energy.sum().item(), units))
+                geometry = dict(refine(own, {k: v[part] for k, v in start.items()}, units))
                 weights = solve(*own(geometry))
             pieces.append((geometry, weights))
     geometry = {name: torch.cat([g[name] for g, _ in pieces]) for name in start}
@@ -92,14 +92,13 @@ def fit_separately(
 
 
 def refine(
-    equations: NormalEquations, start: Geometry, energy: float, units: Mapping[str, float], steps: int = STEPS
+    equations: NormalEquations, start: Geometry, units: Mapping[str, float], steps: int = STEPS
 ) -> Geometry:
     """Improve a geometry with Adam. Every step solves for the weights again.
 
     Args:
         equations: the normal equations at a geometry.
         start: where to begin, (B, ...) each.
-        energy: sum of the squares of all targets.
         units: by name, the change of a value that corresponds to a pixel.
         steps: of Adam.
 
@@ -121,8 +120,6 @@ def refine(
         least = torch.where(better, losses.detach(), least)
         for name, value in variables.items():
             best[name] = torch.where(better.view(-1, *(1,) * (value.ndim - 1)), value.detach(), best[name])
-        if energy + least.sum().item() <= CLOSE_ENOUGH**2 * energy:
-            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

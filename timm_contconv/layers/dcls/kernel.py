@@ -210,7 +210,7 @@ class DclsSpec(KernelSpec):
         sizes = self.sizes(len(convs[0].kernel_size))
         moving = check_position_dims(self.position_dims, len(sizes))
         problems, _ = _problems(kernels_inside(convs, sizes), sizes, moving)
-        count = elements_needed(problems, self.interpolation, tolerance)
+        count = elements_needed(problems, tolerance)
         return self.model_copy(update={"kernel_count": count})
 
     def _parameters_per_element(self, group: Sequence[PlainConv]) -> int:
