@@ -106,7 +106,7 @@ def unpatch(model: Model) -> Model:
     if too_large:
         raise ValueError(
             f"these dense kernels reach beyond the original size: {', '.join(too_large)}; tcc.merge(model) keeps their"
-            " full size"
+            " full size. To go back to the model before its patch, keep a copy.deepcopy of it"
         )
     _take_back(model, record, restored)
     return model

@@ -14,7 +14,7 @@ from ..core.least_squares import Geometry, fit_separately, pixels_by_energy, pix
 from ..core.plain import margin
 from .formula import FACTORS, GAUSS_MIN_WIDTH, Interpolation, outer
 
-__all__ = ["INITIAL_SIGMA", "element_kernels", "elements_needed", "fit_elements"]
+__all__ = ["INITIAL_SIGMA", "elements_needed", "fit_elements"]
 
 INITIAL_SIGMA = {"triangle": 0.0, "gauss": 0.23}  # Appendix C
 SMALLEST_START_SIGMA = 0.1  # a search starts wider than 0: there an element on a pixel has no gradient
@@ -22,7 +22,10 @@ SMALLEST_START_SIGMA = 0.1  # a search starts wider than 0: there an element on 
 SMALLEST_SIGMA = {"triangle": 0.0003, "gauss": 0.003}
 # parts of the tolerance: for pixels without an element, and for what an element spreads to each neighbouring pixel
 LEFT_OUT, SPREAD = 0.1, 0.03
-CORRELATION = 0.8  # of neighbouring pixels in feature maps; of 0, 0.5, 0.8 and 0.95 it changes a network's outputs least
+REACH = 3  # pixels around the old kernel that a search looks at
+CORRELATION = (
+    0.8  # of neighbouring pixels in feature maps; of 0, 0.5, 0.8 and 0.95 it changes a network's outputs least
+)
 
 
 def elements_needed(targets: Tensor, tolerance: float) -> int:
@@ -41,8 +44,8 @@ def fit_elements(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Positions and widths common to n kernels, and weights for each, that approximate the kernels in least squares.
 
-    The error is what the outputs of a convolution lose, the least E||(new - old) * x||^2 for images x with a correlation
-    of CORRELATION^distance along each axis. It keeps low frequencies, and with them what a network says, much better
+    The error is what the outputs of a convolution lose: E||(new - old) * x||^2 for images x with a correlation of
+    CORRELATION^distance along each axis. That keeps low frequencies, and with them what a network says, much better
     than the plain ||new - old||.
 
     Elements start on the pixels with the most energy. If they can stay there, within the tolerance, only weights are
@@ -59,43 +62,37 @@ def fit_elements(
         {"position": (B, m, D)}, for "triangle" and "gauss" also "sigma", and weights (B, m, n); float64 on the CPU.
     """
     targets = targets.detach().double().cpu()
-    margins = [margin(old, new) for old, new in zip(targets.shape[2:], kernel_size, strict=True)]
     position = pixels_by_energy(targets, kernel_size, count) - targets.new_tensor([k // 2 for k in kernel_size])
     on_pixels, start = {"position": position}, {"position": position}
     if interpolation in INITIAL_SIGMA:
         on_pixels["sigma"] = torch.full_like(position, _narrow_sigma(interpolation, tolerance))
         start["sigma"] = torch.full_like(position, max(INITIAL_SIGMA[interpolation], SMALLEST_START_SIGMA))
 
-    def equations(wanted: Tensor, geometry: Geometry, correlation: float) -> tuple[Tensor, Tensor]:
+    def equations(
+        wanted: Tensor, geometry: Geometry, size: Sequence[int], correlation: float = CORRELATION
+    ) -> tuple[Tensor, Tensor]:
         axes_first = {name: value.movedim(-1, 0) for name, value in geometry.items()}
-        factors, mass = FACTORS[interpolation](**axes_first, kernel_size=kernel_size)
+        factors, mass = FACTORS[interpolation](**axes_first, kernel_size=size)
         if mass is not None:
             factors[0] = factors[0] / mass.unsqueeze(-1)
         seen = [factor @ _correlations(factor, correlation) for factor in factors] if correlation else factors
         gram = functools.reduce(operator.mul, [a @ b.mT for a, b in zip(seen, factors, strict=True)])
-        inside = [f[..., m : m + k] for f, m, k in zip(seen, margins, wanted.shape[2:], strict=True)]
+        first = [margin(old, new) for old, new in zip(wanted.shape[2:], size, strict=True)]
+        inside = [f[..., m : m + k] for f, m, k in zip(seen, first, wanted.shape[2:], strict=True)]
         return gram, outer(inside) @ wanted.flatten(2).mT
 
-    weighed, plain = (functools.partial(equations, correlation=c) for c in (CORRELATION, 0.0))
+    near = [k - 2 * max(margin(old + 2 * REACH, k), 0) for old, k in zip(targets.shape[2:], kernel_size, strict=True)]
+    weighed, search = (functools.partial(equations, size=size) for size in (kernel_size, near))
+    plain = functools.partial(weighed, correlation=0.0)
     numbers = count * max(count, targets.shape[2:].numel(), *kernel_size)
     units = dict.fromkeys(start, 1.0)
-    return fit_separately(weighed, targets, on_pixels, start, units, numbers, tolerance, plain)
+    return fit_separately(weighed, targets, on_pixels, start, units, numbers, tolerance, plain, search)
 
 
 def _correlations(factor: Tensor, correlation: float) -> Tensor:
     """(K, K) between the pixels of an axis, for factors (..., K)."""
     pixels = torch.arange(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return correlation ** (pixels[:, None] - pixels).abs()
-
-
-def element_kernels(
-    geometry: Geometry, kernel_size: Sequence[int], interpolation: Interpolation, window: Sequence[tuple[int, int]]
-) -> Tensor:
-    """See `DclsKernel.element_kernels`."""
-    axes_first = {name: value.movedim(-1, 0) for name, value in geometry.items()}
-    factors, mass = FACTORS[interpolation](**axes_first, kernel_size=kernel_size)
-    kernels = outer([factor[..., first:last] for factor, (first, last) in zip(factors, window, strict=True)])
-    return kernels if mass is None else kernels / mass.unsqueeze(-1)
 
 
 def _narrow_sigma(interpolation: Interpolation, tolerance: float) -> float:
