@@ -100,3 +100,12 @@ def test_a_model_whose_layers_are_gone_can_be_merged_but_not_unpatched(change):
     tcc.merge(model, inplace=True)
     assert layers_of(model) == []
     assert not any("geometry" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize(("size", "channels_last"), [((9, 9), False), ((13, 1), False), ((1, 13), True)])
+def test_merged_depthwise_kernels_are_channels_last_where_they_are_wide(size, channels_last):
+    """PyTorch runs the others faster on plain images, and gives outputs in the format that it ran in."""
+    conv = nn.Conv2d(8, 8, size, padding=(size[0] // 2, size[1] // 2), groups=8)
+    merged = tcc.merge(tcc.patch(nn.Sequential(conv), "engine", select="all"))
+    y = merged(torch.randn(1, 8, 16, 16))
+    assert y.is_contiguous() is not channels_last

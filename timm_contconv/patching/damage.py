@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from ..layers import ConvReplacement
 from .originals import original_convs, run
 from .record import require_record
 
-__all__ = ["Damage", "measure_damage"]
+__all__ = ["Damage", "distance", "measure_damage"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,14 @@ def measure_damage(model: nn.Module, original: nn.Module, images: Tensor) -> Dam
         for name, conv in convs.items():
             if name not in rewired:
                 outputs[name] = _with_layer(original, conv, model.get_submodule(name), images)
-        return _compare(expected, outputs, run(model, images, "images"), _gives_logits(original, expected))
+        whole = run(model, images, "images")
+        logits = _gives_logits(original, expected)
+        return Damage(
+            measure="KL" if logits else "relative",
+            layers={name: distance(original, expected, output) for name, output in outputs.items()},
+            whole=distance(original, expected, whole),
+            kept=(expected.argmax(1) == whole.argmax(1)).double().mean().item() if logits else None,
+        )
     finally:
         for module, training in modes.items():
             module.training = training
@@ -82,19 +88,14 @@ def _with_layer(original: nn.Module, conv: nn.Module, layer: nn.Module, images: 
         handle.remove()
 
 
+def distance(original: nn.Module, expected: Tensor, output: Tensor) -> float:
+    """How far outputs are from those of the original: see `Damage.measure`."""
+    return _divergence(expected, output) if _gives_logits(original, expected) else _relative(expected, output)
+
+
 def _gives_logits(original: nn.Module, output: Tensor) -> bool:
     """Whether the output is (N, classes); a timm model without classes gives features."""
     return output.ndim == 2 and output.shape[1] > 1 and getattr(original, "num_classes", None) != 0
-
-
-def _compare(expected: Tensor, outputs: Mapping[str, Tensor], whole: Tensor, logits: bool) -> Damage:
-    distance = _divergence if logits else _relative
-    return Damage(
-        measure="KL" if logits else "relative",
-        layers={name: distance(expected, output) for name, output in outputs.items()},
-        whole=distance(expected, whole),
-        kept=(expected.argmax(1) == whole.argmax(1)).double().mean().item() if logits else None,
-    )
 
 
 def _divergence(expected: Tensor, output: Tensor) -> float:

@@ -22,15 +22,17 @@ __all__ = ["merge", "original_architecture", "outermost_layers", "unpatch"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-LARGE = 9  # pixels of a depthwise kernel from which PyTorch's convolution on the CPU is slow unless channels-last
+WIDE = (
+    11  # pixels along the last axis from which PyTorch's depthwise convolution on the CPU is slow unless channels-last
+)
 
 
 def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:
     """Turn every layer of this package into plain convolutions with the same output.
 
-    Borders of zeros are cut off their kernels. On the CPU the weights of large depthwise kernels are laid out
-    channels-last, where PyTorch's convolution is many times faster; `state_dict` and files do not keep that, so call
-    `model.to(memory_format=torch.channels_last)` after loading.
+    Borders of zeros are cut off their kernels. On the CPU the weights of depthwise kernels of 11 or more columns are
+    laid out channels-last, where PyTorch's convolution is many times faster; `state_dict` and files do not keep that,
+    so call `model.to(memory_format=torch.channels_last)` after loading.
 
     Args:
         model: a patched model, or any model that holds layers of this package.
@@ -72,7 +74,7 @@ def _made_lean(merged: nn.Module) -> nn.Module:
     if isinstance(merged, PlainConv):
         conv = without_zero_borders(merged)
         depthwise = conv.weight.ndim == 4 and conv.groups == conv.in_channels > 1
-        if depthwise and max(conv.kernel_size) >= LARGE and conv.weight.device.type == "cpu":
+        if depthwise and conv.kernel_size[-1] >= WIDE and conv.weight.device.type == "cpu":
             conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
         return conv
     for name, child in merged.named_children():
@@ -106,7 +108,7 @@ def unpatch(model: Model) -> Model:
     if too_large:
         raise ValueError(
             f"these dense kernels reach beyond the original size: {', '.join(too_large)}; tcc.merge(model) keeps their"
-            " full size"
+            " full size. To go back to the model before its patch, keep a copy.deepcopy of it"
         )
     _take_back(model, record, restored)
     return model

@@ -44,3 +44,29 @@ def test_a_width_that_is_asked_for_stays_and_kernels_make_up_for_it():
     copied = GaussianEnvelopeConv2d.from_conv(conv, EnvelopeSpec(initial_sigma=0.4))
     copied.conv.weight.data.copy_(conv.weight)
     assert layer.fit_error(conv) < 0.7 * copied.fit_error(conv)
+
+
+def test_sigma_moves_in_forty_steps_of_the_papers_sgd():
+    """Learning rate 0.1, momentum 0.9. The targets come from wider envelopes."""
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+    starts = {
+        tolerance: GaussianEnvelopeConv2d.from_conv(conv, EnvelopeSpec(), fit_tolerance=tolerance)
+        for tolerance in (0.01, 1e-6)
+    }
+    wide = GaussianEnvelopeConv2d.from_conv(conv, EnvelopeSpec())
+    wide.conv.weight.data.copy_(conv.weight)
+    wide.set_sigma_(1.0)
+    moved = {}
+    for tolerance, layer in starts.items():
+        before = layer.sigma.detach().clone()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(40):
+            x = torch.randn(16, 4, 12, 12, generator=generator)
+            loss = (layer(x) - wide(x).detach()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        moved[tolerance] = (layer.sigma.detach() - before).abs().mean()
+    assert moved[0.01] > 0.005
+    assert moved[1e-6] < 0.0005  # of an envelope that is nearly a delta

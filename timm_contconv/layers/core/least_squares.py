@@ -22,11 +22,10 @@ Geometry = Mapping[str, Tensor]
 #: after B are more problems with the same geometry
 NormalEquations = Callable[[Geometry], tuple[Tensor, Tensor]]
 
-STEPS = 150
+STEPS = 60
 LARGEST_STEP = 0.15  # pixels
 RIDGE = 1e-9  # relative to the mean of the Gram matrix's diagonal: two elements may be at the same place
 LARGEST_TENSOR = 1 << 24  # numbers
-CLOSE_ENOUGH = 1e-6  # relative error
 
 
 def solve(gram: Tensor, products: Tensor) -> Tensor:
@@ -54,19 +53,24 @@ def fit_separately(
     units: Mapping[str, float],
     numbers: int,
     tolerance: float,
+    plain: Callable[[Tensor, Geometry], tuple[Tensor, Tensor]] | None = None,
+    search: Callable[[Tensor, Geometry], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Geometry and weights of B separate problems, solved in parts that fit into memory.
 
-    If the weights at `on_pixels` reach the tolerance, nothing is searched. Otherwise the search begins at `start`.
+    If the weights at `on_pixels` reach the tolerance, nothing is searched. Otherwise the search begins at `start`, in
+    float32, which is twice as fast.
 
     Args:
         equations: (targets of some problems, their geometry) -> their normal equations.
-        targets: (B, n, ...).
+        targets: (B, n, ...), float64.
         on_pixels: geometry with elements that hardly reach beyond their own pixels, (B, m, ...) each.
         start: geometry to begin the search with, (B, m, ...) each.
         units: as in `refine`.
         numbers: size of the largest tensor of one problem.
         tolerance: relative error that each of the n targets, over all problems of a part, may have.
+        plain: normal equations of the plain squared error, which the tolerance is about, if `equations` weigh errors.
+        search: normal equations that are cheaper and nearly the same, for the search.
 
     Returns:
         The geometry, (B, m, ...) each, and the weights, (B, m, n).
@@ -79,27 +83,25 @@ def fit_separately(
             wanted = targets[part].clone()
             own = functools.partial(equations, wanted)
             geometry = {k: v[part] for k, v in on_pixels.items()}
-            gram, products = own(geometry)
-            weights = solve(gram, products)
+            weights = solve(*own(geometry))
             energy = wanted.square().transpose(0, 1).flatten(1).sum(1)
-            left = energy + _loss(gram, products, weights).sum((0, 1))
+            left = energy + _loss(*(plain or equations)(wanted, geometry), weights).sum((0, 1))
             if (left > tolerance**2 * energy).any():
-                geometry = dict(refine(own, {k: v[part] for k, v in start.items()}, energy.sum().item(), units))
+                searched = functools.partial(search or equations, wanted.float())
+                found = refine(searched, {k: v[part].float() for k, v in start.items()}, units)
+                geometry = {k: v.double() for k, v in found.items()}
                 weights = solve(*own(geometry))
             pieces.append((geometry, weights))
     geometry = {name: torch.cat([g[name] for g, _ in pieces]) for name in start}
     return geometry, torch.cat([weight for _, weight in pieces])
 
 
-def refine(
-    equations: NormalEquations, start: Geometry, energy: float, units: Mapping[str, float], steps: int = STEPS
-) -> Geometry:
+def refine(equations: NormalEquations, start: Geometry, units: Mapping[str, float], steps: int = STEPS) -> Geometry:
     """Improve a geometry with Adam. Every step solves for the weights again.
 
     Args:
         equations: the normal equations at a geometry.
         start: where to begin, (B, ...) each.
-        energy: sum of the squares of all targets.
         units: by name, the change of a value that corresponds to a pixel.
         steps: of Adam.
 
@@ -121,8 +123,6 @@ def refine(
         least = torch.where(better, losses.detach(), least)
         for name, value in variables.items():
             best[name] = torch.where(better.view(-1, *(1,) * (value.ndim - 1)), value.detach(), best[name])
-        if energy + least.sum().item() <= CLOSE_ENOUGH**2 * energy:
-            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -17,7 +17,7 @@ from ..core.plain import PlainConv, centred, kernels_inside
 from ..core.replacement import FIT_TOLERANCE
 from ..core.shown import Elements, Form, Quantity, one_per_output
 from ..core.spec import KernelSpec
-from .fit import INITIAL_SIGMA, element_kernels, elements_needed, fit_elements
+from .fit import INITIAL_SIGMA, elements_needed, fit_elements
 from .formula import GAUSS_MIN_WIDTH, KERNEL_FUNCTIONS, TRIANGLE_MIN_WIDTH, Interpolation, repulsion
 
 __all__ = ["DclsKernel", "DclsSpec"]
@@ -120,18 +120,6 @@ class DclsKernel(Kernel):
         for index, kernel in enumerate(kernels):
             kernel.weight.copy_(weight[..., index].view_as(kernel.weight))
 
-    def element_kernels(self, geometry: Mapping[str, Tensor], window: Sequence[tuple[int, int]]) -> Tensor:
-        """Kernels of elements with a weight of 1, within a window of the whole kernel; differentiable.
-
-        Args:
-            geometry: (B, m, D) each.
-            window: the first pixel, and the one after the last, along each axis.
-
-        Returns:
-            (B, m, P), P pixels of the window.
-        """
-        return element_kernels(geometry, self.moving, self.interpolation, window)
-
     def summary(self) -> str:
         return f" / {self.kernel_count}"
 
@@ -182,7 +170,7 @@ class DclsSpec(KernelSpec):
     kernel: ClassVar[type[Kernel]] = DclsKernel
     fit_advice: ClassVar[str] = (
         "Leave kernel_count out, which takes as many elements as the old kernels need, or give more; a kernel_size"
-        " below the old one cuts kernels off. tcc.refit_ makes the best of a fixed kernel_count with a few images."
+        " below the old one cuts kernels off. tcc.refit_ brings the outputs nearer with a few images."
     )
 
     method: Literal["dcls"] = "dcls"
@@ -210,7 +198,7 @@ class DclsSpec(KernelSpec):
         sizes = self.sizes(len(convs[0].kernel_size))
         moving = check_position_dims(self.position_dims, len(sizes))
         problems, _ = _problems(kernels_inside(convs, sizes), sizes, moving)
-        count = elements_needed(problems, self.interpolation, tolerance)
+        count = elements_needed(problems, tolerance)
         return self.model_copy(update={"kernel_count": count})
 
     def _parameters_per_element(self, group: Sequence[PlainConv]) -> int:
