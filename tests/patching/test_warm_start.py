@@ -10,7 +10,7 @@ from torch import nn
 import timm_contconv as tcc
 from timm_contconv.layers import DclsConv2d
 
-from ..helpers import relative
+from ..helpers import relative, slow_but
 from ..models_for_tests import layers_of, output
 from ..pretrained import crops, lite0
 
@@ -25,19 +25,18 @@ def kept(model: nn.Module, original: nn.Module) -> float:
 
 @pytest.mark.parametrize(
     ("recipe", "settings"),
-    [
-        *((recipe, {}) for recipe in ("dcls", "smp", "flex", "genv", "cc")),
-        ("dcls_gauss", {"kernel_size": 23}),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("dcls_gauss", {"kernel_size": 7}),
-                ("dcls_triangle", {"kernel_size": 15}),
-                ("smp", {"kernel_size": 7, "points": "filter"}),
-                ("cc", {"kernel_size": 7}),
-            )
-        ),
-    ],
+    slow_but(
+        [
+            *((recipe, {}) for recipe in ("dcls", "smp", "flex", "genv", "cc")),
+            ("dcls_gauss", {"kernel_size": 23}),
+            ("dcls_gauss", {"kernel_size": 7}),
+            ("dcls_triangle", {"kernel_size": 15}),
+            ("smp", {"kernel_size": 7, "points": "filter"}),
+            ("cc", {"kernel_size": 7}),
+        ],
+        ("dcls", {}),
+        ("genv", {}),
+    ),
 )
 def test_a_patch_keeps_what_a_pretrained_network_says(recipe, settings, tmp_path, recwarn):
     original = lite0()
