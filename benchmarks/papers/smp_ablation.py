@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch.nn import functional as F
 
 from benchmarks.common import arguments, new_parser, summary, write_results
@@ -55,7 +56,7 @@ def main() -> None:
     digits, results = few_digits(), {}
     for name, settings in SETTINGS.items():
         start, values = time.perf_counter(), []
-        for seed in range(options.seeds):
+        for seed in track(range(options.seeds), description=name, transient=True):
             torch.manual_seed(seed)
             model = SmpNet(img_size=SIZE, dim=8, width_factors=(1, 2), smp_args=settings)
             values.append(100 * train_on_digits(model, digits, options.epochs, lr=5e-3, seed=seed).accuracy)
