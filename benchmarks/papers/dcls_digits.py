@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]] | None] = {
 def network(kind: str, seed: int) -> nn.Module:
     """Four stages, on 16 x 16 to 2 x 2 positions; the base starts from the same weights for all kinds of one seed."""
     torch.manual_seed(seed)
-    model = ConvNeXt(num_classes=10, patch_size=2, depths=(2, 2, 1, 1), dims=(16, 24, 32, 32), ls_init_value=0.1)
+    model = ConvNeXt(num_classes=10, patch_size=2, depths=(2, 2, 1, 1), dims=(16, 24, 32, 32), ls_init_value=1.0)
     if (settings := KINDS[kind]) is None:
         return model
     recipe, fixed = settings
@@ -56,8 +56,8 @@ def network(kind: str, seed: int) -> nn.Module:
 
 def main() -> None:
     parser = new_parser(__doc__, "dcls_digits.json")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=24)
     options = arguments(parser)
     digits = load_digits()
     few = dataclasses.replace(
