@@ -8,7 +8,7 @@ misalignment: a 4 x 4 Gaussian applied again and again, by plain convolutions an
 digits: CC-Net and its baseline: accuracy, shift-equivariance (Table 1's protocol) and scale ensembles.
 ensembles: scale ensembles of a CC-Net that is trained with other scales in each batch.
 
-Without a name all five run. Every number in docs/cc.md that is not about speed is printed by this script, recorded in
+Without a name all five run. Every number in docs/papers/cc.md is printed by this script, recorded in
 benchmarks/results/cc_experiments.json; pictures go to docs/images.
 """
 
@@ -341,7 +341,7 @@ def last_size(scales: Sequence[float], size: int = 32) -> int:
 def ensembles(seeds: int, epochs: int) -> dict[str, Any]:
     """Accuracy of single sequences and of ensembles, after training with other scales in each batch."""
     data, results = load_digits(), {}
-    for seed in range(seeds):
+    for seed in track(range(seeds), description="ensembles", transient=True):
         pool = random_sequences(16, seed)
         torch.manual_seed(seed)
         model = timm.create_model("ccnet", dims=DIMS)

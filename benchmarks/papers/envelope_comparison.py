@@ -17,6 +17,7 @@ import time
 
 import timm
 import torch
+from rich.progress import track
 from torch import nn
 
 import timm_contconv as tcc
@@ -64,7 +65,8 @@ def main() -> None:
     )
     results, start = {}, time.perf_counter()
     for kind in KINDS:
-        errors = [error(kind, few, options.epochs, seed) for seed in range(options.seeds)]
+        seeds = track(range(options.seeds), description=kind, transient=True)
+        errors = [error(kind, few, options.epochs, seed) for seed in seeds]
         plain = results.get(PLAIN, {"errors": errors})["errors"]
         gains = [a - b for a, b in zip(errors, plain, strict=True)]
         results[kind] = {"errors": errors, "against_plain": gains}

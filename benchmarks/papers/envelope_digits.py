@@ -2,7 +2,7 @@
 
     python -m benchmarks.papers.envelope_digits [--epochs 20] [--seeds 5] [--figure docs/images/envelope_digits.png]
 
-Every number in docs/envelope.md about digits is printed by this script.
+Every number in docs/papers/envelope.md about all of the digits is printed by this script.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ import statistics
 import time
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -125,7 +126,8 @@ def main() -> None:
     results: dict[str, dict[str, float]] = read_results(options.output).get("results", {})
     start = time.perf_counter()
     for kind in options.kinds or KINDS:
-        runs = [measure(kind, digits, s, options.epochs) for s in range(options.seeds)]
+        seeds = track(range(options.seeds), description=kind, transient=True)
+        runs = [measure(kind, digits, s, options.epochs) for s in seeds]
         changes = [run["target"] - run["source"] for run in runs]
         results[kind] = {
             **{f"{key}_mean": statistics.mean(run[key] for run in runs) for key in runs[0]},
@@ -142,7 +144,7 @@ def main() -> None:
             f" {time.perf_counter() - start:.0f} s",
             flush=True,
         )
-    write_results(options.output, {"seeds": options.seeds, "epochs": options.epochs, "results": results})
+        write_results(options.output, {"seeds": options.seeds, "epochs": options.epochs, "results": results})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -95,7 +96,8 @@ def main() -> None:
     for name, target in targets().items():
         results[name], pictures[name] = {}, {"target": target}
         for net, settings in NETS.items():
-            fits = [fit(target, settings, options.steps, seed) for seed in range(options.seeds)]
+            seeds = track(range(options.seeds), description=f"{name}, {net}", transient=True)
+            fits = [fit(target, settings, options.steps, seed) for seed in seeds]
             results[name][net] = [error for error, _ in fits]
             pictures[name][net] = sorted(fits, key=lambda pair: pair[0])[len(fits) // 2][1]
         if len(target) == 33:  # the derivatives are set up for this grid

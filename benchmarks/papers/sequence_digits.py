@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import torch
+from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,7 +89,7 @@ def main() -> None:
     for name in options.models or MODELS:
         found: dict[str, Any] = {"parameters": 0, "in order": [], "permuted": []}
         start = time.perf_counter()
-        for seed in range(options.seeds):
+        for seed in track(range(options.seeds), description=name, transient=True):
             permuted = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(seed))
             for kind, order in (("in order", torch.arange(LENGTH)), ("permuted", permuted)):
                 percent, found["parameters"] = accuracy(name, order, options.epochs, seed)

@@ -1,10 +1,10 @@
 """The ablations of Kim and Park 2023, Tables 6 to 9, with a small smpnet on few of scikit-learn's digits.
 
-    python -m benchmarks.papers.smp_ablation [--seeds N] [--epochs N] [--threads N] [--output FILE]
+    python -m benchmarks.papers.smp_ablation [SETTING ...] [--seeds N] [--epochs N] [--threads N] [--output FILE]
 
 What learns (Table 6), how far points are spread at the start (Table 7), their initial radius (Table 8) and their number
 (Table 9). 16 x 16 images, 300 for training and 450 for testing, two blocks. One setting changes at a time, from those
-of the release. Prints test accuracies in percent, mean and standard deviation over seeds.
+of the release. Without a name all run. Prints test accuracies in percent, mean and standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import time
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch.nn import functional as F
 
-from benchmarks.common import arguments, new_parser, summary, write_results
+from benchmarks.common import arguments, new_parser, read_results, summary, write_results
 from timm_contconv.cli.digits import Digits, load_digits, train_on_digits
 from timm_contconv.models.smpnet import SmpNet
 
@@ -49,15 +50,19 @@ def few_digits() -> Digits:
 
 def main() -> None:
     parser = new_parser(__doc__, "smp_ablation.json")
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"{', '.join(SETTINGS)}; default all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=12)
     options = arguments(parser)
-    digits, results = few_digits(), {}
-    for name, settings in SETTINGS.items():
+    if unknown := set(options.settings) - SETTINGS.keys():
+        parser.error(f"no such setting: {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
+    digits = few_digits()
+    results: dict[str, dict[str, Any]] = read_results(options.output).get("results", {})
+    for name in options.settings or SETTINGS:
         start, values = time.perf_counter(), []
-        for seed in range(options.seeds):
+        for seed in track(range(options.seeds), description=name, transient=True):
             torch.manual_seed(seed)
-            model = SmpNet(img_size=SIZE, dim=8, width_factors=(1, 2), smp_args=settings)
+            model = SmpNet(img_size=SIZE, dim=8, width_factors=(1, 2), smp_args=SETTINGS[name])
             values.append(100 * train_on_digits(model, digits, options.epochs, lr=5e-3, seed=seed).accuracy)
         results[name] = {"accuracy": values, "seconds": time.perf_counter() - start}
         print(f"{name}: {summary(values, 1)} %; {results[name]['seconds']:.0f} s", flush=True)
