@@ -128,7 +128,8 @@ def gains(passes: Sequence[str], problem: Problem) -> bool:
         return False
     plain = ours = 0.0
     for pass_ in passes:
-        able, times = _able(pass_, problem), _times(pass_, problem)
+        able = _able(pass_, problem)
+        times = _times(pass_, problem, able)
         if times is None and (_is_measurable(able) or able[0].name != "pytorch"):
             return True
         if times:
@@ -184,7 +185,8 @@ def _keep(key: Hashable, decision: Any) -> None:
 
 def _decide(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> tuple[Algorithm, bool]:
     """The algorithm, and whether the decision holds for the next time, too."""
-    able, times = _able(pass_, problem), _times(pass_, problem)
+    able = _able(pass_, problem)
+    times = _times(pass_, problem, able)
     if times is not None:
         return _fastest(able, times), True
     if not (is_measuring() and _is_worth_it(problem) and _is_measurable(able)):
@@ -211,10 +213,10 @@ def _able(pass_: str, problem: Problem) -> list[Algorithm]:
     return [a for a in able if a.name not in dropped] or [ALGORITHMS["pytorch"]]
 
 
-def _times(pass_: str, problem: Problem) -> dict[str, float] | None:
+def _times(pass_: str, problem: Problem, able: Sequence[Algorithm]) -> dict[str, float] | None:
     if not (is_measuring() and _is_worth_it(problem)):
         return None
-    return record_of(problem.device).find(pass_, problem)
+    return record_of(problem.device).find(pass_, problem, [a.name for a in able])
 
 
 def _fastest(able: Sequence[Algorithm], times: dict[str, float]) -> Algorithm:
