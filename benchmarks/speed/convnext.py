@@ -65,14 +65,11 @@ def build(contender: str) -> nn.Module:
     """convnext_tiny, with 23x23 / 26 Gauss kernels where the contender has no others."""
     torch.manual_seed(0)
     model = timm.create_model(MODELS.get(contender, MODELS[OURS]))
-    if contender == DENSE:
-        return tcc.merge(model, inplace=True)
-    if contender == PACKAGE:
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, DclsConv2d):
-                model.set_submodule(
-                    name, package_layer(layer.out_channels, layer.kernel_size[0], layer.kernel.kernel_count)
-                )
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, DclsConv2d) and contender in (DENSE, PACKAGE):
+            channels, size, count = layer.out_channels, layer.kernel_size[0], layer.kernel.kernel_count
+            dense = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels)
+            model.set_submodule(name, dense if contender == DENSE else package_layer(channels, size, count))
     return model
 
 
