@@ -24,7 +24,6 @@ from DCLS.construct.modules import Dcls2d
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-import timm_contconv as tcc
 from benchmarks.common import (
     ROOT,
     arguments,

@@ -55,7 +55,7 @@ def model_gain(results: Results, model: str, work: str) -> list[float]:
 
 
 def merged_time(results: Results, model: str) -> float:
-    """Of engine.json: the time of the merged model with `engine` over that of the patched one, the larger of both layouts."""
+    """Of engine.json: the time of the merged model with `engine` over the patched one's, the larger of both layouts."""
     return max(1 / row["patched / engine"]["ratio"] for row in results[model].values())
 
 
