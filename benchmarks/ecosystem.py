@@ -268,6 +268,25 @@ def skorch_fit(name: str) -> None:
     check_geometry(model, net.optimizer_)
 
 
+@row("fastai", "Learner.fit within tcc.training_hooks")
+def fastai_fit(name: str) -> None:
+    import fastai.callback.progress  # noqa: F401 - gives learners `no_bar`
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.optimizer import OptimWrapper
+
+    model = classifier(name)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images(8), torch.arange(8)), batch_size=4)
+    groups = tcc.param_groups(model, 1e-3, 0.05, apply_lr_scale=True)
+    learner = Learner(
+        DataLoaders(data, data), model, nn.CrossEntropyLoss(),
+        opt_func=lambda *_, **__: OptimWrapper(opt=torch.optim.AdamW(groups)),
+    )  # fmt: skip
+    with tcc.training_hooks(), learner.no_bar(), learner.no_logging():
+        learner.fit(1, lr=[group["lr"] for group in groups])
+    check_geometry(model, learner.opt.opt)
+
+
 # ---- segmentation, detection
 
 
@@ -336,6 +355,18 @@ def grad_cam(name: str) -> None:
     assert heat.shape == (1, SIZE, SIZE)
 
 
+@row("torchcam", "SmoothGradCAMpp at the last stage")
+def torchcam_map(name: str) -> None:
+    from torchcam.methods import SmoothGradCAMpp
+
+    model = classifier(name).eval()
+    target = model.stages[-1] if hasattr(model, "stages") else model.layer4
+    with SmoothGradCAMpp(model, target_layer=target, num_samples=2) as extract:
+        (heat,) = extract(3, model(images(1)))
+    assert heat.isfinite().all()
+    assert heat.shape[0] == 1
+
+
 # ---- counters: multiply-adds of the merged model
 
 
@@ -394,6 +425,14 @@ def ptflops_macs(name: str) -> None:
     check_count(name, lambda model: ptflops.get_model_complexity_info(model, (3, SIZE, SIZE), **settings)[0])
 
 
+@row("calflops", "calculate_flops of the merged model")
+def calflops_macs(name: str) -> None:
+    import calflops
+
+    settings = {"output_as_string": False, "print_results": False, "print_detailed": False}
+    check_count(name, lambda model: calflops.calculate_flops(model, (1, 3, SIZE, SIZE), **settings)[1])
+
+
 # ---- deployment
 
 
@@ -417,6 +456,32 @@ def openvino_run(name: str) -> None:
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
         compiled = openvino.Core().compile_model(str(path), "CPU", settings)
         close(torch.from_numpy(compiled(x.numpy())[0]), model(x), 1e-3)
+
+
+@row("torch", "tcc.export for AOTInductor, merged; strict export of the patched model with open sizes")
+def aoti(name: str) -> None:
+    model = classifier(name).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        tcc.export(model, Path(folder) / "m.pt2", "aoti", dynamic=("batch",), input_size=(3, SIZE, SIZE))
+    sizes = dict.fromkeys((0,) if name.endswith("cc") else (0, 2, 3), torch.export.Dim.AUTO)
+    program = torch.export.export(model, (images(3),), dynamic_shapes=(sizes,), strict=True)
+    with torch.no_grad():
+        x = torch.randn(4, 3, SIZE, SIZE) if name.endswith("cc") else torch.randn(4, 3, 96, 128)
+        close(program.module()(x), model(x))
+
+
+@row("torchao", "PT2E int8 quantisation, patched and merged")
+def pt2e(name: str) -> None:
+    from torchao.quantization.pt2e import quantize_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    model, x = classifier(name).eval(), images(8)
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    with torch.no_grad():
+        for each in (model, tcc.merge(model)):
+            prepared = quantize_pt2e.prepare_pt2e(torch.export.export(each, (x,)).module(), quantizer)
+            prepared(x)
+            close(quantize_pt2e.convert_pt2e(prepared)(x), model(x), 0.25)
 
 
 @row("executorch", "XNNPACK, merged")

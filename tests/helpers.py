@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,16 @@ from timm_contconv.layers import (
     SmpConvBn2d,
 )
 
-__all__ = ["KERNEL_LAYERS", "LAYERS", "every_kernel_layer", "every_layer", "image_for", "relative", "spread_"]
+__all__ = [
+    "KERNEL_LAYERS",
+    "LAYERS",
+    "every_kernel_layer",
+    "every_layer",
+    "image_for",
+    "relative",
+    "slow_but",
+    "spread_",
+]
 
 _2D = {"kernel_size": 7, "padding": 3, "groups": 8}
 
@@ -35,6 +45,14 @@ def _smp_bn(**options) -> SmpConvBn2d:
 
 def _smp_bn_causal(**options) -> SmpConvBn1d:
     return SmpConvBn1d(SmpConv1d(8, 8, 9, groups=2, bias=False, kernel_count=5, **options), 4, small_bias=True)
+
+
+def slow_but(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test, all slow but some; a case of several parameters is a tuple."""
+    return [
+        case if case in quick else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 #: layers with a constructed kernel, 8 channels in and out; each factory takes device, dtype and other arguments

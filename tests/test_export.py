@@ -37,7 +37,7 @@ def close(found, model, images):
 @pytest.mark.parametrize(
     ("merge", "methods", "dynamic"),
     [
-        (True, ("dcls", "smp", "flex", "genv", "cc"), SIDES),
+        pytest.param(True, ("dcls", "smp", "flex", "genv", "cc"), SIDES, marks=pytest.mark.slow),
         (False, ("dcls", "smp", "flex", "genv"), SIDES),
         (False, ("cc",), ("batch",)),
     ],
@@ -56,6 +56,7 @@ def test_onnx_runtime_gives_the_models_output_at_three_sizes(merge, methods, dyn
         close(run(images), net, images)
 
 
+@pytest.mark.slow
 def test_a_torch_file_runs_without_this_package(tmp_path):
     net, images = Net("dcls", "smp", "flex", "genv", "cc"), torch.randn(3, *SIZE)
     tcc.export(net, tmp_path / "net.pt2", "torch", merge=False, input_size=SIZE)

@@ -41,6 +41,7 @@ def interrupt_before_epoch(finetune, monkeypatch, epoch):
     monkeypatch.setattr(finetune, "train_epoch", interrupted)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_bitwise_the_one_that_was_not_interrupted(finetune, tmp_path, monkeypatch):
     digits = load_digits()
     few = {field.name: getattr(digits, field.name)[:64] for field in dataclasses.fields(digits)}

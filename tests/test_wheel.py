@@ -41,6 +41,7 @@ def test_its_readme_has_no_links_to_files_of_the_repository(wheel):
     assert f"\nVersion: {tcc.__version__}\n" in metadata
 
 
+@pytest.mark.slow
 def test_an_unpacked_wheel_lists_its_recipes_and_loads_its_weights(wheel, tmp_path):
     """Away from the repository; the other packages are those of this environment."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

@@ -7,7 +7,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from .walk import ModelWalk
 
 FEW = settings(
-    max_examples=4, stateful_step_count=12, derandomize=True, database=None, deadline=None,
+    max_examples=2, stateful_step_count=12, derandomize=True, database=None, deadline=None,
     suppress_health_check=list(HealthCheck), phases=(Phase.generate,),
 )  # fmt: skip
 

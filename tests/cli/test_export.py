@@ -19,7 +19,7 @@ def contconv(*arguments) -> Result:
 
 
 def test_a_saved_model_is_merged_and_exported(tmp_path):
-    model, x = create("test_convnext_dcls"), torch.randn(1, 3, 32, 32)
+    model, x = create("test_resnet_genv"), torch.randn(1, 3, 32, 32)
     tcc.save_pretrained(model, tmp_path / "model")
     result = contconv("merge", tmp_path / "model", "-o", tmp_path / "merged")
     assert result.exit_code == 0, result.output

@@ -56,6 +56,7 @@ def script(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_script_gets_all_that_follows_it_and_gives_its_exit_code(script, tmp_path):
     flags = ["data", "--penalty", "9", "-x", "--", "--help"]
     command = [sys.executable, "-m", "timm_contconv", "run", "--position-lr-scale", "5", script.name, *flags]

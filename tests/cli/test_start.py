@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
+from contconv import app
 
 HEAVY = ("torch", "timm", "timm_contconv", "matplotlib", "huggingface_hub")
 
@@ -29,8 +32,8 @@ def test_version_is_that_of_the_package():
 
 
 def test_env_says_what_a_bug_report_needs():
-    result = contconv("env")
-    assert result.returncode == 0, result.stderr
+    result = CliRunner().invoke(app, ["env"])
+    assert result.exit_code == 0, result.output
     lines = dict(line.split(": ", 1) for line in result.stdout.splitlines())
     for package in ("torch", "timm", "timm_contconv", "huggingface-hub"):
         assert lines[package] == importlib.metadata.version(package)

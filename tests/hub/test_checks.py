@@ -15,6 +15,7 @@ import timm
 
 import timm_contconv as tcc
 
+from ..helpers import slow_but
 from .helpers import LOADERS, Bomb, change_config
 from .server import running_hub, use_hub
 from .watch import WATCH, load_watched
@@ -205,7 +206,7 @@ def test_the_callers_arguments_do_not_loosen_the_bound(name, folder):
     assert message in str(load_watched(lambda path: tcc.from_pretrained(path, num_classes=2, drop_rate=0.1), path))
 
 
-@pytest.mark.parametrize("name", ["many features", "a larger base", "many blocks"])
+@pytest.mark.parametrize("name", slow_but(["many features", "a larger base", "many blocks"], "a larger base"))
 def test_without_weights_there_is_a_bound_too(name, folder):
     path = folder("hand")
     (path / "model.safetensors").unlink()

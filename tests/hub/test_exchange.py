@@ -9,6 +9,8 @@ import pytest
 from timm_contconv.hub import exchange
 from timm_contconv.hub.exchange import made_folder, replaced, restore
 
+from ..helpers import slow_but
+
 STEPS = 90  # more than the lines that one exchange runs
 
 
@@ -83,7 +85,7 @@ def test_it_replaces_and_leaves_nothing_beside(folder):
     assert list(folder.parent.iterdir()) == [folder]
 
 
-@pytest.mark.parametrize("how", ["interrupted", "killed"])
+@pytest.mark.parametrize("how", slow_but(["interrupted", "killed"], "interrupted"))
 def test_at_every_line_one_whole_folder_stands_or_is_restored(folder, how):
     seen = set()
     for number in itertools.count(1):

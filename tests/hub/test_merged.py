@@ -8,13 +8,14 @@ import torch
 
 import timm_contconv as tcc
 
+from ..helpers import slow_but
 from ..models_for_tests import create, layers_of, output, scatter
 
 METHODS = {"dcls": "test_convnext_dcls_gauss", "flex": "test_convnext_flex", "genv": "test_resnet_genv"}
 METHODS |= {"cc": "test_resnet_cc", "smp": "test_convnext_smp"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, "smp", "genv", "cc"))
 def test_a_merged_model_is_saved_and_loaded(method, tmp_path):
     model, x = scatter(create(METHODS[method])).eval(), torch.randn(2, 3, 64, 64)
     merged = tcc.merge(model)

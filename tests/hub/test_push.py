@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 import timm_contconv as tcc
 
+from ..helpers import slow_but
 from .helpers import PULLERS, assert_same_logits, small
 from .server import READ_TOKEN, WRITE_TOKEN, Fault
 
@@ -100,7 +101,7 @@ MOMENTS = [("/repos/create", "before"), ("/preupload/", "before"), ("objects/bat
            ("/lfs/", "after"), ("/commit/", "before"), ("/commit/", "after")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "drop"), MOMENTS)
+@pytest.mark.parametrize(("path", "drop"), slow_but(MOMENTS, *MOMENTS[-3:]))
 def test_interrupted_it_is_the_old_revision_or_the_new_and_the_next_try_finishes(hub, no_waiting, x, path, drop):
     old, new = small(), small(seed=1, num_classes=4)
     tcc.push_to_hub(old, REPO)
@@ -142,7 +143,7 @@ ADVICE = {
 }
 
 
-@pytest.mark.parametrize("status", ADVICE)
+@pytest.mark.parametrize("status", slow_but(ADVICE, 401, 429))
 def test_errors_say_what_to_do_and_do_not_repeat_the_token(hub, no_waiting, status):
     hub.fail_on("POST", "/commit/", Fault(status, f"refused: Authorization: Bearer {WRITE_TOKEN}"))
     with pytest.raises(HfHubHTTPError, match=f"{REPO}: the commit was not confirmed") as raised:

@@ -8,6 +8,7 @@ import torch
 from timm.models import get_pretrained_cfg, group_parameters
 from torch import nn
 
+from ..helpers import slow_but
 from ..models_for_tests import layers_of
 
 #: quick to run, without dropout: arguments, and the size of images
@@ -133,8 +134,10 @@ def test_gradient_checkpointing_gives_equal_gradients(name):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3, msg=key)
 
 
-@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
-@every_network
+@pytest.mark.parametrize(
+    ("name", "training"),
+    slow_but([(name, training) for name in SMALL for training in (True, False)], ("smpnet7", True)),
+)
 def test_a_model_is_one_graph(name, training):
     model, x = small(name).train(training), images(name)
     expected = model(x)

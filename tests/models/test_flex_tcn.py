@@ -40,6 +40,7 @@ def test_a_released_checkpoint_gives_the_released_output(tmp_path):
         checkpoint_filter_fn(net.state_dict(), FlexTCN(2, 5, length=32, channels=4, blocks=2))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_tcn_reads_digits_pixel_by_pixel():
     from sklearn.datasets import load_digits

@@ -12,7 +12,7 @@ from torch import nn
 import timm_contconv as tcc
 from timm_contconv.hub.names import PATCHED
 
-from ..helpers import relative
+from ..helpers import relative, slow_but
 from ..models_for_tests import awake, create, output, scatter
 
 NAMES = sorted(PATCHED)
@@ -61,7 +61,10 @@ def test_parameter_counts_are_those_of_the_paper(name, patch_args, parameters):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("convnext_tiny_dcls", 34), ("convnext_tiny_dcls_gauss", 26), ("convnext_base_dcls", 40)],
+    slow_but(
+        [("convnext_tiny_dcls", 34), ("convnext_tiny_dcls_gauss", 26), ("convnext_base_dcls", 40)],
+        ("convnext_tiny_dcls", 34),
+    ),
 )
 def test_the_parameter_rule_gives_the_kernel_counts_of_the_paper(name, count):
     report = tcc.report(on_meta(name))
@@ -72,7 +75,10 @@ def test_the_parameter_rule_gives_the_kernel_counts_of_the_paper(name, count):
 # in 1e9 multiply-adds at 224 x 224
 @pytest.mark.parametrize(
     ("name", "before", "after"),
-    [("convnext_tiny_dcls", 4.5, 5.0), ("convnext_small_dcls", 8.7, 9.5), ("convnext_base_dcls", 15.4, 16.5)],
+    slow_but(
+        [("convnext_tiny_dcls", 4.5, 5.0), ("convnext_small_dcls", 8.7, 9.5), ("convnext_base_dcls", 15.4, 16.5)],
+        ("convnext_tiny_dcls", 4.5, 5.0),
+    ),
 )
 def test_multiply_adds_are_those_of_the_release(name, before, after):
     report = tcc.report(on_meta(name))
@@ -101,7 +107,9 @@ def test_a_model_has_the_configuration_of_its_base(name):
     assert config.pool_size is not None
 
 
-@pytest.mark.parametrize("name", [*TESTS, "convnext_atto_dcls", "convformer_s18_dcls", "resnet18_genv", "resnet50_cc"])
+@pytest.mark.parametrize(
+    "name", slow_but([*TESTS, "convnext_atto_dcls", "convformer_s18_dcls", "resnet18_genv", "resnet50_cc"], *TESTS)
+)
 def test_a_model_has_the_features_of_its_base(name):
     model = on_meta(name, features_only=True)
     plain = on_meta(PATCHED[name].base, features_only=True)
@@ -150,7 +158,7 @@ def test_group_matcher_covers_the_model(name):
     assert sorted(grouped) == sorted(n for n, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_whole_model_compiles_without_a_graph_break(training):
     model = create("test_convnext_dcls_gauss", num_classes=4, depths=(1, 1, 1, 1)).train(training)
     x = torch.randn(2, 3, 32, 32)

@@ -40,6 +40,7 @@ def test_a_checkpoint_for_another_length_is_refused():
         checkpoint_filter_fn(state, model)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_it_reads_digits_pixel_by_pixel():
     images, labels = load_digits(return_X_y=True)

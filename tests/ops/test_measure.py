@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from timm_contconv import ops
 from timm_contconv.ops.algorithms import ALGORITHMS, fft
 from timm_contconv.ops.measure import measure
 from timm_contconv.ops.problem import Problem
@@ -282,10 +283,17 @@ torch.compile(Conv(), backend=lambda graph, inputs: lambda *args: [args[0]])(ima
 assert ops.choices() == []
 """)
     assert seconds_in(tmp_path) == {}
-    python("conv().sum().backward(); assert ops.choices() == []", TIMM_CONTCONV_MEASURE="0")
-    assert seconds_in(tmp_path) == {}
 
 
+def test_the_environment_turns_measuring_off():
+    """As conftest.py does for all tests."""
+    assert os.environ["TIMM_CONTCONV_MEASURE"] == "0"
+    before = ops.choices()
+    ops.conv(torch.randn(2, 32, 28, 27), torch.randn(32, 1, 17, 17), None, (1, 1), (8, 8), 32)
+    assert ops.choices() == before
+
+
+@pytest.mark.slow
 def test_a_wrong_algorithm_is_not_used_any_more(tmp_path):
     python("""
 from timm_contconv.ops.algorithms import ALGORITHMS, direct

@@ -7,6 +7,7 @@ import torchvision
 import transformers
 from torch import nn
 
+from ..helpers import slow_but
 from ..promises import check
 
 DEPTHWISE = ["dcls_gauss", "smp", "flex"]
@@ -33,7 +34,10 @@ def replaced(model: nn.Module, recipe: str, size: tuple[int, ...] = (64, 64), in
     return check(model, recipe, torch.randn(2, 3, *size), init=init, **SETTINGS.get(recipe, {})).replaced
 
 
-@pytest.mark.parametrize(("name", "recipe"), [(name, recipe) for name, recipes in TIMM.items() for recipe in recipes])
+CASES = [(name, recipe) for name, recipes in TIMM.items() for recipe in recipes]
+
+
+@pytest.mark.parametrize(("name", "recipe"), slow_but(CASES, *CASES[:12]))  # the others are in `make zoo`, too
 def test_models_of_timm(name, recipe):
     model = timm.create_model(name, num_classes=10)
     config = model.pretrained_cfg

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import timm_contconv as tcc
 from timm_contconv.patching import plan_patch
 
-from ..helpers import relative
+from ..helpers import relative, slow_but
 from ..models_for_tests import create, layers_of, output, scatter
 
 #: the smallest model of each family that folds, and, of those that have one, an argument that makes it smaller
@@ -39,7 +39,10 @@ def images(model: nn.Module) -> torch.Tensor:
     return torch.randn(1, 3, *(config["input_size"][1:] if config.get("fixed_input_size") else (64, 64)))
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("fastvit_t8", "tiny_vit_5m_224", "levit_128s", "repvgg_a0", "repghostnet_050")
+
+
+@pytest.mark.parametrize("name", slow_but(MODELS, *QUICK))
 def test_a_patched_model_folds_to_the_same_output_or_raises(name):
     plain = create(name, **MODELS[name])
     x = images(plain)

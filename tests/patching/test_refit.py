@@ -10,7 +10,7 @@ from torch import nn
 
 import timm_contconv as tcc
 
-from ..helpers import relative
+from ..helpers import relative, slow_but
 from ..models_for_tests import Snapshot, create, output
 
 IMAGES = 12
@@ -48,7 +48,7 @@ def original() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:init='fit'")
-@pytest.mark.parametrize("recipe", ["dcls", "dcls_triangle", "dcls_gauss"])
+@pytest.mark.parametrize("recipe", slow_but(["dcls", "dcls_triangle", "dcls_gauss"], "dcls"))
 def test_a_refit_brings_outputs_near_to_the_originals_on_other_images(recipe, original):
     model = tcc.patch(copy.deepcopy(original), recipe, kernel_size=11, kernel_count=5)
     test, expected = images(2), output(original, images(2))

@@ -15,6 +15,7 @@ from timm_contconv.patching import patch as patch_function
 from timm_contconv.patching import transaction
 from timm_contconv.patching.transaction import Transaction
 
+from ..helpers import slow_but
 from ..models_for_tests import Snapshot, layers_of
 
 APPLYING = {inspect.getsourcefile(part) for part in (transaction, inspect.unwrap(patch_function), tcc.merge)}
@@ -141,7 +142,7 @@ def outcomes(verb, recipe, act, error):
     return found
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", slow_but(RECIPES, "dcls", "cc"))
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_error_at_any_line_leaves_the_model_as_it_was_or_wholly_changed(verb, recipe):
     handler = signal.getsignal(signal.SIGINT)

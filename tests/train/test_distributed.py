@@ -14,6 +14,7 @@ import torch
 from . import distributed_worker as worker
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 PENALTY, POWER = 0.1, 2
 
 

@@ -45,7 +45,13 @@ class CardFacts:
     text: str = ""
 
 
-def write_card(model: nn.Module, record: PatchRecord | MergedRecord | None, facts: CardFacts, folder: Path) -> None:
+def write_card(
+    model: nn.Module,
+    record: PatchRecord | MergedRecord | None,
+    facts: CardFacts,
+    folder: Path,
+    picture: bool = True,
+) -> None:
     """Write the card and, with the extra `viz`, a picture of kernels beside it.
 
     Args:
@@ -53,6 +59,7 @@ def write_card(model: nn.Module, record: PatchRecord | MergedRecord | None, fact
         record: of its patch, or of what it was before it was merged; None for the papers' own networks.
         facts: what the model does not know.
         folder: where to.
+        picture: with False, only the card; drawing takes a second or two.
 
     Raises:
         ValueError: what was given makes no valid metadata.
@@ -66,7 +73,7 @@ def write_card(model: nn.Module, record: PatchRecord | MergedRecord | None, fact
         facts.text,
         _usage(facts.source),
         _results(facts.eval_results),
-        _picture(model, folder) if layers else "",
+        _picture(model, folder) if layers and picture else "",
         "" if changes is None else _table(changes),
     )
     text = f"---\n{_metadata(facts, method)}\n---\n" + "\n\n".join(section for section in sections if section) + "\n"

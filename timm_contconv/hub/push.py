@@ -74,7 +74,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="timm_contconv.") as temporary:
         folder = Path(temporary)
         facts = CardFacts(repo_id, f"hf-hub:{repo_id}", tags, license, datasets, base_model, eval_results, text)
-        write_folder(model, folder, facts)
+        write_folder(model, folder, facts, picture=True)
         _verify(folder, model)
         return _upload(folder, repo_id, private, revision, create_pr, token)
 

@@ -74,8 +74,8 @@ def replaceable(folder: Path) -> Path:
     return target
 
 
-def write_folder(model: nn.Module, folder: Path, facts: CardFacts) -> None:
-    """Write a model's files into an empty folder, with a card that says `facts`.
+def write_folder(model: nn.Module, folder: Path, facts: CardFacts, picture: bool = False) -> None:
+    """Write a model's files into an empty folder, with a card that says `facts` and shows kernels with `picture=True`.
 
     Raises:
         ValueError: as `save_pretrained`, or `facts` makes no valid metadata.
@@ -85,7 +85,7 @@ def write_folder(model: nn.Module, folder: Path, facts: CardFacts) -> None:
     _write_config(model, record, folder / CONFIG)
     save_file(_tensors(model), folder / WEIGHTS, {"format": "pt"})
     _require_rebuild(folder)
-    write_card(model, record, facts, folder)
+    write_card(model, record, facts, folder, picture)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -139,12 +139,12 @@ ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*_convnext_arms(), *_resnet
 
 
 def arms_of(pattern: str) -> list[Arm]:
-    """Arms whose names contain a text; all for "".
+    """The arm of this name, or the arms whose names contain the text; all for "".
 
     Raises:
         ValueError: there is none.
     """
-    found = [arm for name, arm in ARMS.items() if pattern in name]
+    found = [ARMS[pattern]] if pattern in ARMS else [arm for name, arm in ARMS.items() if pattern in name]
     if not found:
         raise ValueError(f"--arms {pattern!r}: expected a part of one of {', '.join(ARMS)}")
     return found

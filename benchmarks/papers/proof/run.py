@@ -119,7 +119,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = Schedule()
-    parser.add_argument("--arms", default="", help="only arms whose names contain this")
+    parser.add_argument("--arms", default="", help="only the arm of this name, or those whose names contain it")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--data", type=Path, default=FOLDER)

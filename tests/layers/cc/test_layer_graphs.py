@@ -23,6 +23,7 @@ def test_calls_with_scales_and_sizes_are_nodes_of_a_traced_graph() -> None:
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["layer"] * 4
 
 
+@pytest.mark.slow
 @three_ways
 def test_exported_with_sizes_that_change(scale: float) -> None:
     layer, sizes = build(scale), dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
@@ -31,7 +32,9 @@ def test_exported_with_sizes_that_change(scale: float) -> None:
     torch.testing.assert_close(exported(x), layer(x))
 
 
-@pytest.mark.parametrize(("scale", "memory_limit"), [(0.5, None), (0.75, None), (0.61, None), (0.61, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("scale", "memory_limit"), [(0.5, None), (0.75, None), (0.61, None), pytest.param(0.61, 1, marks=pytest.mark.slow)]
+)
 def test_compiled_in_one_graph_with_the_same_gradients(scale: float, memory_limit: int | None) -> None:
     torch._dynamo.reset()
     layer, x = build(scale, memory_limit=memory_limit).train(), images(1, 4, 4, 5, requires_grad=True)

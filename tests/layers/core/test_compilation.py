@@ -13,7 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 import timm_contconv  # noqa: F401 - registers the models
-from tests.helpers import LAYERS, every_layer, image_for, spread_
+from tests.helpers import LAYERS, every_layer, image_for, slow_but, spread_
+from tests.models_for_tests import layers_of
 from timm_contconv.layers import DclsConv2d, FlexConv2d, SmpConv2d
 
 
@@ -33,11 +34,14 @@ def compilations() -> int:
 @pytest.mark.parametrize(
     "layer",
     [
-        *(make(24, interpolation=interpolation) for interpolation in ("bilinear", "triangle", "gauss")),
-        SmpConv2d(24, 24, 7, groups=24, compile=True),
-        FlexConv2d(24, 24, 7, groups=24, hidden_layers=1, compile=True),
+        pytest.param(make(24, interpolation="gauss"), id="gauss"),
+        pytest.param(make(24, interpolation="bilinear"), id="bilinear", marks=pytest.mark.slow),
+        pytest.param(make(24, interpolation="triangle"), id="triangle", marks=pytest.mark.slow),
+        pytest.param(SmpConv2d(24, 24, 7, groups=24, compile=True), id="smp", marks=pytest.mark.slow),
+        pytest.param(
+            FlexConv2d(24, 24, 7, groups=24, hidden_layers=1, compile=True), id="flex", marks=pytest.mark.slow
+        ),
     ],
-    ids=["bilinear", "triangle", "gauss", "smp", "flex"],
 )
 def test_compiled_construction_equals_eager(layer):
     spread_(layer)
@@ -69,6 +73,7 @@ def test_one_compilation_serves_all_widths_counts_and_modes():
     assert compilations() == before
 
 
+@pytest.mark.slow
 def test_every_kernel_size_compiles_however_many_there_are():
     before, limit = compilations(), 1
     sizes = range(9, 9 + 2 * (limit + 2), 2)
@@ -78,6 +83,7 @@ def test_every_kernel_size_compiles_however_many_there_are():
     assert compilations() == before + len(sizes)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_construction_warns_once_and_stays_eager():
     """In a process of its own, in which there is no C++ compiler."""
     script = """
@@ -103,10 +109,15 @@ print([w.category.__name__ for w in caught if "stays eager" in str(w.message)])
 # ---- layers
 
 
-@every_layer
-@pytest.mark.parametrize("needs_gradient", [True, False], ids=["inside", "entrance"])
-def test_a_compiled_layer_equals_eager(make, needs_gradient):
-    layer = spread_(make())
+QUICK = ("dcls", "dcls_reflect", "smp", "flex", "genv", "cc")
+
+
+@pytest.mark.parametrize(
+    ("name", "needs_gradient"),
+    slow_but([(name, inside) for name in LAYERS for inside in (True, False)], *((name, True) for name in QUICK)),
+)
+def test_a_compiled_layer_equals_eager(name, needs_gradient):
+    layer = spread_(LAYERS[name]())
     x, eager = image_for(layer).requires_grad_(needs_gradient), copy.deepcopy(layer)
     outputs, gradients = [], []
     for each in (torch.compile(layer, fullgraph=True, backend="aot_eager"), eager):
@@ -135,8 +146,9 @@ def test_a_layer_that_is_made_in_a_compiled_function_equals_eager(make):
     torch.testing.assert_close(torch.compile(run, backend="eager")(x), run(x))
 
 
-def test_a_compiled_model_computes_the_factors_of_a_stage_once():
-    """9 layers in 4 stages, 2 exponentials for each set of positions; partitioned as inductor does."""
+@pytest.mark.slow
+def test_a_compiled_stage_computes_its_factors_once():
+    """4 layers share a set of positions, which takes 2 exponentials; partitioned as inductor does."""
     exponentials = []
 
     def count(graph, inputs):
@@ -148,6 +160,7 @@ def test_a_compiled_model_computes_the_factors_of_a_stage_once():
         bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
         partition_fn=min_cut_rematerialization_partition,
     )
-    model = timm.create_model("test_convnext_dcls_gauss", num_classes=3)
-    torch.compile(model, fullgraph=True, backend=backend)(torch.randn(2, 3, 32, 32))
-    assert exponentials == [8]
+    stage = timm.create_model("test_convnext_dcls_gauss", num_classes=3).stages[2]
+    assert len(layers_of(stage)) == 4
+    torch.compile(stage.blocks, fullgraph=True, backend=backend)(torch.randn(2, 48, 4, 4))
+    assert exponentials == [2]

@@ -190,6 +190,7 @@ for each in caught:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs Linux")
 @pytest.mark.parametrize("home", ["none", "read-only"])
 def test_without_a_home_that_can_be_written_convolutions_run(home, tmp_path, fake):
