@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 __all__ = ["SMALLEST_RADIUS", "point_basis", "smp_kernel", "smp_sum_kernel"]
 
@@ -24,10 +23,11 @@ def point_basis(coordinate: Tensor, radius: Tensor, kernel_size: Sequence[int]) 
     Returns:
         (P, m, prod(kernel_size)), from 0 to 1.
     """
-    radius = radius.clamp(min=SMALLEST_RADIUS)[..., None, None]
-    lines = pad_sequence([_pixels(size, coordinate) for size in kernel_size], batch_first=True)  # (D, longest)
-    distances = (lines - coordinate.unsqueeze(-1)).abs() / radius  # of all dimensions at once, as they are small
-    first, *others = (distance[..., :size] for distance, size in zip(distances.unbind(-2), kernel_size, strict=True))
+    scale = 1 / radius.clamp(min=SMALLEST_RADIUS).unsqueeze(-1)
+    first, *others = [
+        (_pixels(size, coordinate) - coordinate[..., d].unsqueeze(-1)).abs() * scale
+        for d, size in enumerate(kernel_size)
+    ]
     height = 1 - first
     for distance in others:
         height = (height.unsqueeze(-1) - distance.unsqueeze(-2)).flatten(-2)
@@ -64,5 +64,6 @@ def _weighted_sum(weight: Tensor, basis: Tensor) -> Tensor:
 
 
 def _pixels(size: int, like: Tensor) -> Tensor:
-    """`size` pixel centres from -1 to 1; 0 for one pixel."""
-    return torch.linspace(-1 if size > 1 else 0, 1, size, device=like.device, dtype=like.dtype)
+    """`size` pixel centres from -1 to 1."""
+    steps = torch.arange(size, device=like.device, dtype=like.dtype)
+    return (2 * steps - (size - 1)) / max(size - 1, 1)
