@@ -1,6 +1,6 @@
 """What cropping saves, and a training step of flexnet7 against the released formulation.
 
-    python -m benchmarks.speed.flex_speed [--batch N] [--repeats N] [--threads N] [--output FILE]
+    python -m benchmarks.speed.flex_speed [--batch N] [--repeats N] [--parts PART ...] [--threads N]
 
 The uncropped ("whole") layer is compared as this package runs it (its engine takes Fourier transforms for so large a
 kernel), and the forward pass also with PyTorch's `conv2d`.
@@ -9,7 +9,7 @@ The released formulation (tests/peers/flexnet.py): the same layers, not compiled
 crops exactly; kernels are computed by 1x1 convolutions over the grid; `conv2d` runs on contiguous tensors. Masks are as
 they start (sigma 0.125, 9 x 9 pixels of 33 x 33), and as in the paper's Fig. 6, where they grow with depth.
 
-A figure is the median over turns of the ratio in the same turn.
+A figure is the median over turns of the ratio in the same turn. Writes flex_speed.json, part by part.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from benchmarks.common import (
     medians,
     new_parser,
     ratio,
+    read_results,
     training_step,
     write_results,
 )
 from tests.peers.flexnet import ReleasedFlexConv, ReleasedFlexNet
 from timm_contconv.layers import FlexConv2d
 
+PARTS = ("layers", "flexnet7")
 SIGMA, SIZE = 0.125, 33
 LARGEST_SIGMAS = (SIGMA, 0.25, 0.5)  # of the last layer; masks grow with depth
 LAYERS = ((24, False), (48, False), (96, True), (384, True))  # channels, depthwise
@@ -103,14 +105,15 @@ def main() -> None:
     parser = new_parser(__doc__, machine_file("flex_speed.json"), torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = arguments(parser)
-    results: dict[str, dict[str, float]] = {}
-    for channels, depthwise in LAYERS:
+    results: dict[str, dict[str, float]] = read_results(options.output).get("results", {})
+    for channels, depthwise in LAYERS if "layers" in options.parts else ():
         name = f"{channels} channels, {'depthwise' if depthwise else 'dense'}"
         results[name] = cropping(channels, depthwise, options.batch, options.repeats)
         text = "; ".join(f"{work} {value:.1f}" for work, value in results[name].items())
         print(f"{name}, sigma {SIGMA}, K {SIZE}: times as fast as uncropped: {text}", flush=True)
-    for largest in LARGEST_SIGMAS:
+    for largest in LARGEST_SIGMAS if "flexnet7" in options.parts else ():
         name = f"flexnet7 training step, sigma {SIGMA} to {largest}"
         found = results[name] = flexnet7_steps(largest, options.batch, options.repeats)
         print(

@@ -190,6 +190,30 @@ def test_a_gradient_that_is_not_needed_is_not_computed(name):
     assert x.grad is None
 
 
+@pytest.mark.parametrize("kernel", [3, 7, 13])
+def test_a_bias_alone_gets_its_gradient(kernel):
+    x, weight, bias = torch.randn(2, 32, 28, 28), torch.randn(32, 1, kernel, kernel), torch.zeros(32).requires_grad_()
+    ops.conv(x, weight, bias, (1, 1), (kernel // 2,) * 2, 32).sum().backward()
+    assert torch.equal(bias.grad, torch.full((32,), 2 * 28 * 28.0))
+
+
+@torch.no_grad()
+def test_inference_with_images_of_one_shape_and_many_strides():
+    weight, bias = torch.randn(32, 1, 13, 13), torch.randn(32)
+    wide = torch.randn(2, 40, 30, 33)
+    views = [
+        torch.randn(2, 32, 28, 30),
+        torch.randn(2, 32, 28, 30).contiguous(memory_format=torch.channels_last),
+        wide[:, 4:36, 1:29, 2:32],
+        torch.randn(2, 32, 30, 28).transpose(2, 3),
+        torch.randn(1, 32, 28, 30).expand(2, -1, -1, -1),
+    ]
+    for x in [*views, *reversed(views)]:
+        y, expected = ops.conv(x, weight, bias, (1, 1), (6, 6), 32), F.conv2d(x, weight, bias, 1, 6, 1, 32)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        assert y.is_contiguous(memory_format=torch.channels_last if x is views[1] else torch.contiguous_format)
+
+
 def test_an_image_that_only_a_frozen_weight_would_read_is_not_kept():
     x = torch.randn(1, 64, 28, 28, requires_grad=True)
     kept = []

@@ -46,6 +46,13 @@ class Raising(fft.FFT):
         raise RuntimeError("out of registers")
 
 
+class OutOfMemory(fft.FFT):
+    name = "large"
+
+    def run(self, pass_, problem, *tensors):
+        raise torch.OutOfMemoryError
+
+
 @pytest.mark.parametrize("groups", [1, 2, 16])
 @pytest.mark.parametrize("pass_", ["output", "input", "weight"])
 def test_right_algorithms_get_seconds_and_wrong_ones_a_reason(pass_, groups):
@@ -87,15 +94,34 @@ def record(name: str = "a machine") -> Record:
 
 
 SECONDS = {"pytorch": 2.0, "fft": 1.0}
+NAMES = list(SECONDS)
 
 
 def test_a_record_is_read_by_the_next_process(tmp_path):
     problem = case()[2]
     record().add("output", problem, SECONDS, {})
-    assert record().find("output", problem) == SECONDS
-    assert record().find("input", problem) is None
-    assert record("another machine").find("output", problem) is None
+    assert record().find("output", problem, NAMES) == SECONDS
+    assert record().find("input", problem, NAMES) is None
+    assert record("another machine").find("output", problem, NAMES) is None
     assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_what_was_measured_without_a_candidate_is_measured_again(tmp_path):
+    problem = case()[2]
+    record().add("output", problem, SECONDS, {})
+    with_another = record()
+    assert with_another.find("output", problem, [*NAMES, "direct"]) is None
+    with_another.add("output", problem, {**SECONDS, "direct": 0.5}, {})
+    assert record().find("output", problem, [*NAMES, "direct"])["direct"] == 0.5
+
+
+def test_what_does_not_fit_into_memory_is_not_tried_again():
+    problem, tensors = tensors_of("output", 16)
+    seconds, faults = measure("output", problem, tensors, [OutOfMemory(), ALGORITHMS["pytorch"]])
+    assert seconds["large"] == torch.inf
+    assert not faults
+    record().add("output", problem, seconds, {})
+    assert record().find("output", problem, ["large", "pytorch"]) == seconds
 
 
 def test_two_processes_add_to_one_record():
@@ -103,7 +129,7 @@ def test_two_processes_add_to_one_record():
     problems = [case(batch=n)[2] for n in (1, 2)]
     first.add("output", problems[0], SECONDS, {})
     second.add("output", problems[1], SECONDS, {})
-    assert all(record().find("output", p) == SECONDS for p in problems)
+    assert all(record().find("output", p, NAMES) == SECONDS for p in problems)
 
 
 @pytest.mark.parametrize(
@@ -126,10 +152,10 @@ def test_a_damaged_or_foreign_file_is_ignored_with_one_warning_and_replaced(cont
     problem = case()[2]
     with pytest.warns(RuntimeWarning, match="not a record of measurements on this machine") as caught:  # noqa: PT031 - one
         damaged = record()
-        assert damaged.find("output", problem) is None
+        assert damaged.find("output", problem, NAMES) is None
         damaged.add("output", problem, SECONDS, {})
     assert len(caught) == 1
-    assert record().find("output", problem) == SECONDS
+    assert record().find("output", problem, NAMES) == SECONDS
 
 
 def test_a_folder_that_can_not_be_written_is_one_warning(tmp_path, monkeypatch):
@@ -140,7 +166,7 @@ def test_a_folder_that_can_not_be_written_is_one_warning(tmp_path, monkeypatch):
         for n in (1, 2):
             unwritable.add("output", case(batch=n)[2], SECONDS, {})
     assert len(caught) == 1
-    assert unwritable.find("output", case(batch=1)[2]) == SECONDS
+    assert unwritable.find("output", case(batch=1)[2], NAMES) == SECONDS
 
 
 def test_an_algorithm_is_dropped_for_good_with_one_warning_that_names_it():
@@ -157,12 +183,13 @@ def test_images_of_ever_new_sizes_are_not_measured_for_ever():
     sized = record()
     for size in range(20, 28):
         problem = case(size=size)[2]
-        assert sized.find("output", problem) is None
+        assert sized.find("output", problem, ["fft"]) is None
         sized.add("output", problem, {"fft": size * 1e-6}, {})
     new = case(size=40)[2]
-    assert sized.find("output", new) == {"fft": pytest.approx(27e-6 * 40**2 / 27**2)}
-    assert sized.find("input", new) is None
-    assert sized.find("output", new._replace(kernel_size=(11, 11))) is None
+    assert sized.find("output", new, ["fft"]) == {"fft": pytest.approx(27e-6 * 40**2 / 27**2)}
+    assert sized.find("output", new, ["fft", "direct"]) is None
+    assert sized.find("input", new, ["fft"]) is None
+    assert sized.find("output", new._replace(kernel_size=(11, 11)), ["fft"]) is None
 
 
 # Integration: in processes of their own, as a process has one record per machine.
@@ -213,6 +240,20 @@ print(*[(c.pass_, c.algorithm) for c in ops.choices()])
     before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert python(code) == first
     assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+
+
+def test_what_was_measured_while_the_compiler_failed_is_measured_again_with_the_compiled_loops(tmp_path):
+    without = """
+from timm_contconv.ops.algorithms import ALGORITHMS, direct
+class NotCompiled(direct.Direct):
+    def refusal(self, pass_, problem):
+        return "it could not be compiled"
+ALGORITHMS["direct"] = NotCompiled()
+"""
+    code = "conv().sum().backward(); print(*[c.seconds.keys() for c in ops.choices()])"
+    assert "direct" not in python(without + code)
+    assert python(code).count("direct") == 3
+    assert all("direct" in times for times in seconds_in(tmp_path).values())
 
 
 def test_where_nothing_is_measured(tmp_path):

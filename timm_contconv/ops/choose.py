@@ -24,7 +24,8 @@ __all__ = [
     "choices",
     "choose",
     "counting",
-    "decided",
+    "decide",
+    "decision",
     "gains",
     "is_counting",
     "settle",
@@ -128,7 +129,8 @@ def gains(passes: Sequence[str], problem: Problem) -> bool:
         return False
     plain = ours = 0.0
     for pass_ in passes:
-        able, times = _able(pass_, problem), _times(pass_, problem)
+        able = _able(pass_, problem)
+        times = _times(pass_, problem, able)
         if times is None and (_is_measurable(able) or able[0].name != "pytorch"):
             return True
         if times:
@@ -148,31 +150,34 @@ def state() -> tuple[Hashable, ...]:
 
 
 class Way:
-    """How a call runs in inference: its problem, and the algorithm once it is settled."""
+    """How calls of one problem, with images of the same strides, run in inference."""
 
-    __slots__ = ("algorithm", "problem")
+    __slots__ = ("_problem", "_run")
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.algorithm: Algorithm | None = None
+        self._problem = problem
+        self._run: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
-    def run(self, *tensors: Tensor | None) -> Tensor:
-        """The output pass."""
-        algorithm = self.algorithm
-        if algorithm is None:
-            algorithm, is_final = settle("output", self.problem, tensors)
-            self.algorithm = algorithm if is_final else None
-        return algorithm.run("output", self.problem, *tensors)
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output, in the memory format of x."""
+        if self._run is not None:
+            return self._run(x, weight, bias)
+        algorithm, is_final = settle("output", self._problem, (x, weight, bias))
+        run = algorithm.bound(self._problem, x)
+        self._run = run if is_final else None
+        return run(x, weight, bias)
 
 
-def decided(key: Hashable, decide: Callable[[], Problem | None]) -> Way | None:
-    """A way for the problem that `decide` gives, or None; kept until something new is measured."""
-    try:
-        way: Way | None = _decisions[key]
-    except KeyError:
-        problem = decide()
-        way = None if problem is None else Way(problem)
-        _keep(key, way)
+def decision(key: Hashable) -> Way | None:
+    """The way that `decide` made for a key; a KeyError where there is none, or something new was measured since."""
+    way: Way | None = _decisions[key]
+    return way
+
+
+def decide(key: Hashable, problem: Problem | None) -> Way | None:
+    """A way for a problem, or None for PyTorch's own convolution; kept until something new is measured."""
+    way = None if problem is None else Way(problem)
+    _keep(key, way)
     return way
 
 
@@ -184,7 +189,8 @@ def _keep(key: Hashable, decision: Any) -> None:
 
 def _decide(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> tuple[Algorithm, bool]:
     """The algorithm, and whether the decision holds for the next time, too."""
-    able, times = _able(pass_, problem), _times(pass_, problem)
+    able = _able(pass_, problem)
+    times = _times(pass_, problem, able)
     if times is not None:
         return _fastest(able, times), True
     if not (is_measuring() and _is_worth_it(problem) and _is_measurable(able)):
@@ -211,10 +217,10 @@ def _able(pass_: str, problem: Problem) -> list[Algorithm]:
     return [a for a in able if a.name not in dropped] or [ALGORITHMS["pytorch"]]
 
 
-def _times(pass_: str, problem: Problem) -> dict[str, float] | None:
+def _times(pass_: str, problem: Problem, able: Sequence[Algorithm]) -> dict[str, float] | None:
     if not (is_measuring() and _is_worth_it(problem)):
         return None
-    return record_of(problem.device).find(pass_, problem)
+    return record_of(problem.device).find(pass_, problem, [a.name for a in able])
 
 
 def _fastest(able: Sequence[Algorithm], times: dict[str, float]) -> Algorithm:

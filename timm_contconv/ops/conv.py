@@ -7,10 +7,10 @@ from torch import Tensor
 
 from . import aten, operator
 from .autocast import autocast_dtype
-from .choose import Way, decided, gains, is_counting, state
+from .choose import Way, decide, decision, gains, is_counting, state
 from .forced import forced
 from .prior import is_large
-from .problem import Problem, fits, has_outputs, in_format, memory_format
+from .problem import Problem, fits, has_outputs
 
 __all__ = ["conv"]
 
@@ -51,7 +51,7 @@ def conv(
     if x.ndim == weight.ndim - 1:
         return conv(x.unsqueeze(0), weight, bias, stride, padding, groups, dilation).squeeze(0)
     geometry = tuple(stride), tuple(padding), groups
-    if max(dilation, default=1) > 1:
+    if dilation and max(dilation) > 1:
         return aten.convolution(x, weight, bias, *geometry, tuple(dilation))
     if not x.is_floating_point() or aten.plain_only():
         return aten.convolution(x, weight, bias, *geometry)
@@ -60,19 +60,20 @@ def conv(
     elif forced() or is_counting():
         is_ours = True
     else:
-        passes = _passes(x, weight)
+        passes = _passes(x, weight, bias)
         way = _way(passes, x, weight, bias, *geometry)
         is_ours = way is not None
-        if way is not None and len(passes) == 1 and _is_unobserved(x, weight):
-            return in_format(way.run(x, weight, bias), x.dtype, memory_format(x))
+        if way is not None and not passes and _is_unobserved(x, weight):
+            return way.run(x, weight, bias)
     return (operator.conv if is_ours else aten.convolution)(x, weight, bias, *geometry)
 
 
-def _passes(x: Tensor, weight: Tensor) -> tuple[str, ...]:
-    """The passes that will run, as far as is known."""
+def _passes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, ...]:
+    """The passes that will run, as far as is known; none in inference, where only the output is wanted."""
     if not torch.is_grad_enabled():
-        return ("output",)
-    return ("output", *("input",) * x.requires_grad, *("weight",) * weight.requires_grad)
+        return ()
+    of_both = (*("input",) * x.requires_grad, *("weight",) * weight.requires_grad)
+    return ("output", *of_both) if of_both or (bias is not None and bias.requires_grad) else ()
 
 
 def _way(
@@ -85,17 +86,17 @@ def _way(
     groups: int,
 ) -> Way | None:
     """How to convolve where the operator may be the faster one, and None where PyTorch's own convolution is."""
-    kinds = x.shape, weight.shape, x.dtype, weight.dtype, x.device, weight.device
+    dtype = autocast_dtype(x)
+    images, kernels = (x.shape, x.stride(), x.dtype, x.device), (weight.shape, weight.dtype, weight.device)
     extra = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    last, dtype = memory_format(x) is not torch.contiguous_format, autocast_dtype(x)
-
-    def decide() -> Problem | None:
-        if not (_may_gain(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding)):
-            return None
-        problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)._replace(dtype=dtype)
-        return problem if gains(passes, problem) else None
-
-    return decided((passes, kinds, extra, stride, padding, groups, last, dtype, state()), decide)
+    key = (images, kernels, extra, stride, padding, groups, passes, dtype, state())
+    try:
+        return decision(key)
+    except KeyError:
+        problem = None
+        if _may_gain(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding):
+            problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)._replace(dtype=dtype)
+        return decide(key, problem if problem is not None and gains(passes or ("output",), problem) else None)
 
 
 def _is_unobserved(x: Tensor, weight: Tensor) -> bool:
@@ -103,7 +104,7 @@ def _is_unobserved(x: Tensor, weight: Tensor) -> bool:
     if type(x) is not Tensor or type(weight) not in (Tensor, torch.nn.Parameter):
         return False
     is_seen = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
-    return not (is_seen or torch.is_autocast_enabled(x.device.type))
+    return not (is_seen or torch._C._is_any_autocast_enabled())
 
 
 def _may_gain(

@@ -17,8 +17,10 @@ __all__ = ["is_measuring", "is_recording", "measure", "measuring"]
 # A candidate that takes this many times as long as the best so far, and a hiccup of the machine in seconds, is not
 # repeated; one image has to show it, where a batch has several.
 _HOPELESS, _HICCUP = 10, 0.01
-# Later rounds are for those within this factor of the best: at least so many rounds, more in these seconds.
-_CLOSE, _ROUNDS, _MOST_ROUNDS, _ROUND_SECONDS = 1.5, 4, 30, 0.02
+# Later rounds are for those within factors of the best that fall to the last: first runs wait for memory.
+_CLOSE = (_HOPELESS, 3, 1.5)
+# At least so many rounds, more in these seconds.
+_ROUNDS, _MOST_ROUNDS, _ROUND_SECONDS = 4, 30, 0.02
 # Calls that are timed together on CUDA.
 _CALLS = 3
 # Errors that a candidate may have, as a share of the sums that its results would be if no terms cancelled.
@@ -78,8 +80,8 @@ def measure(
         algorithms: the candidates, the most promising one first.
 
     Returns:
-        Seconds by name; and by name, why a candidate must not be used. Both are empty where the tensors hold NaN or
-        Inf, so that results can't be checked.
+        Seconds by name, inf where memory did not suffice; and by name, why a candidate must not be used. Both are empty
+        where the tensors hold NaN or Inf, so that results can't be checked.
     """
     check = _Check(pass_, problem, tensors)
     times: dict[str, float] = {}
@@ -88,6 +90,7 @@ def measure(
         try:
             seconds, result = _first(algorithm, pass_, problem, tensors, min(times.values(), default=math.inf))
         except torch.OutOfMemoryError:
+            times[algorithm.name] = math.inf
             continue
         except Exception as error:
             faults[algorithm.name] = f"raised {type(error).__name__}: {str(error)[:200]}"
@@ -138,7 +141,7 @@ def _repeat(
         if round_ >= _ROUNDS and time.perf_counter() - start > _ROUND_SECONDS:
             return
         best = min(times.values(), default=0.0)
-        limit = _CLOSE * best if round_ else _HOPELESS * best + _HICCUP
+        limit = _CLOSE[min(round_, len(_CLOSE) - 1)] * best + (0 if round_ else _HICCUP)
         close = [a for a in algorithms if times[a.name] < limit]
         if len(close) < 2:
             return

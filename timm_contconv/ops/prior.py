@@ -60,14 +60,17 @@ def _on_accelerator(pass_: str, problem: Problem) -> list[str]:
 
 
 def _depthwise(pass_: str, problem: Problem) -> list[str]:
-    """From the fastest of each on an AMD EPYC and an Intel Xeon with AVX-512 (torch 2.15, one and two threads)."""
+    """From the fastest of each on an AMD EPYC (AVX2) and an Intel Xeon (AVX-512), torch 2.15, one and two threads.
+
+    benchmarks/speed/choice.py measures how good it is.
+    """
     taps = math.prod(problem.kernel_size)
     names = ["direct", "channels_last", "pytorch"]
     few = 25 if pass_ == "weight" else 81 if math.prod(problem.input_size) >= 56**2 else 49
     if problem.channels_last and taps < few:
-        # oneDNN has kernels for these, but none for the gradient of the input by itself.
-        names = ["channels_last", "direct", "pytorch"] if pass_ == "input" else ["pytorch", "direct", "channels_last"]
-    if pass_ == "weight" and taps >= 49:
+        names = ["channels_last", "pytorch", "direct"]  # oneDNN has kernels for these
+    # On channels-last tensors it is PyTorch's own, but for the gradient of the input, for which oneDNN has no kernel.
+    if (problem.channels_last and pass_ != "input") or (pass_ == "weight" and taps >= 49):
         names.remove("channels_last")
     products = _products(problem.input_size, problem.kernel_size, problem.stride, problem.padding)
     plane = math.prod(a.length for a in axes_of(problem))

@@ -9,6 +9,7 @@ import platform
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,21 +62,25 @@ class Record:
         except (OSError, ValueError) as error:
             self._warn(f"{self.path}: not a record of measurements on this machine, so it is ignored ({error})")
 
-    def find(self, pass_: str, problem: Problem) -> dict[str, float] | None:
-        """Seconds by algorithm; None where the pass still has to be measured.
+    def find(self, pass_: str, problem: Problem, names: Collection[str]) -> dict[str, float] | None:
+        """Seconds by algorithm, of all these at least; None where one of them still has to be measured.
 
         Of images whose size changes all the time, only the first few sizes are measured. For other sizes these are the
         seconds of the nearest measured one, in proportion.
         """
-        times = self.met.get((pass_, problem))
-        if times is None and (times := self._stored.get(_key(pass_, problem))) is not None:
+        times = self.met.get((pass_, problem)) or self._stored.get(_key(pass_, problem))
+        if times is not None and times.keys() >= set(names):
             self.met[pass_, problem] = times
-        if times is None:
-            relatives = {p: t for (q, p), t in self.met.items() if q == pass_ and _layer(p) == _layer(problem)}
-            if len(relatives) >= _MOST_SIZES:
-                nearest = min(relatives, key=lambda p: abs(math.log(problem.macs / p.macs)))
-                times = {name: t * problem.macs / nearest.macs for name, t in relatives[nearest].items()}
-        return times
+            return times
+        relatives = {
+            p: t
+            for (q, p), t in self.met.items()
+            if q == pass_ and _layer(p) == _layer(problem) and t.keys() >= set(names)
+        }
+        if len(relatives) < _MOST_SIZES:
+            return None
+        nearest = min(relatives, key=lambda p: abs(math.log(problem.macs / p.macs)))
+        return {name: t * problem.macs / nearest.macs for name, t in relatives[nearest].items()}
 
     def add(self, pass_: str, problem: Problem, times: dict[str, float], dropped: dict[str, str]) -> None:
         """Remembers what was measured, and writes it to the file."""
@@ -107,7 +112,7 @@ class Record:
         if not isinstance(raw, dict) or raw.get("fingerprint") != self.fingerprint:
             raise ValueError("it holds those of another machine")
         times = [t for row in _mapping(raw, "seconds").values() for t in _mapping({"row": row}, "row").values()]
-        if not all(isinstance(t, float) and 0 < t < math.inf for t in times):
+        if not all(isinstance(t, float) and t > 0 for t in times):
             raise ValueError("its times are not seconds")
         if not all(isinstance(reason, str) for reason in _mapping(raw, "dropped").values()):
             raise ValueError("its reasons are not text")

@@ -1,10 +1,11 @@
 """What an algorithm is: the three passes of a convolution, and where it does not apply."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Problem, in_format, memory_format
 
 __all__ = ["Algorithm", "add_bias"]
 
@@ -36,6 +37,11 @@ class Algorithm(ABC):
     @abstractmethod
     def weight(self, problem: Problem, grad: Tensor, x: Tensor) -> Tensor:
         """The gradient (C_out, C_in/groups, *kernel) for the weight."""
+
+    def bound(self, problem: Problem, like: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """The output pass for images with the strides of `like`, in their memory format: what inference calls."""
+        form = memory_format(like)
+        return lambda x, weight, bias: in_format(self.output(problem, x, weight, bias), x.dtype, form)
 
     def run(self, pass_: str, problem: Problem, *tensors: Tensor | None) -> Tensor:
         """One pass by its name, with the tensors that its method takes."""

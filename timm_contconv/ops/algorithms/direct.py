@@ -1,6 +1,7 @@
 """Depthwise convolution on the CPU by a compiled loop nest over channels (direct.cpp)."""
 
 import ctypes
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..problem import Problem, new_tensor
 from .algorithm import Algorithm
 from .library import library
 
-__all__ = ["Direct"]
+__all__ = ["Direct", "as_struct"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _TASKS_PER_THREAD = 4
@@ -39,10 +40,21 @@ class Direct(Algorithm):
         return None
 
     def output(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = new_tensor(x, problem.output_shape)
-        bias = None if bias is None else _floats(bias)
-        _call("contconv_forward", problem, x, out, x, _floats(weight), bias, out)
-        return out
+        return self.bound(problem, x)(x, weight, bias)
+
+    def bound(self, problem: Problem, like: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        shape, strides = problem.output_shape, new_tensor(like, problem.output_shape).stride()
+        fields, splits = as_struct(problem, torch.get_num_threads(), like.stride(), strides)
+        function = _function("contconv_forward", 4)
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            out = x.new_empty_strided(shape, strides)
+            weight, bias = _floats(weight), None if bias is None else _floats(bias)
+            pointer = None if bias is None else bias.data_ptr()
+            function(fields, splits, x.data_ptr(), weight.data_ptr(), pointer, out.data_ptr())
+            return out
+
+        return run
 
     def input(self, problem: Problem, grad: Tensor, weight: Tensor) -> Tensor:
         out = new_tensor(grad, problem.input_shape)
@@ -83,7 +95,7 @@ def _library() -> ctypes.CDLL:
 
 
 @lru_cache(maxsize=4096)
-def _fields(
+def as_struct(
     problem: Problem, threads: int, image: tuple[int, ...], out: tuple[int, ...]
 ) -> tuple[ctypes.Array[ctypes.c_int64], int]:
     """The fields of `struct Problem` (tiles.h), in its order, and the splits; `image` and `out` are strides."""
@@ -101,6 +113,6 @@ def _fields(
 
 def _call(name: str, problem: Problem, image: Tensor, out: Tensor, *tensors: Tensor | None) -> None:
     """Calls a function of the library; `image` and `out` are x and the output, or their gradients."""
-    fields, splits = _fields(problem, torch.get_num_threads(), image.stride(), out.stride())
+    fields, splits = as_struct(problem, torch.get_num_threads(), image.stride(), out.stride())
     pointers = [None if x is None else x.data_ptr() for x in tensors]
     _function(name, len(pointers))(fields, splits, *pointers)
