@@ -154,6 +154,15 @@ def test_an_error_at_any_line_leaves_the_model_as_it_was_or_wholly_changed(verb,
     assert found[0] == "as before"
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises a KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("verb", VERBS)
 def test_ctrl_c_at_any_line_leaves_the_model_as_it_was_or_wholly_changed(verb):
     handler = signal.getsignal(signal.SIGINT)
