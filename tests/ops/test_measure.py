@@ -242,6 +242,7 @@ print(*[(c.pass_, c.algorithm) for c in ops.choices()])
     assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_what_was_measured_while_the_compiler_failed_is_measured_again_with_the_compiled_loops(tmp_path):
     without = """
 from timm_contconv.ops.algorithms import ALGORITHMS, direct
