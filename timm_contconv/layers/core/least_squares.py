@@ -77,7 +77,7 @@ def fit_separately(
     """
     at_once = max(1, LARGEST_TENSOR // numbers)
     pieces = []
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever the default is; Adam makes a tensor of its own
         for first in range(0, targets.shape[0], at_once):
             part = slice(first, first + at_once)
             wanted = targets[part].clone()
