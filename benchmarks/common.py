@@ -7,6 +7,7 @@ whatever else happens meets them alike.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import re
@@ -22,11 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_contconv as tcc
+from timm_contconv.cli.digits import Digits, load_digits
 
 __all__ = [
     "IMAGES",
     "RESULTS",
+    "against",
     "arguments",
+    "few_digits",
     "in_turns",
     "infer",
     "machine",
@@ -107,6 +111,21 @@ def summary(values: Sequence[float], decimals: int = 2) -> str:
     """Mean ± standard deviation."""
     spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{decimals}f}{spread}"
+
+
+def against(values: Sequence[float], plain: Sequence[float]) -> tuple[list[float], str]:
+    """Differences from the plain network, paired by seed, and their mean ± standard deviation in words."""
+    gains = [a - b for a, b in zip(values, plain, strict=True)]
+    spread = statistics.stdev(gains) if len(gains) > 1 else 0
+    return gains, f"against plain {statistics.mean(gains):+.2f} ± {spread:.2f} points"
+
+
+def few_digits(count: int) -> Digits:
+    """scikit-learn's digits, with the first `count` of the training images."""
+    digits = load_digits()
+    return dataclasses.replace(
+        digits, train_images=digits.train_images[:count], train_labels=digits.train_labels[:count]
+    )
 
 
 def require(condition: bool, claim: str) -> None:

@@ -10,8 +10,6 @@ in percent, mean and standard deviation over seeds, and the difference from the 
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 import time
 from typing import Any
 
@@ -21,8 +19,8 @@ from timm.models.convnext import ConvNeXt
 from torch import nn
 
 import timm_contconv as tcc
-from benchmarks.common import arguments, new_parser, summary, write_results
-from timm_contconv.cli.digits import load_digits, train_on_digits
+from benchmarks.common import against, arguments, few_digits, new_parser, summary, write_results
+from timm_contconv.cli.digits import train_on_digits
 from timm_contconv.layers import DclsConv2d
 
 TRAINING_IMAGES, BATCH, KERNEL_SIZE = 300, 50, 17
@@ -59,24 +57,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=24)
     options = arguments(parser)
-    digits = load_digits()
-    few = dataclasses.replace(
-        digits, train_images=digits.train_images[:TRAINING_IMAGES], train_labels=digits.train_labels[:TRAINING_IMAGES]
-    )
+    digits = few_digits(TRAINING_IMAGES)
     results: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         start = time.perf_counter()
         runs = [
-            train_on_digits(network(kind, seed), few, options.epochs, batch_size=BATCH, seed=seed)
+            train_on_digits(network(kind, seed), digits, options.epochs, batch_size=BATCH, seed=seed)
             for seed in track(range(options.seeds), description=kind, transient=True)
         ]
         accuracies = [100 * run.accuracy for run in runs]
         plain = results.get(PLAIN, {"accuracy": accuracies})["accuracy"]
-        gains = [a - b for a, b in zip(accuracies, plain, strict=True)]
+        gains, difference = against(accuracies, plain)
         results[kind] = {"accuracy": accuracies, "against_plain": gains, "parameters": runs[0].parameters}
         print(
-            f"{kind} ({runs[0].parameters} parameters): {summary(accuracies)} %, against plain"
-            f" {statistics.mean(gains):+.2f} ± {statistics.stdev(gains) if len(gains) > 1 else 0:.2f} points;"
+            f"{kind} ({runs[0].parameters} parameters): {summary(accuracies)} %, {difference};"
             f" {time.perf_counter() - start:.0f} s",
             flush=True,
         )

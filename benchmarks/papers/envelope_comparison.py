@@ -11,8 +11,6 @@ plain network, paired by seed.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import statistics
 import time
 
 import timm
@@ -21,9 +19,9 @@ from rich.progress import track
 from torch import nn
 
 import timm_contconv as tcc
-from benchmarks.common import arguments, new_parser, summary, write_results
+from benchmarks.common import against, arguments, few_digits, new_parser, summary, write_results
 from benchmarks.papers.envelope_methods import METHODS, replace_strided
-from timm_contconv.cli.digits import Digits, load_digits, train_on_digits
+from timm_contconv.cli.digits import Digits, train_on_digits
 from timm_contconv.train import decaying_sigma
 
 TRAINING_IMAGES, BATCH = 200, 50
@@ -59,21 +57,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=15)
     options = arguments(parser)
-    digits = load_digits()
-    few = dataclasses.replace(
-        digits, train_images=digits.train_images[:TRAINING_IMAGES], train_labels=digits.train_labels[:TRAINING_IMAGES]
-    )
+    digits = few_digits(TRAINING_IMAGES)
     results, start = {}, time.perf_counter()
     for kind in KINDS:
         seeds = track(range(options.seeds), description=kind, transient=True)
-        errors = [error(kind, few, options.epochs, seed) for seed in seeds]
+        errors = [error(kind, digits, options.epochs, seed) for seed in seeds]
         plain = results.get(PLAIN, {"errors": errors})["errors"]
-        gains = [a - b for a, b in zip(errors, plain, strict=True)]
+        gains, difference = against(errors, plain)
         results[kind] = {"errors": errors, "against_plain": gains}
         seconds = time.perf_counter() - start
         print(
-            f"{kind}: test error {summary(errors)} %, against plain {statistics.mean(gains):+.2f}"
-            f" ± {statistics.stdev(gains) if len(gains) > 1 else 0:.2f} points; {seconds:.0f} s",
+            f"{kind}: test error {summary(errors)} %, {difference}; {seconds:.0f} s",
             flush=True,
         )
         write_results(options.output, {"seeds": options.seeds, "epochs": options.epochs, "results": results})
