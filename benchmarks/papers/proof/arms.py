@@ -16,7 +16,7 @@ import timm_contconv as tcc
 
 __all__ = ["ARMS", "Arm", "arms_of"]
 
-CONVNEXT = {"patch_size": 1, "depths": (2, 2, 2, 1), "dims": (16, 32, 64, 96), "in_chans": 1, "num_classes": 10}
+CONVNEXT = {"patch_size": 1, "depths": (1, 1, 1, 1), "dims": (16, 32, 64, 96), "in_chans": 1, "num_classes": 10}
 WIDER = (18, 36, 72, 108)
 RESNET_CHANNELS = (16, 32, 64, 96)
 
@@ -51,9 +51,11 @@ def convnext(kernel_size: int = 7, dims: tuple[int, ...] = CONVNEXT["dims"]) -> 
 
 
 def resnet(**settings: Any) -> nn.Module:
-    """A small ResNet of timm's: a 3×3 stem without stride or pool, maps of 28, 14, 7 and 4 pixels."""
-    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, channels=RESNET_CHANNELS, **settings)
-    model.conv1 = nn.Conv2d(1, model.conv1.out_channels, 3, padding=1, bias=False)
+    """A small ResNet of timm's: one 3×3 layer without stride or pool as stem, maps of 28, 14, 7 and 4 pixels."""
+    width = RESNET_CHANNELS[0]
+    stem = {"stem_type": "deep", "stem_width": width // 2}
+    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, channels=RESNET_CHANNELS, **stem, **settings)
+    model.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
     return model
