@@ -163,6 +163,7 @@ class ModelWalk(RuleBasedStateMachine):
         COUNTS["train step"] += 1
         self.model.train()
         optimizer = torch.optim.AdamW(tcc.param_groups(self.model, lr=1e-3, weight_decay=0.05))
+        optimizer.zero_grad()  # `to_empty` leaves gradients without values
         self.model(self._images()).float().square().mean().backward()
         optimizer.step()
         tcc.constrain_(self.model)
