@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_contconv as tcc
+from timm_contconv.inspect.receptive_field import SHARES, effective_receptive_field
 from timm_contconv.layers import ConvReplacement
 
 from .arms import ARMS, Arm
@@ -27,7 +29,9 @@ BATCH = 64
 WEIGHT_DECAY = 0.05
 WARMUP = 0.1
 SHIFT = 2
+EVALUATIONS = 10
 ROBUSTNESS_PICTURES = 1000
+RECEPTIVE_FIELD_PICTURES = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +42,17 @@ class Schedule:
         pictures: of the training set, the first so many.
         epochs: of the plain network.
         tuning_epochs: where a trained network is fine-tuned.
-        lr: largest learning rate, by family; chosen for the plain network on the held-out pictures.
+        lr: largest learning rate, chosen for the plain network on the held-out pictures; `LEARNING_RATES` has them.
     """
 
     pictures: int = 20_000
     epochs: int = 6
     tuning_epochs: int = 2
     lr: float = 4e-3
+
+
+#: by family; the best of those tried for the plain network, by its accuracy on the held-out pictures
+LEARNING_RATES = {"convnext": 4e-3, "resnet": 4e-3, "ccnet": 4e-3, "flexnet": 4e-3, "smpnet": 4e-3}
 
 
 def train_arm(
@@ -61,7 +69,8 @@ def train_arm(
         advance: called after every step with its part of the whole run, for a progress bar.
 
     Returns:
-        What is recorded: parameters, epochs, seconds of the processor per step, accuracies, robustness, geometry.
+        What is recorded: parameters, epochs, seconds of the processor per step, accuracies, robustness, receptive
+        field, geometry.
     """
     torch.manual_seed(seed)
     model = arm.build()
@@ -88,6 +97,7 @@ def train_arm(
         "epochs": epochs,
         **record,
         "robustness": robustness(model, fashion.test[few], fashion.test_labels[few]),
+        "receptive_field": _receptive_field(model, fashion.test[:RECEPTIVE_FIELD_PICTURES]),
         "geometry": {"before": before, "after": _geometry(model)},
     }
 
@@ -105,8 +115,8 @@ def _train(
     images, labels = fashion.train[:pictures], fashion.train_labels[:pictures]
     batches = len(labels) // BATCH
     optimizer = torch.optim.AdamW(tcc.param_groups(model, lr, WEIGHT_DECAY))
-    test, step, seconds = [], 0, 0.0
-    for _ in range(epochs):
+    test, step, seconds = {}, 0, 0.0
+    for epoch in range(1, epochs + 1):
         model.train()
         start = time.thread_time()
         for batch in torch.randperm(len(labels), generator=generator).split(BATCH)[:batches]:
@@ -121,9 +131,15 @@ def _train(
             step += 1
             advance(1 / (epochs * batches))
         seconds += time.thread_time() - start
-        test.append(_accuracy(model, fashion.test, fashion.test_labels))
+        if epoch % math.ceil(epochs / EVALUATIONS) == 0 or epoch == epochs:
+            test[epoch] = _accuracy(model, fashion.test, fashion.test_labels)
     held_out = _accuracy(model, fashion.held_out, fashion.held_out_labels)
-    return {"seconds_per_step": seconds / step, "test": test, "held_out": held_out}
+    return {
+        "seconds_per_step": seconds / step,
+        "test": list(test.values()),
+        "tested_after": list(test),
+        "held_out": held_out,
+    }
 
 
 def _warmup_cosine(progress: float) -> float:
@@ -155,6 +171,21 @@ def _multiply_adds(model: nn.Module, image: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         model.eval()(image)
     return counter.get_total_flops() // 2
+
+
+def _receptive_field(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Side of the central square that holds a share of the contributions, and their spread, in pixels.
+
+    The spread is the root mean square distance from their centre of mass: the last map's central pixel need not lie
+    over the picture's.
+    """
+    field = effective_receptive_field(copy.deepcopy(model).eval().requires_grad_(False), images)
+    variance = 0.0
+    for axis, side in enumerate(field.contributions.shape):
+        marginal, position = field.contributions.sum(1 - axis), torch.arange(side)
+        mean = (marginal * position).sum()
+        variance += (marginal * (position - mean) ** 2).sum().item()
+    return {**{f"{share:.0%}": float(field.square(share)) for share in SHARES}, "spread": math.sqrt(variance)}
 
 
 def _layers(model: nn.Module) -> list[ConvReplacement]:
