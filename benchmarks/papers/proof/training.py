@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
@@ -16,11 +15,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_contconv as tcc
-from timm_contconv.inspect.receptive_field import SHARES, effective_receptive_field
 from timm_contconv.layers import ConvReplacement
 
 from .arms import ARMS, Arm
 from .data import Fashion
+from .geometry import described_change, quantities, receptive_field
 from .robustness import robustness
 
 __all__ = ["Schedule", "train_arm"]
@@ -83,9 +82,9 @@ def train_arm(
     for layer in _layers(model):
         for name in arm.frozen:
             layer.geometry[name].requires_grad_(False)
-    before = _geometry(model)
+    before = quantities(model)
     model.to(memory_format=torch.channels_last)
-    if arm.family == "convnext" and not before:
+    if arm.family == "convnext" and not _layers(model):
         tcc.patch(model, "engine")  # exact; the gradients of PyTorch's own large depthwise convolutions are slow
     record = _train(model, seed, fashion, schedule.pictures, epochs, lr, advance)
     if arm.name == arm.family:
@@ -97,8 +96,8 @@ def train_arm(
         "epochs": epochs,
         **record,
         "robustness": robustness(model, fashion.test[few], fashion.test_labels[few]),
-        "receptive_field": _receptive_field(model, fashion.test[:RECEPTIVE_FIELD_PICTURES]),
-        "geometry": {"before": before, "after": _geometry(model)},
+        "receptive_field": receptive_field(model, fashion.test[:RECEPTIVE_FIELD_PICTURES]),
+        "geometry": described_change(before, quantities(model)),
     }
 
 
@@ -173,32 +172,8 @@ def _multiply_adds(model: nn.Module, image: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _receptive_field(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Side of the central square that holds a share of the contributions, and their spread, in pixels.
-
-    The spread is the root mean square distance from their centre of mass: the last map's central pixel need not lie
-    over the picture's.
-    """
-    field = effective_receptive_field(copy.deepcopy(model).eval().requires_grad_(False), images)
-    variance = 0.0
-    for axis, side in enumerate(field.contributions.shape):
-        marginal, position = field.contributions.sum(1 - axis), torch.arange(side)
-        mean = (marginal * position).sum()
-        variance += (marginal * (position - mean) ** 2).sum().item()
-    return {**{f"{share:.0%}": float(field.square(share)) for share in SHARES}, "spread": math.sqrt(variance)}
-
-
 def _layers(model: nn.Module) -> list[ConvReplacement]:
     return [module for module in model.modules() if isinstance(module, ConvReplacement)]
-
-
-def _geometry(model: nn.Module) -> dict[str, dict[str, tuple[float, float]]]:
-    """Mean and deviation of every geometry parameter, by layer."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, ConvReplacement)}
-    return {
-        name: {key: (value.mean().item(), value.std(correction=0).item()) for key, value in layer.geometry.items()}
-        for name, layer in layers.items()
-    }
 
 
 def _checkpoint(family: str, seed: int, schedule: Schedule, folder: Path) -> Path:
