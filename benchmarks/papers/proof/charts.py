@@ -6,12 +6,13 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .arms import ARMS
-from .pairs import Group, measure
-from .tables import NAMES, QUESTIONS, SIZES, compared, told_of_size
+from .pairs import FEWEST, Group, measure
+from .tables import FIXED, NAMES, QUESTIONS, SIZES, compared, told_of_size
 
 __all__ = ["CHARTS"]
 
@@ -38,11 +39,12 @@ def accuracy(group: Group, path: Path) -> bool:
         for height, (arm, other) in enumerate(reversed(rows)):
             difference = group.difference(arm, other, measure("accuracy"))
             if difference is not None:
-                reach = difference.half if difference.pairs > 1 else 0
+                reach = difference.half if difference.pairs >= FEWEST else 0
                 colour = "tab:blue" if difference.is_seen else "gray"
                 fill = "none" if ARMS[arm].after else "full"
                 panel.errorbar(difference.mean, height, xerr=reach, fmt="o", color=colour, fillstyle=fill, capsize=3)
         panel.set_yticks(range(len(rows)), [arm.partition(", ")[2] or arm for arm, _ in reversed(rows)], fontsize=8)
+        panel.set_ylim(-0.6, len(rows) - 0.4)
         panel.axvline(0, color="gray", linewidth=0.8)
         panel.set_title(f"{NAMES[family]}: accuracy against plain, points", fontsize=9)
     figure.savefig(path, dpi=120)
@@ -60,7 +62,9 @@ def sizes(group: Group, path: Path) -> bool:
             if (told := told_of_size(group, arm)) is not None:
                 means = [statistics.mean(values.values()) for values in told]
                 panel.plot(SIZES, means, "s--", color=colour, label=f"{_short(arm)}, told", markersize=3)
-        panel.set(title=NAMES[family], xlabel="size of the pictures / size in training", ylabel="accuracy, %")
+        panel.set(
+            title=NAMES[family], xlabel="size of the pictures / size in training", xticks=SIZES, ylabel="accuracy, %"
+        )
 
     return _by_family(group, path, draw)
 
@@ -80,17 +84,22 @@ def _by_family(group: Group, path: Path, draw: Callable[[Axes, str], None]) -> b
     families = [family for family in SHOWN_FAMILIES if _from_scratch(group, family)]
     if not families:
         return False
-    figure = Figure(figsize=(5 * len(families), 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(families), 4.8), layout="constrained")
     for panel, family in zip(figure.subplots(1, len(families), squeeze=False)[0], families, strict=True):
+        panel.set_prop_cycle(color=["black", *colormaps["tab10"].colors])
         draw(panel, family)
-        panel.legend(fontsize=6, ncols=2)
+        panel.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(path, dpi=120)
     return True
 
 
 def _from_scratch(group: Group, family: str) -> list[str]:
-    """The plain network, and the arms that start like it."""
-    return [arm for arm in group.arms if ARMS[arm].family == family and not ARMS[arm].after]
+    """The plain network, and the arms that start like it; no controls, which would crowd a chart."""
+    return [arm for arm in group.arms if ARMS[arm].family == family and not ARMS[arm].after and not _is_control(arm)]
+
+
+def _is_control(arm: str) -> bool:
+    return arm in FIXED or arm.endswith((", 1.5 times as long", ", wider"))
 
 
 def _means(group: Group, arm: str, question: str) -> list[float]:

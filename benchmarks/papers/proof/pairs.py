@@ -13,7 +13,7 @@ from scipy import stats
 
 from .arms import ARMS, PLAIN
 
-__all__ = ["CONFIDENCE", "Difference", "Group", "groups", "measure", "paired", "reference"]
+__all__ = ["FEWEST", "Difference", "Group", "groups", "measure", "paired", "reference"]
 
 CONFIDENCE = 0.95
 #: with fewer pairs, Student's interval says next to nothing

@@ -11,6 +11,7 @@ from .arms import ARMS, PLAIN
 from .pairs import Difference, Group, measure, paired, reference
 
 __all__ = [
+    "FIXED",
     "NAMES",
     "QUESTIONS",
     "SIZES",
@@ -90,13 +91,16 @@ def decision(group: Group) -> str:
         if family not in ("convnext", "resnet") or f"{family}, then {method}" not in ARMS or name not in group.arms:
             continue
         tuned = f"{family}, then {method}"
-        row = [f"`{method}` in the {NAMES[family]}", str(len(group.arms[name]))]
-        row.append(cell(group.difference(name, plain, measure("accuracy"))))
-        row.append(cell(group.difference(tuned, f"{family}, then plain", measure("accuracy"))))
+        gains = [
+            group.difference(name, plain, measure("accuracy")),
+            group.difference(tuned, f"{family}, then plain", measure("accuracy")),
+        ]
+        seeds = ", ".join(str(gain.pairs) if gain else "0" for gain in gains)
+        row = [f"`{method}` in the {NAMES[family]}", seeds, *map(cell, gains)]
         row += [ratio(group, name, plain, path) for path in ("seconds_per_step", "parameters", "multiply_adds")]
         row += [", ".join(_seen(group, name, sign)) or "–" for sign in (1, -1)]
         rows.append(row)
-    head = ["method", "seeds", "from scratch, points", "fine-tuned, points", "time of a step", "parameters"]
+    head = ["method", "seeds of both", "from scratch, points", "fine-tuned, points", "time of a step", "parameters"]
     return markdown([*head, "multiply-adds", "better in", "worse in"], rows)
 
 
@@ -136,11 +140,11 @@ def changes(group: Group, question: str) -> str:
     columns = QUESTIONS[question]
     rows = [_plain_row(group, arm, list(columns.values())) for arm in group.arms if reference(arm) is None]
     for arm, other in compared(group):
-        rows.append(_row(group, arm, arm, [group.difference(arm, other, measure(path)) for path in columns.values()]))
+        rows.append(_row(arm, [group.difference(arm, other, measure(path)) for path in columns.values()]))
         if question == "sizes" and (told := told_of_size(group, arm)) is not None:
             plain = [group.values(other, measure(path)) for path in columns.values()]
             title = f"{arm}, told of the size"
-            rows.append(_row(group, title, arm, [paired(*both) for both in zip(told, plain, strict=True)]))
+            rows.append(_row(title, [paired(*both) for both in zip(told, plain, strict=True)]))
     return markdown(["network", "seeds", *columns], sorted(rows, key=lambda row: _order(row[0])))
 
 
@@ -156,8 +160,9 @@ def _plain_row(group: Group, arm: str, paths: Sequence[str]) -> list[str]:
     return [arm, str(len(group.arms[arm])), *(f"{statistics.mean(v):.1f} %" for v in values)]
 
 
-def _row(group: Group, title: str, arm: str, differences: Sequence[Difference | None]) -> list[str]:
-    return [title, str(len(group.arms[arm])), *(cell(difference, 1) for difference in differences)]
+def _row(title: str, differences: Sequence[Difference | None]) -> list[str]:
+    seeds = max(difference.pairs if difference else 0 for difference in differences)
+    return [title, str(seeds), *(cell(difference, 1) for difference in differences)]
 
 
 def _order(title: str) -> int:
@@ -218,9 +223,14 @@ def pictures(all_groups: Sequence[Group]) -> str:
             if not values:
                 row.append("–")
             elif other is None:
-                row.append(f"{summary(values)} % ({len(values)} seeds)")
+                row.append(f"{summary(values)} % ({_seeds(len(values))})")
             else:
                 difference = group.difference(arm, other, measure("accuracy"))
-                row.append(cell(difference) + (f" ({difference.pairs} seeds)" if difference else ""))
+                several = f" ({_seeds(difference.pairs)})" if difference and difference.pairs > 1 else ""
+                row.append(cell(difference) + several)
         rows.append(row)
     return markdown(["network", *(f"{g.pictures:,} pictures, {g.epochs} epochs" for g in all_groups)], rows)
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
