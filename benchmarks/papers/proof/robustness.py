@@ -16,7 +16,7 @@ SHIFTS = (1, 2, 3)
 RESOLUTIONS = (0.5, 0.75, 1.5, 2.0)
 NOISES = (0.2, 0.4)
 BLURS = (0.75, 1.5)
-BATCH = 500
+BATCH = 100  # larger ones leave the caches
 
 
 @torch.no_grad()

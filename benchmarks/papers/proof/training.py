@@ -29,6 +29,7 @@ WEIGHT_DECAY = 0.05
 WARMUP = 0.1
 SHIFT = 2
 EVALUATIONS = 10
+EVALUATION_BATCH = 100  # larger ones leave the caches
 ROBUSTNESS_PICTURES = 1000
 RECEPTIVE_FIELD_PICTURES = 50
 
@@ -161,8 +162,8 @@ def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True))
-    return right / len(labels)
+    batches = zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+    return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / len(labels)
 
 
 @torch.no_grad()
