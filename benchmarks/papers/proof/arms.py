@@ -178,5 +178,5 @@ def arms_of(pattern: str) -> list[Arm]:
     """
     found = [ARMS[pattern]] if pattern in ARMS else [arm for name, arm in ARMS.items() if pattern in name]
     if not found:
-        raise ValueError(f"--arms {pattern!r}: expected a part of one of {', '.join(ARMS)}")
+        raise ValueError(f"--arms {pattern!r}: expected a part of one of {'; '.join(ARMS)}")
     return found

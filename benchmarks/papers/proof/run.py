@@ -73,10 +73,16 @@ def wanted(arms: list[Arm], seeds: int, lr: float | None = None, **settings: int
 
 def _work(runs: Any, messages: Any, data: Path) -> None:
     torch.set_num_threads(1)
-    fashion = load_fashion(data)
+    fashion, parent = load_fashion(data), os.getppid()
     while (run := runs.get()) is not None:
+
+        def advance(part: float, run: Run = run) -> None:
+            if os.getppid() != parent:  # it was killed, and nobody would write the result
+                raise SystemExit(1)
+            messages.put(("step", run, part))
+
         messages.put(("start", run, 0.0))
-        messages.put(("done", run, _record(run, fashion, lambda part, run=run: messages.put(("step", run, part)))))
+        messages.put(("done", run, _record(run, fashion, advance)))
 
 
 def _record(run: Run, fashion: Fashion, advance: Any) -> dict[str, Any]:
@@ -137,10 +143,15 @@ def main() -> None:
     parser.add_argument("--tuning-epochs", type=int, default=defaults.tuning_epochs)
     options = parser.parse_args()
     settings = {name: getattr(options, name) for name in ("lr", "pictures", "epochs", "tuning_epochs")}
+    if options.seeds < 1 or options.processes < 1:
+        parser.error("--seeds and --processes: expected 1 or more")
+    try:
+        load_fashion(options.data)  # an error now, and not in every process
+        known = {(r["arm"], r["seed"], *r["schedule"].values()) for r in recorded(options.output)}
+        runs = [run for run in wanted(arms_of(options.arms), options.seeds, **settings) if run.key not in known]
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-    load_fashion(options.data)  # an error now, and not in every process
-    known = {(r["arm"], r["seed"], *r["schedule"].values()) for r in recorded(options.output)}
-    runs = [run for run in wanted(arms_of(options.arms), options.seeds, **settings) if run.key not in known]
     print(f"{len(known)} runs are recorded, {len(runs)} to go", flush=True)
     execute(runs, options.processes, options.data, options.output)
 
