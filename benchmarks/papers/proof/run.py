@@ -12,6 +12,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,8 +100,10 @@ def execute(runs: list[Run], processes: int, data: Path, path: Path) -> None:
     for run in [*runs, *[None] * processes]:
         queue.put(run)
     workers = [context.Process(target=_work, args=(queue, messages, data), daemon=True) for _ in range(processes)]
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
     for worker in workers:
         worker.start()
+    signal.signal(signal.SIGINT, handler)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
         whole, tasks, left = progress.add_task("all runs", total=len(runs)), {}, len(runs)
@@ -153,7 +156,10 @@ def main() -> None:
         parser.error(str(error))
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
     print(f"{len(known)} runs are recorded, {len(runs)} to go", flush=True)
-    execute(runs, options.processes, options.data, options.output)
+    try:
+        execute(runs, options.processes, options.data, options.output)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; recorded runs are kept, the same command goes on with the others") from None
 
 
 if __name__ == "__main__":
