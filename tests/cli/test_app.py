@@ -113,7 +113,7 @@ def test_an_input_size_that_the_model_cannot_take_is_refused_before_anything_is_
         "patch", "test_convnext", "dcls", "--input-size", "3", "2", "2", "--save", str(tmp_path / "saved")
     )
     assert result.exit_code == 2
-    assert result.output.startswith("--input-size 3 2 2: the model can't take it: ")
+    assert result.output.strip().startswith("--input-size 3 2 2: the model can't take it: ")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -111,8 +111,12 @@ def test_ctrl_c_ends_a_script_with_its_frames_and_130(tmp_path):
     ("arguments", "message"),
     [
         (("no_such.py",), "'no_such.py' does not exist"),
-        (("--penality", "1", "script.py"), "No such option: --penality"),
-        (("--penalty", "-1", "script.py"), "Invalid value for '--penalty': Input should be greater than or equal to 0"),
+        # patterns, because typer 0.19 has its own words for these two
+        (("--penality", "1", "script.py"), "No such option:? '?--penality"),
+        (
+            ("--penalty", "-1", "script.py"),
+            "Invalid value for '--penalty': (Input should be greater than or equal to 0|-1.0 is not in the range x>=0)",
+        ),
         (("--position-lr-scale", "0", "script.py"), "--position-lr-scale=0: expected 'paper' or a finite number"),
         (("--position-lr-scale", "inf", "script.py"), "--position-lr-scale=inf: expected 'paper' or a finite number"),
         (("--penalty", "inf", "script.py"), "--penalty=inf: expected a finite number"),
@@ -123,7 +127,7 @@ def test_mistakes_are_explained_before_the_script_starts(script, monkeypatch, ar
     monkeypatch.chdir(script.parent)
     result = contconv("run", *arguments)
     assert result.exit_code == 2
-    assert message in re.sub(r"[\s│]+", " ", result.output)
+    assert re.search(message, re.sub(r"[\s│]+", " ", result.output))
     assert "__main__" not in result.output
 
 

@@ -11,9 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs, get_pretrained_cfg, is_model, model_entrypoint, register_model
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    model_entrypoint,
+    register_model,
+)
 from timm.models._features import FeatureGetterNet
-from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import Tensor, nn
 
 from ..hub.build import build_model_with_cfg

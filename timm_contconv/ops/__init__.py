@@ -1,6 +1,6 @@
 """The convolution engine: one entry, one operator, several algorithms, and what chooses among them."""
 
-from .aten import plain_only
+from .aten import is_exporting, plain_only
 from .autocast import has_autocast
 from .choose import Call, Choice, choices
 from .conv import conv
@@ -19,6 +19,7 @@ __all__ = [
     "compute_dtype",
     "conv",
     "has_autocast",
+    "is_exporting",
     "measuring",
     "plain_only",
     "tune",

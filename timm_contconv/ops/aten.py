@@ -9,9 +9,15 @@ from torch.autograd import forward_ad
 
 from .autocast import autocast_dtype
 
-__all__ = ["convolution", "input_gradient", "plain_only", "weight_gradient"]
+__all__ = ["convolution", "input_gradient", "is_exporting", "plain_only", "weight_gradient"]
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.10 takes PyTorch's function for True
+def is_exporting() -> bool:
+    """Whether torch.export runs; False under torch.compile."""
+    return torch.compiler.is_exporting()
 
 
 def plain_only() -> bool:
@@ -20,7 +26,7 @@ def plain_only() -> bool:
     Custom operators refuse the transforms of torch.func and lose the tangents of differentiation in forward mode. And
     no other program knows them: a model that is exported or traced holds none.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_exporting() or torch.jit.is_tracing():
         return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

@@ -87,7 +87,7 @@ def test_cubic_kernel_is_resize_right_at_200_random_scales_and_sizes() -> None:
 def test_all_ways_of_computing_agree(scale: str, dtype: torch.dtype) -> None:
     layer, x = build(SCALES[scale]).to(dtype), images(2, 4, 9, 14, dtype=dtype)
     plan = layer.plan(x.shape[2:])
-    kernels = layer.net(*(distances(axis, 0, axis.period) for axis in plan.axes))
+    kernels = layer.net(*(distances(axis, 0, axis.numerator) for axis in plan.axes))
     expected = apply_kernels(x, kernels, layer.bias, plan, 1)
     tolerance = 1e-5 * expected.abs().max()
     if plan.phases == 1:

@@ -71,7 +71,7 @@ def _chunk_sizes(
     """The number of images, and of output rows of these images, that are computed at once."""
     (batch, channels), taps, features = x.shape[:2], axes[0].support * axes[1].support, weight.shape[-1]
     limit = memory_limit // max(4, x.element_size()) // 2  # numbers, not bytes
-    height, width = [axis.size + sum(axis.margins) for axis in axes]  # padded
+    height, width = [axis.size + sum(axis.margins()) for axis in axes]  # padded
     image = channels * height * width
     row = axes[1].out_size * channels * (taps + features)
     row_features = axes[1].out_size * taps * HELD_FEATURES * features
@@ -84,7 +84,7 @@ def _of_images(
 ) -> Tensor:
     """`features_first` for all images at once, `at_once` rows at a time."""
     axes = rows, columns = plan.axes
-    padded = pad_image(x, (rows.margins, columns.margins), plan.padding_mode)
+    padded = pad_image(x, (rows.margins(), columns.margins()), plan.padding_mode)
     padded = padded.permute(2, 3, 0, 1).contiguous()  # a pixel's values lie together
     if at_once >= rows.out_size:
         y = _features_then_weight((padded,), weight, features, axes, groups, 0, rows.out_size)

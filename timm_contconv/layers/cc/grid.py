@@ -49,7 +49,8 @@ class ResizedAxis(NamedTuple):
 
     Attributes:
         size, out_size: pixels before and after.
-        numerator, denominator: p and q of the scale p/q, in lowest terms.
+        numerator, denominator: p and q of the scale p/q, in lowest terms. The distances to the neighbours repeat
+            every p output pixels.
         support: pixels that the kernel covers.
     """
 
@@ -67,12 +68,6 @@ class ResizedAxis(NamedTuple):
         """The first of the `support` neighbours of output pixel n: ceil(g_n - support/2)."""
         return -((self.numerator * self.support - self.position(n)) // (2 * self.numerator))
 
-    @property
-    def period(self) -> int:
-        """Number of output pixels after which the distances to the neighbours repeat."""
-        return self.numerator
-
-    @property
     def margins(self) -> tuple[int, int]:
         """How far neighbours lie outside the input, before and after it, in pixels; negative if all lie inside."""
         return -self.first(0), self.first(self.out_size - 1) + self.support - self.size

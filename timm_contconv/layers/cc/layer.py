@@ -227,7 +227,7 @@ class ContinuousConv2d(ConvReplacement):
 
         def construct() -> Tensor:
             device = self.net.weight.device
-            kernels: Tensor = self.net(*(distances(axis, 0, axis.period, device) for axis in plan.axes))
+            kernels: Tensor = self.net(*(distances(axis, 0, axis.numerator, device) for axis in plan.axes))
             return kernels
 
         if self.training:

@@ -40,14 +40,14 @@ def strided_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, plan: Plan, gro
     rows, columns = plan.axes
     padding = plan.padding
     if padding is None:
-        x, padding = pad_image(x, (rows.margins, columns.margins), plan.padding_mode), (0, 0)
+        x, padding = pad_image(x, (rows.margins(), columns.margins()), plan.padding_mode), (0, 0)
     return conv(x, kernel, bias, (rows.denominator, columns.denominator), padding, groups)
 
 
 def interleaved_conv(x: Tensor, kernels: Tensor, bias: Tensor | None, plan: Plan, groups: int) -> Tensor:
     """One strided convolution per phase; their outputs interleaved. Arguments as for `apply_kernels`."""
     axes = plan.axes
-    stride, periods = (axes[0].denominator, axes[1].denominator), (axes[0].period, axes[1].period)
+    stride, periods = (axes[0].denominator, axes[1].denominator), (axes[0].numerator, axes[1].numerator)
     padded = pad_image(x, [_phase_margins(axis) for axis in axes], plan.padding_mode)
     (tops, counts, height), (lefts, widths, width) = (_windows(axis) for axis in axes)
     phases = [
@@ -63,14 +63,14 @@ def interleaved_conv(x: Tensor, kernels: Tensor, bias: Tensor | None, plan: Plan
 
 def _windows(axis: ResizedAxis) -> tuple[list[int], int, int]:
     """The start of each phase's neighbours in the padded image; outputs per phase, and pixels that they read."""
-    starts = [axis.first(i) - axis.first(0) for i in range(axis.period)]
-    count = -(-axis.out_size // axis.period)
+    starts = [axis.first(i) - axis.first(0) for i in range(axis.numerator)]
+    count = -(-axis.out_size // axis.numerator)
     return starts, count, (count - 1) * axis.denominator + axis.support
 
 
 def _phase_margins(axis: ResizedAxis) -> tuple[int, int]:
     """Pixels to pad before and after the input, so that all phases have equally many outputs."""
-    before, _ = axis.margins
+    before, _ = axis.margins()
     starts, _, length = _windows(axis)
     return before, starts[-1] + length - before - axis.size
 

@@ -42,7 +42,7 @@ def resize_plan(
         out_size = [output_size(n, ratio, rounding) for n, ratio in zip(size, scale, strict=True)]
     axes = rows, columns = [ResizedAxis(size[d], out_size[d], *scale[d], support[d]) for d in (0, 1)]
     key = tuple((*axis[2:], axis.position(0) - 2 * axis.numerator * axis.first(0)) for axis in axes)
-    phases = rows.period * columns.period
+    phases = rows.numerator * columns.numerator
     padding = _own_padding(axes, padding_mode) if phases == 1 else None
     return Plan((rows, columns), phases, key, padding_mode, padding)
 

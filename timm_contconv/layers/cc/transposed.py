@@ -63,7 +63,7 @@ def upscaling_support(conv: nn.ConvTranspose2d, dim: int) -> int:
 def phase_distances(scale: int, support: int) -> Tensor:
     """The distances between an output pixel and its neighbours that occur at an integer scale, ascending, (s S,)."""
     axis, _ = reference_axes(((scale, 1), (1, 1)), (support, 1))
-    return distances(axis, 0, axis.period, torch.device("cpu")).flatten().sort().values
+    return distances(axis, 0, axis.numerator, torch.device("cpu")).flatten().sort().values
 
 
 def _taps(scale: int, support: int) -> list[int]:

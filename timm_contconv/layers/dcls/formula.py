@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...ops import plain_only
-from ..core.subnormals import SMALLEST_EXPONENT, SMALLEST_FACTOR, bell
+from ..core.subnormals import bell, bell_
 
 __all__ = [
     "FACTORS",
@@ -165,8 +164,7 @@ class _Bells(torch.autograd.Function):
 
     @staticmethod
     def forward(position: Tensor, width: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        exponent = _distance(position, size).div_(width.unsqueeze(-1)).square_().mul_(-0.5)
-        factors = F.threshold(exponent.clamp_(min=SMALLEST_EXPONENT).exp_(), SMALLEST_FACTOR, 0, inplace=True)
+        factors = bell_(_distance(position, size).div_(width.unsqueeze(-1)).square_().mul_(-0.5))
         return factors, factors.sum(-1)
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, StrictBool, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from ...ops import is_exporting
 from ..core.arguments import Int
 from ..core.kept import may_look
 from ..core.kernel import Kernel, Margins
@@ -168,7 +169,7 @@ class FlexKernel(Kernel):
         if crop is None:
             return None
         if torch.compiler.is_compiling():
-            holds = self.training and not torch.compiler.is_exporting()
+            holds = self.training and not is_exporting()
             return self._compiled_margins if holds else None
         holds = mask[0].is_meta or (may_look(mask) and crop.is_of(mask))
         return crop.margins if holds else None
