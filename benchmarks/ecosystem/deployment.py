@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import timm_contconv as tcc
-from tests.models_for_tests import awake
 from timm_contconv.export import load_exported
 
-from .rows import SIZE, Expected, classifier, close, images
+from .rows import SIZE, Expected, classifier, close, images, woken
 
 __all__ = ["ROWS"]
 
@@ -64,7 +63,7 @@ def strict_export(name: str) -> None:
     """torch.export of the patched model, strict, with open sizes; of SMPConv a small smpconv_tiny, too"""
     models = [classifier(name).eval()]
     if name.endswith("smp"):
-        models.append(awake(timm.create_model("smpconv_tiny", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48))).eval())
+        models.append(woken(timm.create_model("smpconv_tiny", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48))).eval())
     sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
     x = torch.randn(4, 3, 96, 128)
     for model in models:
@@ -102,6 +101,20 @@ def pt2e_patched(name: str) -> None:
         raise Expected("torchao folds the norm into a kernel that must be a parameter: merge first") from error
 
 
+def fx_quantisation(name: str) -> None:
+    """FX int8 quantisation (deprecated in PyTorch), merged and patched"""
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    model, x = classifier(name).eval(), images(8)
+    with torch.no_grad():
+        expected = model(x)
+        for each in (tcc.merge(model), model):
+            prepared = prepare_fx(each, get_default_qconfig_mapping(), (x,))
+            prepared(x)
+            close(convert_fx(prepared)(x), expected, 0.25)
+
+
 def executorch_run(name: str) -> None:
     """XNNPACK, merged"""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -121,6 +134,7 @@ ROWS = (
     ("openvino", openvino_run),
     ("torch", aoti),
     ("torch", strict_export),
+    ("torch", fx_quantisation),
     ("torchao", pt2e_merged),
     ("torchao", pt2e_patched),
     ("executorch", executorch_run),

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 import timm_contconv as tcc
 
-from .rows import Expected, check_geometry, classifier, close, images
+from .rows import Expected, check_geometry, classifier, close, images, woken
 
 __all__ = ["ROWS"]
 
 
 def timm_features(name: str) -> None:
     """features_only, create_optimizer_v2 with weight decay, AdamW, Muon"""
-    model = timm.create_model(name, features_only=True)
+    model = woken(timm.create_model(name, features_only=True))
     optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
     model(images())[-1].mean().backward()
     optimizer.step()

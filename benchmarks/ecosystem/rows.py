@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import timm_contconv as tcc
 from tests.models_for_tests import awake, layers_of, scatter
 
-__all__ = ["MODELS", "SIZE", "Expected", "Row", "check_geometry", "classifier", "close", "images", "train"]
+__all__ = ["MODELS", "SIZE", "Expected", "Row", "check_geometry", "classifier", "close", "images", "train", "woken"]
 
 MODELS = {
     "dcls": "test_convnext_dcls_gauss",
@@ -29,10 +29,15 @@ class Expected(Exception):
     """A cell that is red for a reason that is known and said."""
 
 
-@torch.no_grad()
 def classifier(name: str) -> nn.Module:
-    """A model whose layers all matter; FlexConv's masks are centred, as they start."""
-    model = scatter(awake(timm.create_model(name, num_classes=10)))
+    """A model with ten classes whose layers all matter."""
+    return woken(timm.create_model(name, num_classes=10))
+
+
+@torch.no_grad()
+def woken(model: nn.Module) -> nn.Module:
+    """The model with scales and geometry set so that all layers matter; FlexConv's masks are centred, as they start."""
+    scatter(awake(model))
     for layer in layers_of(model):
         if layer.method == "flex":
             layer.geometry["mask_mean"].zero_()

@@ -6,9 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tests.models_for_tests import awake
-
-from .rows import SIZE, classifier, images, train
+from .rows import SIZE, classifier, images, train, woken
 
 __all__ = ["ROWS"]
 
@@ -17,7 +15,7 @@ def unet(name: str) -> None:
     """Unet"""
     import segmentation_models_pytorch as smp
 
-    model = awake(smp.Unet(f"tu-{name}", encoder_weights=None, encoder_depth=4, decoder_channels=(32, 16, 8, 8)))
+    model = woken(smp.Unet(f"tu-{name}", encoder_weights=None, encoder_depth=4, decoder_channels=(32, 16, 8, 8)))
     train(model, lambda: model(images()).square().mean())
 
 
@@ -25,7 +23,7 @@ def deeplab(name: str) -> None:
     """DeepLabV3Plus, output stride 16"""
     import segmentation_models_pytorch as smp
 
-    model = awake(smp.DeepLabV3Plus(f"tu-{name}", encoder_weights=None, encoder_output_stride=16))
+    model = woken(smp.DeepLabV3Plus(f"tu-{name}", encoder_weights=None, encoder_output_stride=16))
     train(model, lambda: model(images(4)).square().mean())
 
 
@@ -45,7 +43,7 @@ def faster_rcnn(name: str) -> None:
             return self.body(x)[-1]
 
     model = FasterRCNN(
-        awake(Backbone()), 2, min_size=SIZE, max_size=2 * SIZE,
+        woken(Backbone()), 2, min_size=SIZE, max_size=2 * SIZE,
         rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)), box_roi_pool=MultiScaleRoIAlign(["0"], 3, 2),
     )  # fmt: skip
     target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
