@@ -41,7 +41,9 @@ browser-test: $(VENV)/.installed
 
 # What each method gains on Fashion-MNIST: hours; runs that are recorded are skipped. `apt-get install dataset-fashion-mnist`.
 proof: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks.papers.proof.run
+	$(BIN)/python -m benchmarks.papers.proof.summary
 
 # The site, in docs/_build/html; warnings are errors.
 docs: $(VENV)/.installed

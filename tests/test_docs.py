@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from .helpers import slow_but
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = [ROOT / "docs", ROOT / "docs" / "papers"]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -19,7 +21,11 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
+WITH_CODE = [page for page in PAGES if python_blocks(page)]
+SLOW = {ROOT / "docs" / name for name in ("deploy.md", "warm_start.md", "distributed.md")}
+
+
+@pytest.mark.parametrize("page", slow_but(WITH_CODE, *set(WITH_CODE) - SLOW), ids=name_of)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": page.stem}

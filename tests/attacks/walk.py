@@ -58,7 +58,8 @@ class ModelWalk(RuleBasedStateMachine):
         self.changes: list[Change] = []
         self.images = torch.randn(2, 3, 32, 32)
         self.folder = tempfile.TemporaryDirectory()
-        self.saved: list[tuple[State, list[Change]]] = []  # what the folder may hold; nothing: no save yet
+        self.saved: list[tuple[State, list[Change]]] = []  # what the folder may hold
+        self.must_load = False  # the folder has stood since
         self.saves = 0
 
     def teardown(self) -> None:
@@ -134,14 +135,15 @@ class ModelWalk(RuleBasedStateMachine):
             self.saved = [now]
         elif how == "interrupted":
             self.saved = [*self.saved, now]
+        self.must_load = self.must_load or self._path().exists()
         COUNTS[f"save, {how}"] += 1
         self._check()
 
     @precondition(lambda self: self.saved)
     @rule(number=interrupts)
     def load(self, number: int | None) -> None:
-        if not self._path().exists() and len(self.saved) == 1:
-            return  # the first save was interrupted
+        if not self._path().exists() and not self.must_load:
+            return  # all saves were interrupted before the first folder stood
         loaded: list[nn.Module] = []
         how = self._attempt(lambda: loaded.append(tcc.from_pretrained(self._path())), number)
         COUNTS[f"load, {how}"] += 1
@@ -163,6 +165,7 @@ class ModelWalk(RuleBasedStateMachine):
         COUNTS["train step"] += 1
         self.model.train()
         optimizer = torch.optim.AdamW(tcc.param_groups(self.model, lr=1e-3, weight_decay=0.05))
+        optimizer.zero_grad()  # `to_empty` leaves gradients without values
         self.model(self._images()).float().square().mean().backward()
         optimizer.step()
         tcc.constrain_(self.model)

@@ -15,7 +15,7 @@ METHODS = {"dcls": "test_convnext_dcls_gauss", "flex": "test_convnext_flex", "ge
 METHODS |= {"cc": "test_resnet_cc", "smp": "test_convnext_smp"}
 
 
-@pytest.mark.parametrize("method", slow_but(METHODS, "smp", "genv", "cc"))
+@pytest.mark.parametrize("method", slow_but(METHODS, "smp", "genv"))
 def test_a_merged_model_is_saved_and_loaded(method, tmp_path):
     model, x = scatter(create(METHODS[method])).eval(), torch.randn(2, 3, 64, 64)
     merged = tcc.merge(model)

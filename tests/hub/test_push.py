@@ -101,7 +101,7 @@ MOMENTS = [("/repos/create", "before"), ("/preupload/", "before"), ("objects/bat
            ("/lfs/", "after"), ("/commit/", "before"), ("/commit/", "after")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "drop"), slow_but(MOMENTS, *MOMENTS[-3:]))
+@pytest.mark.parametrize(("path", "drop"), slow_but(MOMENTS, *MOMENTS[-2:]))
 def test_interrupted_it_is_the_old_revision_or_the_new_and_the_next_try_finishes(hub, no_waiting, x, path, drop):
     old, new = small(), small(seed=1, num_classes=4)
     tcc.push_to_hub(old, REPO)

@@ -30,7 +30,7 @@ def test_every_method_is_among_the_named():
     assert methods == {tcc.load_patch(recipe).layer.method for recipe in REGISTERED}
 
 
-@pytest.mark.parametrize("name", slow_but(NAMED, "test_convnext_dcls", "test_convnext_flex", "test_resnet_cc"))
+@pytest.mark.parametrize("name", slow_but(NAMED, "test_convnext_dcls", "test_resnet_cc"))
 def test_a_named_model_round_trip(name, tmp_path, x):
     model = timm.create_model(name, num_classes=7)
     folder = tcc.save_pretrained(model, tmp_path / "model")
@@ -39,7 +39,7 @@ def test_a_named_model_round_trip(name, tmp_path, x):
         assert_same_logits(model, load(folder), x)
 
 
-@pytest.mark.parametrize("name", ["smpconv_tiny", "flexnet3", "ccnet"])
+@pytest.mark.parametrize("name", slow_but(["smpconv_tiny", "flexnet3", "ccnet"], "flexnet3"))
 def test_a_network_of_a_papers_own_round_trip(name, tmp_path):
     model = timm.create_model(name, num_classes=7)
     folder = tcc.save_pretrained(model, tmp_path / "model")
@@ -47,7 +47,7 @@ def test_a_network_of_a_papers_own_round_trip(name, tmp_path):
     assert_same_logits(model, tcc.from_pretrained(folder), torch.randn(1, *model.pretrained_cfg["input_size"]))
 
 
-@pytest.mark.parametrize("name", slow_but(NAMED, "test_convnext_dcls", "test_convnext_flex", "test_resnet_cc"))
+@pytest.mark.parametrize("name", slow_but(NAMED, "test_convnext_dcls", "test_resnet_cc"))
 def test_a_model_patched_by_hand_round_trip(name, tmp_path):
     """Of one channel and 5 classes, with float16 in the file."""
     test, base, recipe = name.split("_", 2)

@@ -257,6 +257,7 @@ ALGORITHMS["direct"] = NotCompiled()
     assert all("direct" in times for times in seconds_in(tmp_path).values())
 
 
+@pytest.mark.slow
 def test_where_nothing_is_measured(tmp_path):
     """Each line would measure what the others do not."""
     python("""

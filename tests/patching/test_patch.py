@@ -164,7 +164,7 @@ def test_an_exact_fit_keeps_the_function_and_unpatch_gives_the_model_back(base, 
     assert relative(output(model, x), expected) < 1e-4
 
 
-@pytest.mark.parametrize("recipe", slow_but(["dcls", "dcls_gauss", "smp", "flex", "genv", "cc"], "dcls", "flex", "cc"))
+@pytest.mark.parametrize("recipe", slow_but(["dcls", "dcls_gauss", "smp", "flex", "genv", "cc"], "dcls", "cc"))
 def test_a_warm_start_is_the_same_whatever_surrounds_it(recipe):
     model = timm.create_model("test_resnet" if recipe in ("genv", "cc") else "test_convnext")
     options = {} if recipe in ("genv", "cc") else {"kernel_size": 9, "select": "stages.1.*dw"}
@@ -179,7 +179,7 @@ def test_a_warm_start_is_the_same_whatever_surrounds_it(recipe):
             assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("recipe", slow_but(["dcls", "dcls_triangle", "dcls_gauss", "smp"], "dcls", "dcls_triangle"))
+@pytest.mark.parametrize("recipe", slow_but(["dcls", "dcls_triangle", "dcls_gauss", "smp"], "dcls_triangle"))
 def test_a_gradient_reaches_the_geometry_after_a_fit(recipe):
     model = awake(tcc.patch(convnext(), recipe, kernel_size=9, kernel_count=6, select="stages.[01].*dw"))
     model(torch.randn(IMAGES)).square().sum().backward()

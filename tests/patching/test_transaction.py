@@ -142,7 +142,7 @@ def outcomes(verb, recipe, act, error):
     return found
 
 
-@pytest.mark.parametrize("recipe", slow_but(RECIPES, "dcls", "cc"))
+@pytest.mark.parametrize("recipe", slow_but(RECIPES, "cc"))
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_error_at_any_line_leaves_the_model_as_it_was_or_wholly_changed(verb, recipe):
     handler = signal.getsignal(signal.SIGINT)

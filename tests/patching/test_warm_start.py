@@ -137,7 +137,7 @@ def gradients(model: nn.Module) -> dict[str, tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["dcls", "dcls_triangle", "dcls_gauss", "smp", "genv"])
+@pytest.mark.parametrize("recipe", slow_but(["dcls", "dcls_triangle", "dcls_gauss", "smp", "genv"], "dcls", "genv"))
 def test_geometry_can_learn_after_a_fit(recipe):
     select = {"select": "blocks.[01].*dw"} if recipe != "genv" else {}
     model = tcc.patch(lite0(), recipe, **select)

@@ -13,8 +13,9 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 import timm_contconv as tcc
+from timm_contconv.layers import FlexConv2d, SmpConvBn2d
 
-__all__ = ["ARMS", "Arm", "arms_of"]
+__all__ = ["ARMS", "PLAIN", "Arm", "arms_of"]
 
 CONVNEXT = {"patch_size": 1, "depths": (1, 1, 1, 1), "dims": (16, 32, 64, 96), "in_chans": 1, "num_classes": 10}
 WIDER = (18, 36, 72, 108)
@@ -125,17 +126,46 @@ def _resnet_arms() -> list[Arm]:
     return arms
 
 
+def with_small_kernels(build: Callable[[], nn.Module]) -> nn.Module:
+    """A network with a plain 3×3 convolution in place of every constructed one (for SMP, of both branches)."""
+    model = build()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SmpConvBn2d):
+            norm = nn.BatchNorm2d(layer.out_channels)
+            model.set_submodule(name, nn.Sequential(_small_conv(layer, bias=False), norm))
+        elif isinstance(layer, FlexConv2d):
+            model.set_submodule(name, _small_conv(layer, bias=layer.bias is not None))
+    return model
+
+
+def _small_conv(layer: SmpConvBn2d | FlexConv2d, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1, bias=bias)
+
+
 def _paper_arms() -> list[Arm]:
     create = functools.partial(timm.create_model, num_classes=10, in_chans=1)
     ccnet = functools.partial(create, dims=16, global_pool="avg")
+    flexnet = functools.partial(create, "flexnet3", dim=8, img_size=28)
+    smpnet = functools.partial(create, "smpnet7", dim=8, img_size=28, width_factors=(1, 1.5, 2))  # 7 take an hour
     return [
         Arm("ccnet_baseline", "ccnet", functools.partial(ccnet, "ccnet_baseline")),
         Arm("ccnet", "ccnet", functools.partial(ccnet, "ccnet")),
-        Arm("flexnet3", "flexnet", functools.partial(create, "flexnet3", dim=8, img_size=28)),
-        Arm("flexnet3, fixed size", "flexnet", functools.partial(
-            create, "flexnet3", dim=8, img_size=28, flex_args={"mask": False})),
-    ]  # fmt: skip
+        Arm("flexnet3, plain 3×3", "flexnet", functools.partial(with_small_kernels, flexnet)),
+        Arm("flexnet3", "flexnet", flexnet),
+        Arm("flexnet3, fixed size", "flexnet", functools.partial(flexnet, flex_args={"mask": False})),
+        Arm("smpnet3, plain 3×3", "smpnet", functools.partial(with_small_kernels, smpnet)),
+        Arm("smpnet3", "smpnet", smpnet),
+    ]
 
+
+#: the network that the arms of a family are compared with
+PLAIN: Mapping[str, str] = {
+    "convnext": "convnext",
+    "resnet": "resnet",
+    "ccnet": "ccnet_baseline",
+    "flexnet": "flexnet3, plain 3×3",
+    "smpnet": "smpnet3, plain 3×3",
+}
 
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*_convnext_arms(), *_resnet_arms(), *_paper_arms())}
 

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .resolution import at_size
+
 __all__ = ["robustness"]
 
 SHIFTS = (1, 2, 3)
 RESOLUTIONS = (0.5, 0.75, 1.5, 2.0)
 NOISES = (0.2, 0.4)
 BLURS = (0.75, 1.5)
-BATCH = 500
+BATCH = 100  # larger ones leave the caches
 
 
 @torch.no_grad()
@@ -28,7 +30,9 @@ def robustness(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, fl
     Returns:
         shift N: share of pictures whose top-1 is the same after a shift by N pixels (the mean of four directions);
         size, noise and blur: accuracy on pictures resized, with noise of so many standard deviations, and blurred by a
-        Gaussian of so many pixels.
+        Gaussian of so many pixels;
+        scaled size: accuracy on the same resized pictures of a network that was told of the size; only of networks that
+        can be told, see `at_size`.
     """
     model.eval()
     plain = _top1(model, images)
@@ -42,8 +46,16 @@ def robustness(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, fl
     changed |= {f"noise {amount}": images + amount * noise for amount in NOISES}
     changed |= {f"blur {sigma}": _blurred(images, sigma) for sigma in BLURS}
     for name, pictures in changed.items():
-        results[name] = (_top1(model, pictures) == labels).float().mean().item()
+        results[name] = _accuracy(model, pictures, labels)
+    for ratio in RESOLUTIONS:
+        pictures = changed[f"size {ratio}"]
+        if (scaled := at_size(model, images.shape[-1], pictures.shape[-1])) is not None:
+            results[f"scaled size {ratio}"] = _accuracy(scaled, pictures, labels)
     return results
+
+
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return (_top1(model, images) == labels).float().mean().item()
 
 
 def _top1(model: nn.Module, images: Tensor) -> Tensor:

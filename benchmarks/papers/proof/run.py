@@ -25,7 +25,7 @@ from benchmarks.common import RESULTS, ROOT, machine
 
 from .arms import ARMS, Arm, arms_of
 from .data import FOLDER, Fashion, load_fashion
-from .training import Schedule, train_arm
+from .training import LEARNING_RATES, Schedule, train_arm
 
 RECORDED = RESULTS / "proof.jsonl"
 CHECKPOINTS = ROOT / "build" / "proof"
@@ -57,11 +57,18 @@ def recorded(path: Path = RECORDED) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: a damaged line ({error}); remove it, and the run will be repeated") from None
 
 
-def wanted(arms: list[Arm], seeds: int, schedule: Schedule) -> Iterator[Run]:
-    """All runs, seed by seed; plain networks ahead of the arms that start from them."""
+def wanted(arms: list[Arm], seeds: int, lr: float | None = None, **settings: int) -> Iterator[Run]:
+    """All runs, seed by seed; plain networks ahead of the arms that start from them.
+
+    Args:
+        arms: what is trained.
+        seeds: how many times.
+        lr: the learning rate; None for that of the arm's family.
+        settings: of the schedule.
+    """
     for seed in range(seeds):
         for arm in sorted(arms, key=lambda arm: arm.after is not None):
-            yield Run(arm.name, seed, schedule)
+            yield Run(arm.name, seed, Schedule(lr=LEARNING_RATES[arm.family] if lr is None else lr, **settings))
 
 
 def _work(runs: Any, messages: Any, data: Path) -> None:
@@ -124,15 +131,16 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--data", type=Path, default=FOLDER)
     parser.add_argument("--output", type=Path, default=RECORDED)
-    for field in dataclasses.fields(Schedule):
-        default = getattr(defaults, field.name)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--lr", type=float, help="another learning rate than the family's")
+    parser.add_argument("--pictures", type=int, default=defaults.pictures)
+    parser.add_argument("--epochs", type=int, default=defaults.epochs)
+    parser.add_argument("--tuning-epochs", type=int, default=defaults.tuning_epochs)
     options = parser.parse_args()
-    schedule = Schedule(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Schedule)})
+    settings = {name: getattr(options, name) for name in ("lr", "pictures", "epochs", "tuning_epochs")}
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
     load_fashion(options.data)  # an error now, and not in every process
     known = {(r["arm"], r["seed"], *r["schedule"].values()) for r in recorded(options.output)}
-    runs = [run for run in wanted(arms_of(options.arms), options.seeds, schedule) if run.key not in known]
+    runs = [run for run in wanted(arms_of(options.arms), options.seeds, **settings) if run.key not in known]
     print(f"{len(known)} runs are recorded, {len(runs)} to go", flush=True)
     execute(runs, options.processes, options.data, options.output)
 

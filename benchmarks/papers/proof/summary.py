@@ -1,0 +1,117 @@
+"""Write docs/gains.md's tables and charts from the runs that are recorded.
+
+    python -m benchmarks.papers.proof.summary [--runs benchmarks/results/proof.jsonl] [--page docs/gains.md]
+
+A table or chart without runs says so. Texts between the tables are written by hand and stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT
+
+from .charts import CHARTS
+from .pairs import Group, groups, measure
+from .run import RECORDED, recorded
+from .tables import (
+    NAMES,
+    accuracies,
+    changes,
+    decision,
+    geometry,
+    learned_or_not,
+    pictures,
+    receptive_fields,
+)
+
+PAGE = ROOT / "docs" / "gains.md"
+TITLES = {
+    "accuracy": "Differences in accuracy from the plain network, with 95 % intervals",
+    "sizes": "Accuracy against the size of the pictures",
+    "shifts": "Share of predictions that a shift keeps",
+    "geometry": "Widths, radii, masks and envelopes before and after training, by layer",
+}
+
+
+def blocks(all_groups: Sequence[Group]) -> dict[str, str]:
+    """The page's tables, by the names in its markers."""
+    main = all_groups[0] if all_groups else Group(0, 0, {})
+    tables = {
+        "decision": decision(main),
+        "shifts": changes(main, "shifts"),
+        "sizes": changes(main, "sizes"),
+        "noise and blur": changes(main, "noise and blur"),
+        "receptive fields": receptive_fields(main),
+        "geometry": geometry(main),
+        "learned or fixed": learned_or_not(main),
+        "pictures": pictures(all_groups),
+    }
+    for family in NAMES:
+        tables[f"{family} from scratch"] = accuracies(main, family, tuned=False)
+    for family in ("convnext", "resnet"):
+        tables[f"{family} fine-tuned"] = accuracies(main, family, tuned=True)
+    return tables
+
+
+def state(records: Sequence[dict[str, Any]], all_groups: Sequence[Group]) -> str:
+    """What is recorded: how many runs, of what schedule, on which machine."""
+    if not all_groups:
+        return "No run is recorded yet."
+    main = all_groups[0]
+    seeds = sorted({len(runs) for runs in main.arms.values()})
+    machines = sorted({f"{r['machine']['processor']}, PyTorch {r['machine']['torch']}" for r in records})
+    parts = [
+        f"{len(records)} runs are recorded, on {' and '.join(machines)}.",
+        f"Tables are of {main.pictures:,} training pictures and {main.epochs} epochs, where they name no others;",
+        f"{len(main.arms)} networks have {seeds[0]} to {seeds[-1]} seeds.",
+    ]
+    for family in ("convnext", "resnet"):
+        values = group_accuracies(main, family)
+        if values:
+            parts.append(f"The plain {NAMES[family]} reaches {min(values):.1f} to {max(values):.1f} %.")
+    return " ".join(parts)
+
+
+def group_accuracies(group: Group, arm: str) -> list[float]:
+    """Test accuracies of an arm, in percent, one per seed."""
+    return list(group.values(arm, measure("accuracy")).values())
+
+
+def filled(page: str, name: str, content: str) -> str:
+    """A page with the content between a block's markers.
+
+    Raises:
+        ValueError: the page has no such block.
+    """
+    start, end = f"<!-- proof: {name} -->", "<!-- end -->"
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"the page has no {start} … {end}; add both lines where {name!r} belongs")
+    return pattern.sub(lambda _: f"{start}\n\n{content}\n\n{end}", page, count=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=RECORDED)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args()
+    records = recorded(options.runs)
+    all_groups = groups(records)
+    text = filled(options.page.read_text(encoding="utf-8"), "state", state(records, all_groups))
+    for name, table in blocks(all_groups).items():
+        text = filled(text, name, table)
+    for name, draw in CHARTS.items():
+        path = options.page.parent / "images" / f"gains_{name}.png"
+        is_drawn = bool(all_groups) and draw(all_groups[0], path)
+        text = filled(text, f"{name} chart", f"![{TITLES[name]}](images/{path.name})" if is_drawn else "No chart yet.")
+    options.page.write_text(text, encoding="utf-8")
+    print(f"{options.page}: of {len(records)} runs, {sum(len(group.arms) for group in all_groups)} networks")
+
+
+if __name__ == "__main__":
+    main()
