@@ -17,7 +17,9 @@ from timm_contconv.layers import FlexConv2d, SmpConvBn2d
 
 __all__ = ["ARMS", "PLAIN", "Arm", "arms_of"]
 
-CONVNEXT = {"patch_size": 1, "depths": (1, 1, 1, 1), "dims": (16, 32, 64, 96), "in_chans": 1, "num_classes": 10}
+DIMS = (16, 32, 64, 96)
+# so shallow a network needs no layer scale, and learns faster without it
+CONVNEXT = {"patch_size": 1, "depths": (1, 1, 1, 1), "ls_init_value": None, "in_chans": 1, "num_classes": 10}
 WIDER = (18, 36, 72, 108)
 RESNET_CHANNELS = (16, 32, 64, 96)
 
@@ -46,7 +48,7 @@ class Arm:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def convnext(kernel_size: int = 7, dims: tuple[int, ...] = CONVNEXT["dims"]) -> nn.Module:
+def convnext(kernel_size: int = 7, dims: tuple[int, ...] = DIMS) -> nn.Module:
     """A small ConvNeXt of timm's with maps of 28, 14, 7 and 3 pixels."""
     return timm.create_model("convnext_atto", **{**CONVNEXT, "dims": dims, "kernel_sizes": kernel_size})
 
@@ -178,5 +180,5 @@ def arms_of(pattern: str) -> list[Arm]:
     """
     found = [ARMS[pattern]] if pattern in ARMS else [arm for name, arm in ARMS.items() if pattern in name]
     if not found:
-        raise ValueError(f"--arms {pattern!r}: expected a part of one of {', '.join(ARMS)}")
+        raise ValueError(f"--arms {pattern!r}: expected a part of one of {'; '.join(ARMS)}")
     return found

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FOLDER", "Fashion", "load_fashion", "read_idx"]
+__all__ = ["FOLDER", "TRAINING_PICTURES", "Fashion", "load_fashion", "read_idx"]
 
 #: where Debian's package dataset-fashion-mnist puts the files
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 SIZES = {"train": 60_000, "t10k": 10_000}
 HELD_OUT = 6_000
+TRAINING_PICTURES = SIZES["train"] - HELD_OUT
 UNSIGNED_BYTE = 8
 
 

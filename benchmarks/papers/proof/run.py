@@ -12,6 +12,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,10 +74,16 @@ def wanted(arms: list[Arm], seeds: int, lr: float | None = None, **settings: int
 
 def _work(runs: Any, messages: Any, data: Path) -> None:
     torch.set_num_threads(1)
-    fashion = load_fashion(data)
+    fashion, parent = load_fashion(data), os.getppid()
     while (run := runs.get()) is not None:
+
+        def advance(part: float, run: Run = run) -> None:
+            if os.getppid() != parent:  # it was killed, and nobody would write the result
+                raise SystemExit(1)
+            messages.put(("step", run, part))
+
         messages.put(("start", run, 0.0))
-        messages.put(("done", run, _record(run, fashion, lambda part, run=run: messages.put(("step", run, part)))))
+        messages.put(("done", run, _record(run, fashion, advance)))
 
 
 def _record(run: Run, fashion: Fashion, advance: Any) -> dict[str, Any]:
@@ -93,8 +100,10 @@ def execute(runs: list[Run], processes: int, data: Path, path: Path) -> None:
     for run in [*runs, *[None] * processes]:
         queue.put(run)
     workers = [context.Process(target=_work, args=(queue, messages, data), daemon=True) for _ in range(processes)]
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
     for worker in workers:
         worker.start()
+    signal.signal(signal.SIGINT, handler)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
         whole, tasks, left = progress.add_task("all runs", total=len(runs)), {}, len(runs)
@@ -137,12 +146,20 @@ def main() -> None:
     parser.add_argument("--tuning-epochs", type=int, default=defaults.tuning_epochs)
     options = parser.parse_args()
     settings = {name: getattr(options, name) for name in ("lr", "pictures", "epochs", "tuning_epochs")}
+    if options.seeds < 1 or options.processes < 1:
+        parser.error("--seeds and --processes: expected 1 or more")
+    try:
+        load_fashion(options.data)  # an error now, and not in every process
+        known = {(r["arm"], r["seed"], *r["schedule"].values()) for r in recorded(options.output)}
+        runs = [run for run in wanted(arms_of(options.arms), options.seeds, **settings) if run.key not in known]
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-    load_fashion(options.data)  # an error now, and not in every process
-    known = {(r["arm"], r["seed"], *r["schedule"].values()) for r in recorded(options.output)}
-    runs = [run for run in wanted(arms_of(options.arms), options.seeds, **settings) if run.key not in known]
     print(f"{len(known)} runs are recorded, {len(runs)} to go", flush=True)
-    execute(runs, options.processes, options.data, options.output)
+    try:
+        execute(runs, options.processes, options.data, options.output)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; recorded runs are kept, the same command goes on with the others") from None
 
 
 if __name__ == "__main__":

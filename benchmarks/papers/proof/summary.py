@@ -100,7 +100,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=RECORDED)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
-    records = recorded(options.runs)
+    try:
+        records = recorded(options.runs)
+    except ValueError as error:
+        parser.error(str(error))
     all_groups = groups(records)
     text = filled(options.page.read_text(encoding="utf-8"), "state", state(records, all_groups))
     for name, table in blocks(all_groups).items():

@@ -18,7 +18,7 @@ import timm_contconv as tcc
 from timm_contconv.layers import ConvReplacement
 
 from .arms import ARMS, Arm
-from .data import Fashion
+from .data import TRAINING_PICTURES, Fashion
 from .geometry import described_change, quantities, receptive_field
 from .robustness import robustness
 
@@ -43,12 +43,21 @@ class Schedule:
         epochs: of the plain network.
         tuning_epochs: where a trained network is fine-tuned.
         lr: largest learning rate, chosen for the plain network on the held-out pictures; `LEARNING_RATES` has them.
+
+    Raises:
+        ValueError: one is out of range.
     """
 
     pictures: int = 20_000
     epochs: int = 6
     tuning_epochs: int = 2
     lr: float = 4e-3
+
+    def __post_init__(self) -> None:
+        if not BATCH <= self.pictures <= TRAINING_PICTURES:
+            raise ValueError(f"pictures={self.pictures}: expected {BATCH}, a batch, to {TRAINING_PICTURES}")
+        if min(self.epochs, self.tuning_epochs) < 1 or self.lr <= 0:
+            raise ValueError(f"{self}: expected one epoch or more, and a learning rate above 0")
 
 
 #: by family; the best of those tried for the plain network, by its accuracy on the held-out pictures
@@ -178,11 +187,14 @@ def _layers(model: nn.Module) -> list[ConvReplacement]:
 
 
 def _checkpoint(family: str, seed: int, schedule: Schedule, folder: Path) -> Path:
-    return folder / f"{family}-{seed}-{schedule.pictures}-{schedule.epochs}.pt"
+    return folder / f"{family}-{seed}-{schedule.pictures}-{schedule.epochs}-{schedule.lr}.pt"
 
 
 def _load_trained(model: nn.Module, arm: Arm, seed: int, schedule: Schedule, folder: Path) -> None:
     path = _checkpoint(arm.family, seed, schedule, folder)
     if not path.is_file():
-        raise FileNotFoundError(f"{arm.name}: starts from {ARMS[arm.family].name!r} of seed {seed}; run that one first")
+        raise FileNotFoundError(
+            f"{arm.name}: starts from {ARMS[arm.family].name!r} of seed {seed}, and {path} is missing; run that one"
+            " first (if it is recorded, take its line out of the results)"
+        )
     model.load_state_dict(torch.load(path, weights_only=True))
