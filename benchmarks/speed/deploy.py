@@ -1,16 +1,16 @@
 """Times of plain, patched and merged models in the runtimes that they are deployed with; writes docs/deploy.md's table.
 
-    python -m benchmarks.speed.deploy
+    python -m benchmarks.speed.deploy [--wait]
 
-Contenders run in turns (benchmarks/common.py), so that whatever else the machine does meets them alike. A cell is the
-median time for one image.
+First everything is exported and compiled, which takes minutes; then the contenders of a runtime run in turns, so that
+whatever else the machine does meets them alike. A cell is the median time for one image.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import statistics
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 import timm_contconv as tcc
+from benchmarks.common import in_turns, machine, medians
 from tests.models_for_tests import awake, scatter
 from timm_contconv.export import load_exported
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "deploy.md"
 START, END = "<!-- times: benchmarks/speed/deploy.py writes this table -->", "<!-- end of times -->"
+SIZE = (3, 224, 224)
 Run = Callable[[Tensor], object]
 
 
@@ -52,14 +54,13 @@ def bfloat16(model: nn.Module, folder: Path) -> Run:
 
 
 def compiled(model: nn.Module, folder: Path) -> Run:
-    torch.compiler.reset()
     return torch.compile(model)
 
 
 def onnx_file(model: nn.Module, folder: Path) -> Path:
     path = folder / "model.onnx"
     if not path.exists():
-        tcc.export(model, path, dynamic=(), merge=False)
+        tcc.export(model, path, dynamic=(), merge=False, input_size=SIZE)
     return path
 
 
@@ -73,7 +74,7 @@ def onnx(model: nn.Module, folder: Path) -> Run:
 
 
 def aoti(model: nn.Module, folder: Path) -> Run:
-    tcc.export(model, folder / "model.pt2", "aoti", dynamic=(), merge=False)
+    tcc.export(model, folder / "model.pt2", "aoti", dynamic=(), merge=False, input_size=SIZE)
     run = load_exported(folder / "model.pt2", "aoti")
     return lambda x: run(x.expand(2, -1, -1, -1).contiguous())
 
@@ -99,7 +100,7 @@ def int8(model: nn.Module, folder: Path) -> Run:
 
         def get_next(self) -> dict[str, object] | None:
             self.left -= 1
-            return None if self.left < 0 else {"images": torch.randn(2, 3, 224, 224).numpy()}
+            return None if self.left < 0 else {"images": torch.randn(2, *SIZE).numpy()}
 
     quantize_static(onnx_file(model, folder), folder / "int8.onnx", Images(), quant_format=QuantFormat.QDQ)
     return onnx_session(folder / "int8.onnx")
@@ -118,37 +119,36 @@ RUNTIMES: dict[str, tuple[Callable[[nn.Module, Path], Run], int]] = {
 }
 
 
+@torch.no_grad()
 def times(runs: dict[str, Run], images: int, rounds: int) -> dict[str, float]:
     """Median milliseconds for one image, in turns."""
-    x, found = torch.randn(1, 3, 224, 224), {name: [] for name in runs}
-    with torch.no_grad():
-        for number in range(rounds + 2):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run(x)
-                if number > 1:
-                    found[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) / images for name, values in found.items()}
+    x = torch.randn(1, *SIZE)
+    seconds = in_turns({name: functools.partial(run, x) for name, run in runs.items()}, rounds)
+    return {name: 1e3 * median / images for name, median in medians(seconds).items()}
 
 
-def row(runtime: str, contenders: dict[str, nn.Module], rounds: int, folder: Path) -> str:
-    prepare, images = RUNTIMES[runtime]
-    runs: dict[str, Run] = {}
-    failed = {}
+def prepared(runtime: str, contenders: dict[str, nn.Module], folder: Path) -> dict[str, Run | str]:
+    """What to time of each contender, exported or compiled, and warm; or why there is nothing."""
+    runs: dict[str, Run | str] = {}
     for name, model in contenders.items():
         place = folder / name
         place.mkdir(exist_ok=True)
         try:
-            run = prepare(copy.deepcopy(model), place)
+            run = RUNTIMES[runtime][0](copy.deepcopy(model), place)
             with torch.no_grad():
-                run(torch.randn(1, 3, 224, 224))
+                run(torch.randn(1, *SIZE))
         except Exception as error:
-            failed[name] = f"no: {type(error).__name__}"
+            runs[name] = f"no: {type(error).__name__}"
             print(runtime, name, error)
         else:
             runs[name] = run
-    found = times(runs, images, rounds)
-    cells = [failed.get(name) or f"{found[name]:.1f} ms" for name in contenders]
+    return runs
+
+
+def row(runtime: str, runs: dict[str, Run | str], rounds: int) -> str:
+    """A line of the table."""
+    found = times({name: run for name, run in runs.items() if not isinstance(run, str)}, RUNTIMES[runtime][1], rounds)
+    cells = [run if isinstance(run, str) else f"{found[name]:.1f} ms" for name, run in runs.items()]
     return f"| {runtime} | {' | '.join(cells)} |"
 
 
@@ -158,17 +158,24 @@ def main() -> None:
     parser.add_argument("--recipe", default="dcls_gauss")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--runtimes", nargs="*", choices=list(RUNTIMES), default=list(RUNTIMES))
+    parser.add_argument("--wait", action="store_true", help="export and compile, then wait for Enter before timing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     contenders = models(arguments.base, arguments.recipe)
     lines = ["| runtime | plain | patched | merged |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
+        runs = {runtime: prepared(runtime, contenders, Path(folder)) for runtime in arguments.runtimes}
+        if arguments.wait:
+            input("all is compiled; press Enter when the machine is idle")
+        start = time.perf_counter()
         for runtime in arguments.runtimes:
-            lines.append(row(runtime, contenders, arguments.rounds, Path(folder)))
+            lines.append(row(runtime, runs[runtime], arguments.rounds))
             print(lines[-1], flush=True)
+        print(f"timed in {time.perf_counter() - start:.0f} s")
     text = PAGE.read_text(encoding="utf-8")
     head, _, rest = text.partition(START)
-    PAGE.write_text("\n".join((head + START, "", *lines, "", END)) + rest.partition(END)[2], encoding="utf-8")
+    note = f"Median of {arguments.rounds} rounds, {machine()['processor']}, torch {torch.__version__}."
+    PAGE.write_text("\n".join((head + START, "", note, "", *lines, "", END)) + rest.partition(END)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,23 @@ def test_a_damaged_description_is_refused(change, message, tmp_path):
         tcc.from_pretrained(tmp_path / "m")
 
 
+def test_timms_own_way_to_save_a_merged_model_is_told_at_loading(tmp_path):
+    timm.models.save_for_hf(tcc.merge(create("test_resnet_genv")), tmp_path, safe_serialization=True)
+    with pytest.raises(ValueError, match=r"do not fit: .*; if the model was merged .*tcc.save_pretrained"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel_sizes"), [("test_convnext_dcls_gauss", 23), ("test_convnext_smp", (31, 29, 27, 13))]
+)
+def test_a_merged_convnext_is_a_convnext_with_large_kernels(name, kernel_sizes):
+    """Nothing of this package is needed to load its weights."""
+    merged, x = tcc.merge(scatter(create(name))), torch.randn(1, 3, 64, 64)
+    plain = timm.create_model("test_convnext", num_classes=10, kernel_sizes=kernel_sizes).eval()
+    plain.load_state_dict(merged.state_dict())
+    torch.testing.assert_close(output(plain, x), output(merged, x))
+
+
 def test_an_unpatched_model_is_its_plain_architecture():
     """Without a large kernel nothing of this package is needed to load the weights."""
     x = torch.randn(1, 3, 64, 64)

@@ -188,7 +188,9 @@ def _check_tensors(built: Mapping[str, Tensor], header: Header, where: str) -> N
             misfits.append(f"{key} is of dtype {stored.dtype}, and {tensor.dtype} where timm rebuilds the model")
     if misfits:
         more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise ValueError(f"{where}: the tensors of {WEIGHTS} do not fit: {'; '.join(misfits[:3])}{more}")
+        exchanged = header.keys() - built.keys() and built.keys() - header.keys()
+        hint = "; if the model was merged or patched, save it with tcc.save_pretrained" if exchanged else ""
+        raise ValueError(f"{where}: the tensors of {WEIGHTS} do not fit: {'; '.join(misfits[:3])}{more}{hint}")
 
 
 def _is_castable(stored: str, dtype: torch.dtype) -> bool:

@@ -52,7 +52,10 @@ def require_strides(scale: Sequence[Ratio], stride: Sequence[int] | None = None)
     wanted = [(1, denominator) for _, denominator in scale] if stride is None else [(1, s) for s in stride]
     if list(scale) != wanted:
         expected = "1/k, k an integer" if stride is None else f"1/stride, stride {tuple(stride)}"
-        raise ValueError(f"scale={scale_text(scale)}: expected {expected}; set `layer.scale` before merging")
+        raise ValueError(
+            f"scale={scale_text(scale)}: expected {expected}; set `layer.scale` before merging, or leave the model"
+            " unmerged: tcc.export(..., merge=False)"
+        )
 
 
 # ---- from a convolution
