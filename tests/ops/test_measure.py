@@ -53,6 +53,18 @@ class OutOfMemory(fft.FFT):
         raise torch.OutOfMemoryError
 
 
+@pytest.mark.parametrize("groups", [1, 16])
+def test_rounding_where_the_result_is_zero_is_no_fault(groups):
+    """A gradient of one pixel, and an image that is zero near it."""
+    x, _, problem = case(groups)
+    grad = torch.zeros(problem.output_shape)
+    grad[..., 12, 12] = 1
+    x[..., 6:19, 6:19] = 0
+    times, faults = measure("weight", problem, (grad, x), [ALGORITHMS["pytorch"], ALGORITHMS["fft"]])
+    assert faults == {}
+    assert times.keys() == {"pytorch", "fft"}
+
+
 @pytest.mark.parametrize("groups", [1, 2, 16])
 @pytest.mark.parametrize("pass_", ["output", "input", "weight"])
 def test_right_algorithms_get_seconds_and_wrong_ones_a_reason(pass_, groups):

@@ -25,6 +25,8 @@ _ROUNDS, _MOST_ROUNDS, _ROUND_SECONDS = 4, 30, 0.02
 _CALLS = 3
 # Errors that a candidate may have, as a share of the sums that its results would be if no terms cancelled.
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# Those sums are taken to be at least this part of the product of the tensors' norms.
+_PART_OF_NORMS = 1e-2
 
 _enabled = os.environ.get("TIMM_CONTCONV_MEASURE") != "0"
 
@@ -184,14 +186,19 @@ def _last_image(pass_: str, tensors: Sequence[Tensor | None]) -> list[Tensor | N
 
 
 class _Check:
-    """A corner of a pass's result by PyTorch in float64, and the sums that it would hold if no terms cancelled."""
+    """A corner of a pass's result by PyTorch in float64, and the sums that it would hold if no terms cancelled.
+
+    Where these are all but zero, as for a gradient that is zero nearly everywhere, rounding is compared with a part of
+    what the tensors' norms allow: Fourier transforms spread it over the whole image.
+    """
 
     def __init__(self, pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> None:
         corner, tensors, self._index = _corner(pass_, problem, tensors)
         doubles = [None if t is None else t.double() for t in tensors]
         self._exact = PyTorch().run(pass_, corner, *doubles)
         sums = PyTorch().run(pass_, corner, *(None if t is None else t.abs() for t in doubles))
-        self._scale = sums.max().item()
+        norms = math.prod(t.norm().item() for t in doubles[:2] if t is not None)
+        self._scale = max(sums.max().item(), _PART_OF_NORMS * norms)
         self._dtype = problem.dtype
         self.is_possible = self._scale <= torch.finfo(problem.dtype).max
 
