@@ -21,6 +21,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_contconv as tcc
 from timm_contconv.cli.digits import Digits, load_digits
@@ -36,12 +37,14 @@ __all__ = [
     "machine",
     "machine_file",
     "medians",
+    "multiply_adds",
     "new_parser",
     "ratio",
     "read_results",
     "require",
     "summary",
     "training_step",
+    "write_block",
     "write_results",
 ]
 
@@ -105,6 +108,28 @@ def machine() -> dict[str, Any]:
 def machine_file(name: str) -> str:
     """A file of timings, in a folder with the processor's name: "amd-epyc/convnext.json"."""
     return f"{re.sub(r'[^a-z0-9]+', '-', machine()['processor'].lower()).strip('-')}/{name}"
+
+
+def write_block(page: Path, start: str, lines: Sequence[str], end: str = "<!-- end -->") -> None:
+    """Put lines of Markdown between the first `start` of a page and the next `end`.
+
+    Raises:
+        ValueError: the page lacks one of them; it stays as it is.
+    """
+    head, found, rest = page.read_text(encoding="utf-8").partition(start)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{page}: expected {start} and, below it, {end}; add both lines where the block belongs")
+    page.write_text("\n".join((head + start, "", *lines, "", end)) + tail, encoding="utf-8")
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, x: Tensor) -> int:
+    """Of a forward pass in eval mode, by PyTorch's counter; kernels are constructed before."""
+    model.eval()(x)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2
 
 
 def summary(values: Sequence[float], decimals: int = 2) -> str:

@@ -6,10 +6,10 @@ import copy
 from collections.abc import Callable
 
 import timm
-import torch
 from torch import nn
 
 import timm_contconv as tcc
+from benchmarks.common import multiply_adds
 from timm_contconv.hub.names import PATCHED
 
 from .rows import SIZE, classifier, images
@@ -18,13 +18,7 @@ __all__ = ["ROWS"]
 
 
 def flops(model: nn.Module) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad():
-        model(images(1))  # constructs and keeps the kernels
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(images(1))
-    return counter.get_total_flops() // 2
+    return multiply_adds(model, images(1))
 
 
 def check_count(name: str, count: Callable[[nn.Module], float], merge: bool = True) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import timm_contconv as tcc
-from benchmarks.common import in_turns, machine, medians
+from benchmarks.common import in_turns, machine, medians, write_block
 from tests.models_for_tests import awake, scatter
 from timm_contconv.export import load_exported
 
@@ -172,10 +172,8 @@ def main() -> None:
             lines.append(row(runtime, runs[runtime], arguments.rounds))
             print(lines[-1], flush=True)
         print(f"timed in {time.perf_counter() - start:.0f} s")
-    text = PAGE.read_text(encoding="utf-8")
-    head, _, rest = text.partition(START)
     note = f"Median of {arguments.rounds} rounds, {machine()['processor']}, torch {torch.__version__}."
-    PAGE.write_text("\n".join((head + START, "", note, "", *lines, "", END)) + rest.partition(END)[2], encoding="utf-8")
+    write_block(PAGE, START, [note, "", *lines], END)
 
 
 if __name__ == "__main__":

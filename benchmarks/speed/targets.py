@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, machine_file
+from benchmarks.common import RESULTS, ROOT, machine_file, write_block
 
-PAGE, START, END = ROOT / "docs" / "speed.md", "<!-- benchmarks.speed.targets -->", "<!-- end -->"
+PAGE, START = ROOT / "docs" / "speed.md", "<!-- benchmarks.speed.targets -->"
 AT_MOST, AT_LEAST = "≤", "≥"
 UNKNOWN = "not measured"
 
@@ -216,8 +216,7 @@ def main() -> None:
     folder = parser.parse_args().results
     lines = ["| what | target | measured | script |", "|---|---|---|---|", *(row(folder, *each) for each in ROWS)]
     print(*lines, sep="\n")
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    PAGE.write_text("\n".join((head + START, "", *lines, "", END)) + rest.partition(END)[2], encoding="utf-8")
+    write_block(PAGE, START, lines)
 
 
 if __name__ == "__main__":

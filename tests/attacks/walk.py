@@ -59,7 +59,7 @@ class ModelWalk(RuleBasedStateMachine):
         self.images = torch.randn(2, 3, 32, 32)
         self.folder = tempfile.TemporaryDirectory()
         self.saved: list[tuple[State, list[Change]]] = []  # what the folder may hold
-        self.must_load = False  # the folder has stood since
+        self.has_stood = False  # a whole save, under the folder's name
         self.saves = 0
 
     def teardown(self) -> None:
@@ -135,14 +135,14 @@ class ModelWalk(RuleBasedStateMachine):
             self.saved = [now]
         elif how == "interrupted":
             self.saved = [*self.saved, now]
-        self.must_load = self.must_load or self._path().exists()
+        self.has_stood = self.has_stood or self._path().exists()
         COUNTS[f"save, {how}"] += 1
         self._check()
 
     @precondition(lambda self: self.saved)
     @rule(number=interrupts)
     def load(self, number: int | None) -> None:
-        if not self._path().exists() and not self.must_load:
+        if not self.has_stood:
             return  # all saves were interrupted before the first folder stood
         loaded: list[nn.Module] = []
         how = self._attempt(lambda: loaded.append(tcc.from_pretrained(self._path())), number)

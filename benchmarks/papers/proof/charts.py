@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .arms import ARMS
-from .pairs import FEWEST, Group, measure
-from .tables import FIXED, NAMES, QUESTIONS, SIZES, compared, told_of_size
+from .pairs import FEWEST, Group, metric
+from .robustness import RESOLUTIONS, SHIFTS
+from .tables import FIXED, NAMES, QUESTIONS, compared, told_of_size
 
 __all__ = ["CHARTS"]
 
@@ -37,7 +38,7 @@ def accuracy(group: Group, path: Path) -> bool:
     for panel, family in zip(panels, families, strict=True):
         rows = compared(group, family)
         for height, (arm, other) in enumerate(reversed(rows)):
-            difference = group.difference(arm, other, measure("accuracy"))
+            difference = group.difference(arm, other, metric("accuracy"))
             if difference is not None:
                 reach = difference.half if difference.pairs >= FEWEST else 0
                 colour = "tab:blue" if difference.is_seen else "gray"
@@ -56,14 +57,17 @@ def sizes(group: Group, path: Path) -> bool:
 
     def draw(panel: Axes, family: str) -> None:
         for arm in _from_scratch(group, family):
-            colour = panel.plot(SIZES, _means(group, arm, "sizes"), "o-", label=_short(arm), markersize=3)[
-                0
-            ].get_color()
+            (line,) = panel.plot(RESOLUTIONS, _means(group, arm, "sizes"), "o-", label=_short(arm), markersize=3)
             if (told := told_of_size(group, arm)) is not None:
                 means = [statistics.mean(values.values()) for values in told]
-                panel.plot(SIZES, means, "s--", color=colour, label=f"{_short(arm)}, told", markersize=3)
+                panel.plot(
+                    RESOLUTIONS, means, "s--", color=line.get_color(), label=f"{_short(arm)}, told", markersize=3
+                )
         panel.set(
-            title=NAMES[family], xlabel="size of the pictures / size in training", xticks=SIZES, ylabel="accuracy, %"
+            title=NAMES[family],
+            xlabel="size of the pictures / size in training",
+            xticks=RESOLUTIONS,
+            ylabel="accuracy, %",
         )
 
     return _by_family(group, path, draw)
@@ -74,8 +78,8 @@ def shifts(group: Group, path: Path) -> bool:
 
     def draw(panel: Axes, family: str) -> None:
         for arm in _from_scratch(group, family):
-            panel.plot((1, 2, 3), _means(group, arm, "shifts"), "o-", label=_short(arm), markersize=3)
-        panel.set(title=NAMES[family], xlabel="shift, pixels", ylabel="same top-1, %", xticks=(1, 2, 3))
+            panel.plot(SHIFTS, _means(group, arm, "shifts"), "o-", label=_short(arm), markersize=3)
+        panel.set(title=NAMES[family], xlabel="shift, pixels", ylabel="same top-1, %", xticks=SHIFTS)
 
     return _by_family(group, path, draw)
 
@@ -103,7 +107,7 @@ def _is_control(arm: str) -> bool:
 
 
 def _means(group: Group, arm: str, question: str) -> list[float]:
-    return [statistics.mean(group.values(arm, measure(path)).values()) for path in QUESTIONS[question].values()]
+    return [statistics.mean(group.values(arm, metric(path)).values()) for path in QUESTIONS[question].values()]
 
 
 def _short(arm: str) -> str:

@@ -13,7 +13,7 @@ from scipy import stats
 
 from .arms import ARMS, PLAIN
 
-__all__ = ["FEWEST", "Difference", "Group", "groups", "measure", "paired", "reference"]
+__all__ = ["FEWEST", "Difference", "Group", "groups", "metric", "paired", "reference"]
 
 CONFIDENCE = 0.95
 #: with fewer pairs, Student's interval says next to nothing
@@ -70,6 +70,10 @@ class Group:
         """A value of every run of an arm, by seed; of an arm without runs, nothing."""
         return {seed: value(record) for seed, record in self.arms.get(arm, {}).items()}
 
+    def accuracies(self, arm: str) -> list[float]:
+        """Test accuracies of an arm after its last epoch, in percent, one per seed."""
+        return list(self.values(arm, metric("accuracy")).values())
+
     def difference(self, arm: str, other: str, value: Callable[[Record], float]) -> Difference | None:
         """An arm against another, paired by seed."""
         return paired(self.values(arm, value), self.values(other, value))
@@ -112,7 +116,7 @@ def reference(name: str) -> str | None:
     return None if name == plain else plain
 
 
-def measure(path: str) -> Callable[[Record], float]:
+def metric(path: str) -> Callable[[Record], float]:
     """A reader of one value of a record: "accuracy" in percent, "robustness/shift 1" in percent, or a path as it is."""
 
     def read(record: Record) -> float:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .resolution import at_size
 
-__all__ = ["robustness"]
+__all__ = ["BATCH", "BLURS", "NOISES", "RESOLUTIONS", "SHIFTS", "robustness"]
 
 SHIFTS = (1, 2, 3)
 RESOLUTIONS = (0.5, 0.75, 1.5, 2.0)

@@ -8,15 +8,14 @@ A table or chart without runs says so. Texts between the tables are written by h
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT
+from benchmarks.common import ROOT, write_block
 
 from .charts import CHARTS
-from .pairs import Group, groups, measure
+from .pairs import Group, groups
 from .run import RECORDED, recorded
 from .tables import (
     NAMES,
@@ -71,28 +70,10 @@ def state(records: Sequence[dict[str, Any]], all_groups: Sequence[Group]) -> str
         f"{len(main.arms)} networks have {seeds[0]} to {seeds[-1]} seeds.",
     ]
     for family in ("convnext", "resnet"):
-        values = group_accuracies(main, family)
+        values = main.accuracies(family)
         if values:
             parts.append(f"The plain {NAMES[family]} reaches {min(values):.1f} to {max(values):.1f} %.")
     return " ".join(parts)
-
-
-def group_accuracies(group: Group, arm: str) -> list[float]:
-    """Test accuracies of an arm, in percent, one per seed."""
-    return list(group.values(arm, measure("accuracy")).values())
-
-
-def filled(page: str, name: str, content: str) -> str:
-    """A page with the content between a block's markers.
-
-    Raises:
-        ValueError: the page has no such block.
-    """
-    start, end = f"<!-- proof: {name} -->", "<!-- end -->"
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(page):
-        raise ValueError(f"the page has no {start} … {end}; add both lines where {name!r} belongs")
-    return pattern.sub(lambda _: f"{start}\n\n{content}\n\n{end}", page, count=1)
 
 
 def main() -> None:
@@ -105,14 +86,13 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     all_groups = groups(records)
-    text = filled(options.page.read_text(encoding="utf-8"), "state", state(records, all_groups))
-    for name, table in blocks(all_groups).items():
-        text = filled(text, name, table)
+    found = {"state": state(records, all_groups), **blocks(all_groups)}
     for name, draw in CHARTS.items():
         path = options.page.parent / "images" / f"gains_{name}.png"
         is_drawn = bool(all_groups) and draw(all_groups[0], path)
-        text = filled(text, f"{name} chart", f"![{TITLES[name]}](images/{path.name})" if is_drawn else "No chart yet.")
-    options.page.write_text(text, encoding="utf-8")
+        found[f"{name} chart"] = f"![{TITLES[name]}](images/{path.name})" if is_drawn else "No chart yet."
+    for name, content in found.items():
+        write_block(options.page, f"<!-- proof: {name} -->", [content])
     print(f"{options.page}: of {len(records)} runs, {sum(len(group.arms) for group in all_groups)} networks")
 
 

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from benchmarks.common import summary
 
 from .arms import ARMS, PLAIN
-from .pairs import Difference, Group, measure, paired, reference
+from .pairs import Difference, Group, metric, paired, reference
+from .robustness import BLURS, NOISES, RESOLUTIONS, SHIFTS
 
 __all__ = [
     "FIXED",
     "NAMES",
     "QUESTIONS",
-    "SIZES",
     "accuracies",
     "changes",
     "compared",
@@ -28,16 +28,13 @@ __all__ = [
 ]
 
 NAMES = {"convnext": "ConvNeXt", "resnet": "ResNet", "ccnet": "CC-Net", "flexnet": "FlexNet", "smpnet": "SmpNet"}
-SIZES = (0.5, 0.75, 1.5, 2.0)
 #: what accuracy does not show: titles of columns and where a record has them; all in percent
 QUESTIONS: Mapping[str, Mapping[str, str]] = {
-    "shifts": {f"by {shift}": f"robustness/shift {shift}" for shift in (1, 2, 3)},
-    "sizes": {f"{size:g}×": f"robustness/size {size}" for size in SIZES},
+    "shifts": {f"by {shift}": f"robustness/shift {shift}" for shift in SHIFTS},
+    "sizes": {f"{size:g}×": f"robustness/size {size}" for size in RESOLUTIONS},
     "noise and blur": {
-        "noise 0.2": "robustness/noise 0.2",
-        "noise 0.4": "robustness/noise 0.4",
-        "blur 0.75": "robustness/blur 0.75",
-        "blur 1.5": "robustness/blur 1.5",
+        title: f"robustness/{title}"
+        for title in (*(f"noise {noise}" for noise in NOISES), *(f"blur {blur}" for blur in BLURS))
     },
 }
 #: an arm with something that is learned, and the same arm with it fixed
@@ -71,7 +68,7 @@ def cell(difference: Difference | None, decimals: int = 2) -> str:
 
 def ratio(group: Group, arm: str, other: str, path: str) -> str:
     """The mean of a value over that of another arm, of the seeds that both have."""
-    values, others = group.values(arm, measure(path)), group.values(other, measure(path))
+    values, others = group.values(arm, metric(path)), group.values(other, metric(path))
     ratios = [values[seed] / others[seed] for seed in values.keys() & others.keys()]
     return f"{statistics.mean(ratios):.2f}×" if ratios else "–"
 
@@ -92,8 +89,8 @@ def decision(group: Group) -> str:
             continue
         tuned = f"{family}, then {method}"
         gains = [
-            group.difference(name, plain, measure("accuracy")),
-            group.difference(tuned, f"{family}, then plain", measure("accuracy")),
+            group.difference(name, plain, metric("accuracy")),
+            group.difference(tuned, f"{family}, then plain", metric("accuracy")),
         ]
         seeds = ", ".join(str(gain.pairs) if gain else "0" for gain in gains)
         row = [f"`{method}` in the {NAMES[family]}", seeds, *map(cell, gains)]
@@ -109,7 +106,7 @@ def _seen(group: Group, arm: str, sign: int) -> list[str]:
     found = []
     for question, columns in QUESTIONS.items():
         for title, path in columns.items():
-            difference = group.difference(arm, str(reference(arm)), measure(path))
+            difference = group.difference(arm, str(reference(arm)), metric(path))
             if difference is not None and difference.is_seen and difference.mean * sign > 0:
                 found.append(title if question == "noise and blur" else f"{question} {title}")
     return found
@@ -124,10 +121,10 @@ def accuracies(group: Group, family: str, tuned: bool) -> str:
         if ARMS[arm].family != family or bool(ARMS[arm].after) != tuned:
             continue
         plain = reference(arm)
-        values = list(group.values(arm, measure("accuracy")).values())
+        values = group.accuracies(arm)
         row = [arm, str(len(records)), summary(values)]
         for other in (plain, *others):
-            row.append("" if other in (None, arm) else cell(group.difference(arm, str(other), measure("accuracy"))))
+            row.append("" if other in (None, arm) else cell(group.difference(arm, str(other), metric("accuracy"))))
         row += [ratio(group, arm, plain or arm, path) for path in ("seconds_per_step", "parameters", "multiply_adds")]
         rows.append(row)
     against = [f"against {other.partition(', ')[2]}" for other in others]
@@ -140,9 +137,9 @@ def changes(group: Group, question: str) -> str:
     columns = QUESTIONS[question]
     rows = [_plain_row(group, arm, list(columns.values())) for arm in group.arms if reference(arm) is None]
     for arm, other in compared(group):
-        rows.append(_row(arm, [group.difference(arm, other, measure(path)) for path in columns.values()]))
+        rows.append(_row(arm, [group.difference(arm, other, metric(path)) for path in columns.values()]))
         if question == "sizes" and (told := told_of_size(group, arm)) is not None:
-            plain = [group.values(other, measure(path)) for path in columns.values()]
+            plain = [group.values(other, metric(path)) for path in columns.values()]
             title = f"{arm}, told of the size"
             rows.append(_row(title, [paired(*both) for both in zip(told, plain, strict=True)]))
     return markdown(["network", "seeds", *columns], sorted(rows, key=lambda row: _order(row[0])))
@@ -152,11 +149,11 @@ def told_of_size(group: Group, arm: str) -> list[dict[int, float]] | None:
     """Accuracies by size and seed of a network that was told of the pictures' size; None if it can't be."""
     if not all("scaled size 2.0" in record["robustness"] for record in group.arms[arm].values()):
         return None
-    return [group.values(arm, measure(f"robustness/scaled size {size}")) for size in SIZES]
+    return [group.values(arm, metric(f"robustness/scaled size {size}")) for size in RESOLUTIONS]
 
 
 def _plain_row(group: Group, arm: str, paths: Sequence[str]) -> list[str]:
-    values = [list(group.values(arm, measure(path)).values()) for path in paths]
+    values = [list(group.values(arm, metric(path)).values()) for path in paths]
     return [arm, str(len(group.arms[arm])), *(f"{statistics.mean(v):.1f} %" for v in values)]
 
 
@@ -174,7 +171,7 @@ def receptive_fields(group: Group) -> str:
     rows = []
     for arm, records in group.arms.items():
         sides = [statistics.mean(r["receptive_field"][share] for r in records.values()) for share in ("50%", "99%")]
-        spread = measure("receptive_field/spread")
+        spread = metric("receptive_field/spread")
         other = reference(arm)
         difference = "" if other is None else cell(group.difference(arm, other, spread))
         mean = statistics.mean(group.values(arm, spread).values())
@@ -206,7 +203,7 @@ def learned_or_not(group: Group) -> str:
     """The learned arm against the same with something fixed."""
     rows = []
     for fixed, learned in FIXED.items():
-        if (difference := group.difference(learned, fixed, measure("accuracy"))) is not None:
+        if (difference := group.difference(learned, fixed, metric("accuracy"))) is not None:
             rows.append([learned, fixed, str(difference.pairs), cell(difference)])
     return markdown(["learned", "fixed", "seeds", "learned − fixed, points"], rows)
 
@@ -218,14 +215,14 @@ def pictures(all_groups: Sequence[Group]) -> str:
     for arm in arms:
         row = [arm]
         for group in all_groups:
-            values = list(group.values(arm, measure("accuracy")).values())
+            values = group.accuracies(arm)
             other = reference(arm)
             if not values:
                 row.append("–")
             elif other is None:
                 row.append(f"{summary(values)} % ({_seeds(len(values))})")
             else:
-                difference = group.difference(arm, other, measure("accuracy"))
+                difference = group.difference(arm, other, metric("accuracy"))
                 several = f" ({_seeds(difference.pairs)})" if difference and difference.pairs > 1 else ""
                 row.append(cell(difference) + several)
         rows.append(row)

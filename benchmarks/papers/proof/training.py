@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_contconv as tcc
+from benchmarks.common import multiply_adds
 from timm_contconv.layers import ConvReplacement
 
 from .arms import ARMS, Arm
 from .data import TRAINING_PICTURES, Fashion
 from .geometry import described_change, quantities, receptive_field
+from .robustness import BATCH as EVALUATION_BATCH
 from .robustness import robustness
 
 __all__ = ["Schedule", "train_arm"]
@@ -29,7 +30,6 @@ WEIGHT_DECAY = 0.05
 WARMUP = 0.1
 SHIFT = 2
 EVALUATIONS = 10
-EVALUATION_BATCH = 100  # larger ones leave the caches
 ROBUSTNESS_PICTURES = 1000
 RECEPTIVE_FIELD_PICTURES = 50
 
@@ -101,7 +101,7 @@ def train_arm(
         torch.save(model.state_dict(), _checkpoint(arm.family, seed, schedule, checkpoints))
     few = slice(0, ROBUSTNESS_PICTURES)
     return {
-        "multiply_adds": _multiply_adds(model, fashion.test[:1]),
+        "multiply_adds": multiply_adds(model, fashion.test[:1]),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "epochs": epochs,
         **record,
@@ -173,13 +173,6 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
     batches = zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
     return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / len(labels)
-
-
-@torch.no_grad()
-def _multiply_adds(model: nn.Module, image: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    return counter.get_total_flops() // 2
 
 
 def _layers(model: nn.Module) -> list[ConvReplacement]:
