@@ -88,6 +88,8 @@ def test_a_networks_own_layers_need_no_patch():
     assert isinstance(report, Inspection)
     assert report.parameters_before is None
     assert {row.after for row in report.rows} == {"ContinuousConv2d 3×3"}
+    assert "can't be merged" in report.left_out["multiply-adds"]
+    assert "scale=" in report.left_out["multiply-adds"]
 
 
 def test_sequences_have_no_photographs_and_say_so():

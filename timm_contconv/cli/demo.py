@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any, cast
 import timm
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import hub, patching
 from ..inspect import inspect
+from ..progress import progress_bar
 from .compare import Comparison, compare_recipes
 from .digits import Digits, accuracy, load_digits, train_on_digits
 from .lite0 import load_lite0, load_photographs
@@ -62,15 +61,9 @@ def run(console: Console, output: Path, epochs: int, recipes: Sequence[str] = RE
     console.print(f"what the kernels of {recipes[0]} look like, in a browser: {page}")
 
 
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
-
-
 def _compare(console: Console, model: nn.Module, photographs: Tensor, recipes: Sequence[str]) -> list[Comparison]:
-    with _progress(console) as progress:
-        task = progress.add_task("patch with each method", total=len(recipes))
-        return compare_recipes(model, photographs, recipes, rounds=3, advance=lambda _: progress.advance(task))
+    with progress_bar("patch with each method", len(recipes)) as advance:
+        return compare_recipes(model, photographs, recipes, rounds=3, advance=lambda _: advance())
 
 
 def _table(compared: list[Comparison]) -> Table:
@@ -89,12 +82,10 @@ def _finetune(console: Console, model: nn.Module, epochs: int) -> nn.Module:
     digits = _enlarged(load_digits())
     steps = epochs * (len(digits.train_labels) // BATCH_SIZE)
     models = {"plain": load_lite0(), TUNED: patching.patch(model, TUNED)}
-    with _progress(console) as progress:
-        for name, net in models.items():
-            torch.manual_seed(0)
-            cast(Any, net).reset_classifier(10)
-            task = progress.add_task(f"fine-tune on digits, {name}", total=steps)
-            advance = functools.partial(progress.advance, task)
+    for name, net in models.items():
+        torch.manual_seed(0)
+        cast(Any, net).reset_classifier(10)
+        with progress_bar(f"fine-tune on digits, {name}", steps) as advance:
             train_on_digits(net, digits, epochs, lr=1e-3, batch_size=BATCH_SIZE, advance=advance)
     for name, net in models.items():
         console.print(f"{name}: {accuracy(net, digits):.2%} of {len(digits.test_labels)} test digits")

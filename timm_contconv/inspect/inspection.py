@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from ..patching import PatchReport, merge, report
 from ..patching.copies import copy_without_hooks
 from ..patching.record import get_record
 from ..patching.report import count_multiply_adds
+from ..progress import progress_bar
 from .findings import Findings, LayerRow
 from .images import Images, ImagesGiven, load_images
 from .receptive_field import SHARES, ReceptiveField, effective_receptive_field
@@ -136,15 +134,15 @@ class _Inspector:
         activations: dict[str, list[tuple[Tensor, int]]] = {}
         time = None
         if loaded is not None:
-            with _bar(self.progress, 1 + len(copies) * (len(loaded.batch) + 1)) as step:
-                step("times", 0)
+            steps = 1 + len(copies) * (len(loaded.batch) + 1)
+            with progress_bar("times", steps, self.progress) as advance:
                 time = measure_times(copies["now"], layers_of(copies["now"]), loaded.batch[:1])
-                step("effective receptive field", 1)
-                fields = self._fields(copies, loaded.batch, lambda: step("effective receptive field", 1))
+                advance(text="effective receptive field")
+                fields = self._fields(copies, loaded.batch, advance)
                 for when, model in copies.items():
-                    step("class activation", 0)
+                    advance(0, "class activation")
                     activations |= self._activations(when, model, loaded.batch)
-                    step("class activation", 1)
+                    advance()
         if self.start is None:
             self.left_out["comparison"] = (
                 "the receptive field and the class activation of the model before its patch or training are left out:"
@@ -201,7 +199,7 @@ class _Inspector:
             parameters_before=None if changes is None else changes.parameters_before,
             parameters_after=sum(p.numel() for p in self.model.parameters()),
             multiply_adds_before=None if changes is None else changes.multiply_adds_before,
-            multiply_adds_after=_multiply_adds(self.model, time) if changes is None else changes.multiply_adds_after,
+            multiply_adds_after=self._multiply_adds(time) if changes is None else changes.multiply_adds_after,
             rows=tuple(_rows(self.model, changes, time)),
             layers=tuple(shown),
             time=time,
@@ -210,6 +208,18 @@ class _Inspector:
             activations=activations,
             left_out=self.left_out,
         )
+
+    def _multiply_adds(self, time: ModelTime | None) -> int | None:
+        """Of a model that was not patched, for one sample; None if there is no input, or no merged model."""
+        if time is None:
+            return None
+        try:
+            merged = merge(copy_without_hooks(self.model).to("meta"), inplace=True)
+        except ValueError as error:
+            self.left_out["multiply-adds"] = f"multiply-adds are left out, since the model can't be merged: {error}"
+            return None
+        total, _ = count_multiply_adds(merged, time.input_shape[1:], ())
+        return total
 
 
 def _title(model: nn.Module) -> str:
@@ -220,18 +230,6 @@ def _title(model: nn.Module) -> str:
     if record is None or record.architecture is not None:
         return name
     return f"{name}, patched with {record.spec.layer.method}"
-
-
-def _multiply_adds(model: nn.Module, time: ModelTime | None) -> int | None:
-    """Multiply-adds of a model that was not patched, for one sample; None if there is no input, or no merged model."""
-    if time is None:
-        return None
-    try:
-        merged = merge(copy_without_hooks(model).to("meta"), inplace=True)
-    except ValueError:
-        return None
-    total, _ = count_multiply_adds(merged, time.input_shape[1:], ())
-    return total
 
 
 def _runnable(model: nn.Module) -> nn.Module:
@@ -271,18 +269,3 @@ def _measured(time: ModelTime | None, name: str) -> dict[str, Any]:
     if of is None:
         return {"seconds": None, "share": None, "algorithm": ""}
     return {"seconds": of.seconds, "share": of.share, "algorithm": of.algorithm}
-
-
-@contextmanager
-def _bar(progress: bool | None, total: int) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar; yields a function that names the present work and advances."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    hidden = not (console.is_terminal if progress is None else progress)
-    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
-        task = bar.add_task("inspecting", total=total)
-
-        def step(text: str, advance: int) -> None:
-            bar.update(task, advance=advance, description=text)
-
-        yield step

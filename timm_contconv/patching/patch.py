@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from ..layers import ConvReplacement
@@ -20,6 +17,7 @@ from ..layers.core.geometry import share_geometry
 from ..layers.core.plain import PlainConv, require_weights
 from ..layers.core.replacement import FIT_TOLERANCE, Init, check_init
 from ..layers.core.shown import one_per_output
+from ..progress import progress_bar
 from .copies import copy_without_hooks, with_hooks
 from .folding import refusing_fold
 from .optimizer_hints import optimizer_hints
@@ -167,14 +165,11 @@ def _build(plan: PatchPlan, compile: CompileMode) -> dict[str, ConvReplacement]:
 
 def _fit(plan: PatchPlan, layers: Mapping[str, ConvReplacement], progress: bool | None, tolerance: float) -> None:
     """Fit the layers to the convolutions, group by group, with a progress bar."""
-    columns = (TextColumn("fitting kernels"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
-        task = bar.add_task("fit", total=len(plan.convs))
+    with progress_bar("fitting kernels", len(plan.convs), progress) as advance:
         for group in plan.groups:
             members = [layers[name] for name in group]
             type(members[0]).fit_(members, [plan.convs[name] for name in group], tolerance)
-            bar.advance(task, len(group))
+            advance(len(group))
 
 
 def _share(plan: PatchPlan, layers: Mapping[str, ConvReplacement]) -> list[nn.ParameterDict]:

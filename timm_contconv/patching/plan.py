@@ -7,10 +7,9 @@ import glob
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from rich.table import Table
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -32,7 +31,10 @@ from .select import (
 )
 from .spec import PatchSpec, Share, as_patch_spec
 from .stem_pool import Rewired, plan_stem_pool, with_changes
-from .tables import as_text
+from .tables import as_text, new_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["PatchPlan", "plan_patch", "with_fit_settings"]
 
@@ -85,7 +87,9 @@ class PatchPlan:
         return self.spec.layer_at(self.stage_of[name], name)
 
     def __rich__(self) -> Table:
-        table = Table("name", "now", "becomes", "geometry", title=f"{self.spec.layer.method}: {len(self.convs)} layers")
+        table = new_table(
+            "name", "now", "becomes", "geometry", title=f"{self.spec.layer.method}: {len(self.convs)} layers"
+        )
         home_of = {
             name: ".".join(home) for group, home in zip(self.shared_groups, self.homes, strict=True) for name in group
         }

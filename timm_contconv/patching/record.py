@@ -115,7 +115,8 @@ def require_record(model: nn.Module) -> PatchRecord:
         raise ValueError(
             f"model: this {type(model).__name__} is not patched; tcc.patch(model, recipe) patches a model. A merged"
             " model is plain PyTorch: save its state_dict(). A feature extractor holds parts of a patched model and has"
-            " no record: pass the model itself"
+            " no record: pass the model itself. A network that was built with such layers, as ccnet, has nothing to"
+            " compare with: tcc.inspect(model) shows its layers"
         )
     gone = _gone(model, record)
     if gone:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ..layers import ConvReplacement
+from ..progress import progress_bar
 from .damage import distance
 from .originals import first_images, original_convs, run
 from .record import require_record
@@ -71,15 +68,11 @@ def refit_(
     if not layers and not norms:
         raise ValueError("model: nothing to refit: no new layer has a bias, and no batch norm has running statistics")
     sample = first_images(batches, images, next(model.parameters()), "batches")
-    columns = (TextColumn("refitting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
     with (
         _in_eval_mode(model, original),
         _restored_unless_kept(model) as keep,
-        Progress(*columns, console=Console(stderr=True), disable=hidden) as bar,
+        progress_bar("refitting", len(layers) + len(norms), progress) as advance,
     ):
-        task = bar.add_task("refit", total=len(layers) + len(norms))
-        advance = functools.partial(bar.advance, task)
         originals = {name: module for name, module in _norms(original).items() if name in norms}
         expected, wanted = _observe(original, convs, originals, sample)
         before = distance(original, expected, run(model, sample, "batches"))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +20,10 @@ from .originals import first_images
 from .record import PatchRecord, patched_inside, require_record
 from .restore import merge, original_architecture
 from .stem_pool import Rewired
-from .tables import as_text
+from .tables import as_text, new_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["PatchReport", "PatchRow", "count_multiply_adds", "report"]
 
@@ -92,7 +94,7 @@ class PatchReport:
         return dataclasses.asdict(self)
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.patch['layer']['method']}: {len(self.rows)} rows", show_footer=True)
+        table = new_table(title=f"{self.patch['layer']['method']}: {len(self.rows)} rows", show_footer=True)
         table.add_column("name", footer="whole model", no_wrap=True)
         table.add_column("before")
         table.add_column("after")

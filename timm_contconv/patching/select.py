@@ -6,15 +6,13 @@ import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from .tables import as_text
+from .tables import as_text, new_table
 
 __all__ = [
     "Selector",
@@ -191,7 +189,7 @@ def _describe(convolutions: Mapping[str, _ConvNd], shown: int = 20) -> str:
     if not convolutions:
         return "The model has no convolution."
     counts = ", ".join(f"{p!r} ({sum(map(rule, convolutions.values()))})" for p, rule in PRESETS.items())
-    table = Table("name", "channels", "kernel", "stride", "groups", "preset", box=box.SIMPLE)
+    table = new_table("name", "channels", "kernel", "stride", "groups", "preset", box=None)
     for name, conv in list(convolutions.items())[:shown]:
         presets = ", ".join(preset for preset, rule in PRESETS.items() if preset != "all" and rule(conv))
         sizes = ("×".join(map(str, size)) for size in (conv.kernel_size, conv.stride))

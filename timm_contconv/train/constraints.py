@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import ConvReplacement
 from ..layers.core.arguments import check_module
+from ..layers.flex import crop_alike_
 from .distributed import edit_whole_parameters, whole_parameters
 
 __all__ = ["constrain_", "constrain_layers_", "mean_penalty", "penalty"]
@@ -52,6 +53,7 @@ def constrain_layers_(layers: Sequence[ConvReplacement]) -> None:
     with edit_whole_parameters(layers):
         for layer in layers:
             layer.constrain_()
+        crop_alike_(layers)
 
 
 def _penalised_once(layers: Sequence[ConvReplacement]) -> list[ConvReplacement]:

@@ -206,7 +206,7 @@ def test_compiled_training_crops_once_constraints_follow_and_exported_graphs_nev
         set_mask_(layer, [0.0, 0.0], [sigma, sigma])
         layer.constrain_()
         torch.testing.assert_close(compiled(x), layer(x), atol=1e-4, rtol=1e-4)
-    assert graphs == [[(33, 33)], [(11, 11)], [(21, 21)]], "one graph per size of the crop"
+    assert graphs == [[(33, 33)], [(9, 9)], [(17, 17)]], "one graph per size of the crop"
     layer.eval()(x)
     layer.train()
     torch.testing.assert_close(compiled(x), layer(x), atol=1e-4, rtol=1e-4)

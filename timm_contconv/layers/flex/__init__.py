@@ -8,9 +8,11 @@
 - formula.py: the kernel as a function of its parameters, network times mask.
 - kernel.py: the kernel as a module, and its settings.
 - conv.py: the layers.
+- alike.py: one crop for a whole model, in compiled training.
 - resolution.py: a whole model at another resolution.
 """
 
+from .alike import crop_alike_
 from .conv import FlexConv1d, FlexConv2d
 from .formula import flex_kernel, gaussian_mask
 from .kernel import FlexKernel, FlexSpec
@@ -24,6 +26,7 @@ __all__ = [
     "FlexSpec",
     "MAGNet",
     "at_resolution",
+    "crop_alike_",
     "flex_kernel",
     "gaussian_mask",
 ]

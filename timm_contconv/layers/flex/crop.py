@@ -16,13 +16,13 @@ from torch import Tensor
 from ..core.kernel import Margins
 from .grid import KernelAxis
 
-__all__ = ["Crop", "MaskValues", "margins_of_mask", "read_mask"]
+__all__ = ["Crop", "MaskValues", "margins_of_mask", "margins_of_part", "part_within", "read_mask"]
 
 #: mean and sigma of a mask, one number per dimension each, and the angle if there is one
 MaskValues = tuple[list[float], ...]
 
-COARSENESS_COMPILED = 6  # the same in compiled training, where a new size compiles the model again
 COARSENESS = 16  # crops grow and shrink by 1/16 of the kernel, so that there are few sizes
+PARTS = 4  # those of compiled training by quarters, because every new size compiles the model again
 ROUNDING = 1e-3  # pixels; the mask itself is evaluated in float32
 
 
@@ -63,12 +63,10 @@ class Crop:
         return all(now is then and now._version == version for now, then, version in known)
 
 
-def margins_of_mask(
-    values: MaskValues, axes: Sequence[KernelAxis], threshold: float, causal: bool, coarseness: int = COARSENESS
-) -> Margins:
+def margins_of_mask(values: MaskValues, axes: Sequence[KernelAxis], threshold: float, causal: bool) -> Margins:
     """What may be left out of a kernel: pixels where a Gaussian mask is below the threshold along an axis.
 
-    At least one pixel stays. The part that stays is rounded up to one of few sizes: the kernel has about `coarseness`
+    At least one pixel stays. The part that stays is rounded up to one of few sizes: the kernel has about `COARSENESS`
     steps, which count from the centre, or from the last pixel of a causal kernel.
 
     Args:
@@ -76,7 +74,6 @@ def margins_of_mask(
         axes: of the kernel.
         threshold: between 0 and 1.
         causal: as for `Kernel`.
-        coarseness: steps of the kernel.
     """
     deviations = math.sqrt(-2 * math.log(threshold))
     means, sigmas, *angles = values
@@ -87,12 +84,42 @@ def margins_of_mask(
     margins = []
     for middle, width, axis in zip(means, widths, axes, strict=True):
         first, last = _visible(middle, width, axis)
-        step = max(1, (axis.size - 1) // coarseness)
-        origin = axis.size - 1 if causal else (axis.size - 1) // 2
+        step = max(1, (axis.size - 1) // COARSENESS)
+        origin = _origin(axis, causal)
         low = origin + step * math.floor((first - origin) / step)
         high = origin + step * math.ceil((last - origin) / step)
         margins.append((max(low, 0), max(axis.size - 1 - high, 0)))
     return tuple(margins)
+
+
+def part_within(margins: Margins, axes: Sequence[KernelAxis], causal: bool) -> float:
+    """How far a kernel without its margins reaches, as a part of how far the whole one does, 0 to 1.
+
+    Counted from the centre, or from the last pixel of a causal kernel, along the axis where it is most.
+    """
+    parts = []
+    for (before, after), axis in zip(margins, axes, strict=True):
+        origin = _origin(axis, causal)
+        reach = max(origin - before, axis.size - 1 - after - origin)
+        parts.append(reach / max(origin, axis.size - 1 - origin, 1))
+    return max(parts)
+
+
+def margins_of_part(part: float, axes: Sequence[KernelAxis], causal: bool) -> Margins:
+    """What may be left out of a kernel of which this part is wanted, rounded up to a quarter, see `part_within`."""
+    part = max(math.ceil(part * PARTS), 1) / PARTS
+    margins = []
+    for axis in axes:
+        origin = _origin(axis, causal)
+        after = axis.size - 1 - origin
+        reach = math.ceil(part * max(origin, after))
+        margins.append((max(origin - reach, 0), max(after - reach, 0)))
+    return tuple(margins)
+
+
+def _origin(axis: KernelAxis, causal: bool) -> int:
+    """The pixel from which the sizes of crops count."""
+    return axis.size - 1 if causal else (axis.size - 1) // 2
 
 
 def _visible(middle: float, reach: float, axis: KernelAxis) -> tuple[int, int]:

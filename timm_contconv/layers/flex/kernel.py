@@ -21,7 +21,7 @@ from ..core.plain import PlainConv, centred
 from ..core.replacement import FIT_TOLERANCE
 from ..core.shown import Elements, Quantity
 from ..core.spec import KernelSpec
-from .crop import COARSENESS, COARSENESS_COMPILED, Crop, MaskValues, margins_of_mask, read_mask
+from .crop import Crop, MaskValues, margins_of_mask, margins_of_part, part_within, read_mask
 from .fit import fit_magnet_
 from .formula import SMALLEST_SIGMA, flex_kernel, gaussian_mask
 from .grid import sampled_axis
@@ -47,8 +47,9 @@ class FlexKernel(Kernel):
     has the values that were read (on an accelerator: while its tensors are the same and were not edited; edits through
     `.data` are not noticed). Otherwise the whole kernel is constructed. Traced, exported and compiled graphs also use
     the whole kernel, because they outlive the mask's values. The exception is compiled training: from the first
-    `constrain_` on it uses the margins of the last `constrain_`, rounded to few sizes, because every new size compiles
-    the model again. So call it after every step, and once before the first.
+    `constrain_` on it uses the margins of the last `constrain_`, rounded to quarters of the kernel, because every new
+    size compiles the model again. `tcc.constrain_` gives all kernels of a model the same quarter, see `crop_alike_`. So
+    call it after every step, and once before the first.
 
     Args:
         spec: settings.
@@ -203,8 +204,8 @@ class FlexKernel(Kernel):
             return
         self._crop = Crop.of(self._margins_of(values), values, self._mask())
 
-    def _margins_of(self, values: MaskValues, coarseness: int = COARSENESS) -> Margins:
-        return margins_of_mask(values, self.axes, self.threshold, self.causal, coarseness)
+    def _margins_of(self, values: MaskValues) -> Margins:
+        return margins_of_mask(values, self.axes, self.threshold, self.causal)
 
     @property
     def _is_cropped(self) -> bool:
@@ -236,7 +237,16 @@ class FlexKernel(Kernel):
             smallest = torch.tensor(self._smallest_sigma(), dtype=sigma.dtype, device=sigma.device)
             sigma.copy_(sigma.abs().clamp_(min=smallest))
             self.look()
-            self._compiled_margins = self._margins_of(read_mask(mask), COARSENESS_COMPILED) if may_look(mask) else None
+            self.crop_compiled(self.visible_part())
+
+    def visible_part(self) -> float | None:
+        """How much of the kernel its margins leave, see `part_within`; None if they are not known."""
+        margins = self.margins
+        return None if margins is None else part_within(margins, self.axes, self.causal)
+
+    def crop_compiled(self, part: float | None) -> None:
+        """Let compiled training use at least this part of the kernel; the whole one for None."""
+        self._compiled_margins = None if part is None else margins_of_part(part, self.axes, self.causal)
 
     def _smallest_sigma(self) -> list[float]:
         """Sigma of the narrowest mask that always leaves a pixel, per dimension; 0 without a threshold."""
