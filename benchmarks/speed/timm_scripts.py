@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torchvision.utils import save_image
 
-from benchmarks.common import arguments, machine_file, new_parser, write_results
+from benchmarks.common import arguments, new_parser, write_results
 from timm_contconv.cli.digits import load_digits
 from timm_contconv.paths import data_folder
 
@@ -109,7 +109,7 @@ def _distributed(scripts: Path, folder: Path, device: str) -> Path:
 
 
 def main() -> None:
-    parser = new_parser(__doc__, machine_file("timm_scripts.json"))
+    parser = new_parser(__doc__, "timm_scripts.json")
     parser.add_argument("scripts", type=Path, metavar="PATH", help="a checkout of pytorch-image-models")
     parser.add_argument("--device", default="cpu")
     options = arguments(parser)
