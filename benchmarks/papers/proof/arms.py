@@ -19,7 +19,9 @@ __all__ = ["ARMS", "PLAIN", "Arm", "arms_of"]
 
 DIMS = (16, 32, 64, 96)
 # layer scale starts at 1: so shallow a network learns faster with it than with 1e-6
-CONVNEXT = {"patch_size": 1, "depths": (1, 1, 1, 1), "ls_init_value": 1.0, "in_chans": 1, "num_classes": 10}
+CONVNEXT = {
+    "patch_size": 1, "depths": (1, 1, 1, 1), "ls_init_value": 1.0, "conv_mlp": False, "in_chans": 1, "num_classes": 10,
+}  # fmt: skip
 WIDER = (18, 36, 72, 108)
 RESNET_CHANNELS = (16, 32, 64, 96)
 
