@@ -172,10 +172,13 @@ def in_turns(
     description: str = "measuring",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round, in which every call runs once. A round before these warms up."""
+    """Seconds of each call in each round, in which every call runs once, in turns forwards and backwards.
+
+    A round before these warms up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in track(range(rounds + 1), description=description, transient=True):
-        for name, call in calls.items():
+        for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
             start = clock()
             call()
             if torch.cuda.is_available():

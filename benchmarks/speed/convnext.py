@@ -191,7 +191,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     bars.set_xticks([i + 0.34 for i in range(len(works))], works)
     bars.set_ylabel("time / plain 7x7 model")
     bars.set_yscale("log")
-    bars.legend(fontsize=7)
+    bars.set_ylim(0.8, 200)  # room for the legend above the bars
+    bars.legend(fontsize=7, loc="upper left")
     for axis, key, values in ((sizes, "size", KERNEL_SIZES), (counts, "count", KERNEL_COUNTS)):
         for name, milliseconds in results["growth"][key].items():
             axis.plot(values, milliseconds, "o-", label=name)
