@@ -12,20 +12,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import hub, patching
 from ..inspect import inspect
 from ..progress import progress_bar
 from .compare import Comparison, compare_recipes
-from .digits import Digits, accuracy, load_digits, train_on_digits
+from .digits import accuracy, load_digits, train_on_digits
 from .lite0 import load_lite0, load_photographs
 
 __all__ = ["run"]
 
 MODEL = "tf_efficientnet_lite0"
 RECIPES = ("dcls_gauss", "smp", "flex", "genv", "cc")
-CROPS, DIGIT_SIZE, BATCH_SIZE = 1, 64, 64
+CROPS, BATCH_SIZE = 1, 64
 
 
 def run(console: Console, output: Path, epochs: int, recipes: Sequence[str] = RECIPES) -> None:
@@ -78,7 +77,7 @@ def _table(compared: list[Comparison]) -> Table:
 
 def _finetune(console: Console, models: dict[str, nn.Module], epochs: int) -> None:
     """Give the models new heads, and train them on digits for the same time."""
-    digits = _enlarged(load_digits())
+    digits = load_digits()
     steps = epochs * (len(digits.train_labels) // BATCH_SIZE)
     for name, net in models.items():
         torch.manual_seed(0)
@@ -90,16 +89,9 @@ def _finetune(console: Console, models: dict[str, nn.Module], epochs: int) -> No
         net.eval()
 
 
-def _enlarged(digits: Digits) -> Digits:
-    train, test = (
-        F.interpolate(images, size=DIGIT_SIZE, mode="bilinear") for images in (digits.train_images, digits.test_images)
-    )
-    return Digits(train, digits.train_labels, test, digits.test_labels)
-
-
 @torch.no_grad()
 def _merge_save_load(console: Console, model: nn.Module, folder: Path) -> None:
-    images = _enlarged(load_digits()).test_images[:64]
+    images = load_digits().test_images[:64]
     hub.save_pretrained(model, folder)
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     expected = model(images)
