@@ -131,7 +131,7 @@ def inspect(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the saved model and the page.")] = Path("demo_output"),
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits, for each model.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits, for each model.")] = 2,
 ) -> None:
     """Patch a pretrained model with every method and compare; fine-tune, merge, save, load; look inside."""
     from timm_contconv.cli import commands

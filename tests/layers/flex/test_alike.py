@@ -9,7 +9,7 @@ from timm_contconv.layers.flex import FlexConv1d
 
 from .oracle import make, set_mask_
 
-STEPS = 15
+STEPS = 8
 
 
 def test_masks_that_move_by_themselves_compile_a_model_four_times_at_most():
