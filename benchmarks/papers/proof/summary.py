@@ -62,18 +62,23 @@ def state(records: Sequence[dict[str, Any]], all_groups: Sequence[Group]) -> str
     if not all_groups:
         return "No run is recorded yet."
     main = all_groups[0]
-    seeds = sorted({len(runs) for runs in main.arms.values()})
+    seeds = span([len(runs) for runs in main.arms.values()], "d")
     machines = sorted({f"{r['machine']['processor']}, PyTorch {r['machine']['torch']}" for r in records})
     parts = [
         f"{len(records)} runs are recorded, on {' and '.join(machines)}.",
         f"Tables are of {main.pictures:,} training pictures and {main.epochs} epochs, where they name no others;",
-        f"{len(main.arms)} networks have {seeds[0]} to {seeds[-1]} seeds.",
+        f"Networks: {len(main.arms)}. Seeds of each: {seeds}.",
     ]
     for family in ("convnext", "resnet"):
         values = main.accuracies(family)
         if values:
-            parts.append(f"The plain {NAMES[family]} reaches {min(values):.1f} to {max(values):.1f} %.")
+            parts.append(f"The plain {NAMES[family]} reaches {span(values, '.1f')} %.")
     return " ".join(parts)
+
+
+def span(values: Sequence[float], form: str) -> str:
+    """The smallest and the largest value, or the one that there is."""
+    return " to ".join(dict.fromkeys(format(end, form) for end in (min(values), max(values))))
 
 
 def main() -> None:
