@@ -66,7 +66,7 @@ def state(records: Sequence[dict[str, Any]], all_groups: Sequence[Group]) -> str
     machines = sorted({f"{r['machine']['processor']}, PyTorch {r['machine']['torch']}" for r in records})
     parts = [
         f"{len(records)} runs are recorded, on {' and '.join(machines)}.",
-        f"Tables are of {main.pictures:,} training pictures and {main.epochs} epochs, where they name no others;",
+        f"Tables are of {main.pictures:,} training pictures and {main.epochs} epochs, where they name no others.",
         f"Networks: {len(main.arms)}. Seeds of each: {seeds}.",
     ]
     for family in ("convnext", "resnet"):
