@@ -53,7 +53,7 @@ def run(console: Console, output: Path, epochs: int, recipes: Sequence[str] = RE
     compared = _compare(console, model, photographs, recipes)
     console.print(_table(compared))
     first, page = compared[0].model, output / "inspection.html"
-    inspect(first, photographs[::CROPS][:4], progress=console.is_terminal).save(page)
+    inspect(first, photographs[::CROPS][:4]).save(page)
     console.print(f"what the kernels of {recipes[0]} look like, in a browser: {page}")
     _finetune(console, {"plain": model, recipes[0]: first}, epochs)
     _merge_save_load(console, first, output / f"{MODEL}_{recipes[0]}")

@@ -59,7 +59,8 @@ class Schedule:
             raise ValueError(f"{self}: expected one epoch or more, and a learning rate above 0")
 
 
-#: by family; the best of those tried for the plain network, by its accuracy on the held-out pictures
+#: by family; the better of two for the plain ConvNeXt and ResNet on held-out pictures (results/proof_tuning.jsonl), and
+#: a usual one for the others
 LEARNING_RATES = {"convnext": 0.004, "resnet": 0.008, "ccnet": 4e-3, "flexnet": 4e-3, "smpnet": 4e-3}
 
 

@@ -18,10 +18,9 @@ def crop_alike_(layers: Iterable[nn.Module]) -> None:
     however many layers there are. Eager training crops every kernel by itself.
 
     Args:
-        layers: of one model; those that are no FlexConv stay as they are.
+        layers: of one model; those that are no FlexConv, or whose margins are not known, stay as they are.
     """
     kernels = [layer.kernel for layer in layers if isinstance(layer, FlexConv)]
-    parts = [part for kernel in kernels if (part := kernel.visible_part()) is not None]
-    for kernel in kernels:
-        if kernel.visible_part() is not None:
-            kernel.crop_compiled(max(parts))
+    parts = {kernel: part for kernel in kernels if (part := kernel.visible_part()) is not None}
+    for kernel in parts:
+        kernel.crop_compiled(max(parts.values()))

@@ -96,6 +96,11 @@ def part_within(margins: Margins, axes: Sequence[KernelAxis], causal: bool) -> f
     """How far a kernel without its margins reaches, as a part of how far the whole one does, 0 to 1.
 
     Counted from the centre, or from the last pixel of a causal kernel, along the axis where it is most.
+
+    Args:
+        margins: pixels before and after, per dimension.
+        axes: of the kernel.
+        causal: as for `Kernel`.
     """
     parts = []
     for (before, after), axis in zip(margins, axes, strict=True):
@@ -106,7 +111,16 @@ def part_within(margins: Margins, axes: Sequence[KernelAxis], causal: bool) -> f
 
 
 def margins_of_part(part: float, axes: Sequence[KernelAxis], causal: bool) -> Margins:
-    """What may be left out of a kernel of which this part is wanted, rounded up to a quarter, see `part_within`."""
+    """What may be left out of a kernel of which this part is wanted, rounded up to a quarter; at least one is kept.
+
+    Args:
+        part: 0 to 1, as from `part_within`.
+        axes: of the kernel.
+        causal: as for `Kernel`.
+
+    Returns:
+        Pixels before and after, per dimension.
+    """
     part = max(math.ceil(part * PARTS), 1) / PARTS
     margins = []
     for axis in axes:
