@@ -134,6 +134,8 @@ ROWS: list[tuple[str, str, list[tuple[str, str, float, Callable[[Results], float
                 ("lesser", AT_LEAST, 1, lambda r, m=model: model_gain(r, m, "training step")[1]),
                 ("inference", AT_LEAST, 1, lambda r, m=model: model_gain(r, m, "inference")[0]),
                 ("lesser", AT_LEAST, 1, lambda r, m=model: model_gain(r, m, "inference")[1]),
+                ("its exchanged layers", AT_LEAST, 1, lambda r, m=model: model_gain(r, m, "exchanged")[0]),
+                ("lesser", AT_LEAST, 1, lambda r, m=model: model_gain(r, m, "exchanged")[1]),
             ],
         )
         for model, target in (("convnext_tiny", 1.05), ("convformer_s18", 1.15), ("efficientnet_b0", 1.05))

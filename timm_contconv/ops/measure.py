@@ -20,7 +20,7 @@ _HOPELESS, _HICCUP = 10, 0.01
 # Later rounds are for those within factors of the best that fall to the last: first runs wait for memory.
 _CLOSE = (_HOPELESS, 3, 1.5)
 # At least so many rounds, more in these seconds.
-_ROUNDS, _MOST_ROUNDS, _ROUND_SECONDS = 4, 30, 0.02
+_ROUNDS, _MOST_ROUNDS, _ROUND_SECONDS = 5, 30, 0.06
 # Calls that are timed together on CUDA.
 _CALLS = 3
 # Errors that a candidate may have, as a share of the sums that its results would be if no terms cancelled.
