@@ -20,6 +20,7 @@ __all__ = [
     "memory_format",
     "new_tensor",
     "output_size",
+    "strides_of",
 ]
 
 #: The three passes of a convolution: the output, the gradient for the input, the gradient for the weight.
@@ -91,14 +92,20 @@ def in_format(x: Tensor, dtype: torch.dtype, form: torch.memory_format) -> Tenso
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=form).copy_(x)
 
 
-@lru_cache(maxsize=1024)
-def _strides(size: Sequence[int], form: torch.memory_format) -> tuple[int, ...]:
+def strides_of(size: Sequence[int], form: torch.memory_format) -> tuple[int, ...]:
+    """Strides of a new tensor, also of symbolic sizes.
+
+    They never fall below those of size 1, as PyTorch's own; Inductor of torch 2.10 to 2.12 can't order others.
+    """
     order = list(range(len(size))) if form == torch.contiguous_format else [0, *range(2, len(size)), 1]
     strides, step = [0] * len(size), 1
     for dim in reversed(order):
         strides[dim] = step
-        step *= max(size[dim], 1)
+        step *= torch.sym_max(size[dim], 1)
     return tuple(strides)
+
+
+_strides = lru_cache(maxsize=1024)(strides_of)
 
 
 class Problem(NamedTuple):

@@ -51,8 +51,16 @@ class Arm:
 
 
 def convnext(kernel_size: int = 7, dims: tuple[int, ...] = DIMS) -> nn.Module:
-    """A small ConvNeXt of timm's with maps of 28, 14, 7 and 3 pixels."""
-    return timm.create_model("convnext_atto", **{**CONVNEXT, "dims": dims, "kernel_sizes": kernel_size})
+    """A small ConvNeXt of timm's: one 3×3 layer without stride as stem, maps of 28, 14, 7 and 3 pixels.
+
+    Initial weights have the variance 1 / fan-in; timm's standard deviation of 0.02 is for networks of larger width.
+    """
+    model = timm.create_model("convnext_atto", **{**CONVNEXT, "dims": dims, "kernel_sizes": kernel_size})
+    model.stem[0] = nn.Conv2d(1, dims[0], 3, padding=1)
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    return model
 
 
 def resnet(**settings: Any) -> nn.Module:
