@@ -1,4 +1,4 @@
-"""How long it takes to start: the help of the command line, and importing this package compared with importing timm.
+"""How long it takes to start: the help of the command line, importing timm, and importing this package after timm.
 
     python -m benchmarks.speed.startup [--rounds 10] [--output FILE]
 
@@ -7,30 +7,42 @@ Each is a process of its own; they take turns.
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.common import arguments, in_turns, machine_file, medians, new_parser, write_results
+from benchmarks.common import arguments, in_turns, machine_file, new_parser, write_results
 
-COMMANDS = {
-    "contconv --help": [str(Path(sys.executable).with_name("contconv")), "--help"],
-    "import timm": [sys.executable, "-c", "import timm"],
-    "import timm_contconv": [sys.executable, "-c", "import timm_contconv"],
-}
-
-
-def process(command: list[str]) -> Callable[[], object]:
-    return lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+HELP = [str(Path(sys.executable).with_name("contconv")), "--help"]
+#: prints the seconds of both
+IMPORTS = """
+import time
+start = time.perf_counter()
+import timm
+middle = time.perf_counter()
+import timm_contconv
+print(middle - start, time.perf_counter() - middle)
+"""
 
 
 def main() -> None:
     parser = new_parser(__doc__, machine_file("startup.json"))
     parser.add_argument("--rounds", type=int, default=10)
     args = arguments(parser)
-    seconds = medians(in_turns({name: process(command) for name, command in COMMANDS.items()}, args.rounds))
-    seconds["what importing timm_contconv adds to timm"] = seconds["import timm_contconv"] - seconds["import timm"]
+    imports: list[list[float]] = []
+
+    def run_imports() -> None:
+        run = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
+        imports.append([float(part) for part in run.stdout.split()])
+
+    def show_help() -> None:
+        subprocess.run(HELP, stdout=subprocess.DEVNULL, check=True)
+
+    times = in_turns({"contconv --help": show_help, "imports": run_imports}, args.rounds)
+    timm, ours = (statistics.median(column) for column in zip(*imports[-args.rounds :], strict=True))
+    help_ = statistics.median(times["contconv --help"])
+    seconds = {"contconv --help": help_, "import timm": timm, "import timm_contconv after timm": ours}
     for name, value in seconds.items():
         print(f"{name}: {value:.2f} s")
     write_results(args.output, {"seconds": seconds, "rounds": args.rounds})

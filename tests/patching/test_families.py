@@ -37,7 +37,7 @@ def replaced(model: nn.Module, recipe: str, size: tuple[int, ...] = (64, 64), in
 CASES = [(name, recipe) for name, recipes in TIMM.items() for recipe in recipes]
 
 
-@pytest.mark.parametrize(("name", "recipe"), slow_but(CASES, *CASES[:12]))  # the others are in `make zoo`, too
+@pytest.mark.parametrize(("name", "recipe"), slow_but(CASES, *CASES[:10]))  # the others are in `make zoo`, too
 def test_models_of_timm(name, recipe):
     model = timm.create_model(name, num_classes=10)
     config = model.pretrained_cfg

@@ -35,7 +35,6 @@ def kept(model: nn.Module, original: nn.Module) -> float:
             ("cc", {"kernel_size": 7}),
         ],
         ("dcls", {}),
-        ("genv", {}),
     ),
 )
 def test_a_patch_keeps_what_a_pretrained_network_says(recipe, settings, tmp_path, recwarn):
