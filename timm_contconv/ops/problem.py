@@ -93,10 +93,7 @@ def in_format(x: Tensor, dtype: torch.dtype, form: torch.memory_format) -> Tenso
 
 
 def strides_of(size: Sequence[int], form: torch.memory_format) -> tuple[int, ...]:
-    """Strides of a new tensor, also of symbolic sizes.
-
-    They never fall below those of size 1, as PyTorch's own; Inductor of torch 2.10 to 2.12 can't order others.
-    """
+    """Strides of a new tensor, also of symbolic sizes; an empty dimension counts as one of size 1."""
     order = list(range(len(size))) if form == torch.contiguous_format else [0, *range(2, len(size)), 1]
     strides, step = [0] * len(size), 1
     for dim in reversed(order):
