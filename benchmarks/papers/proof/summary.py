@@ -1,4 +1,4 @@
-"""Write docs/gains.md's tables and charts from the runs that are recorded.
+"""Write docs/gains.md's tables and charts, and a table of docs/which_method.md, from the runs that are recorded.
 
     python -m benchmarks.papers.proof.summary [--runs benchmarks/results/proof.jsonl] [--page docs/gains.md]
 
@@ -22,13 +22,14 @@ from .tables import (
     accuracies,
     changes,
     decision,
+    gained,
     geometry,
     learned_or_not,
     pictures,
     receptive_fields,
 )
 
-PAGE = ROOT / "docs" / "gains.md"
+PAGE, CHOICE = ROOT / "docs" / "gains.md", ROOT / "docs" / "which_method.md"
 TITLES = {
     "accuracy": "Differences in accuracy from the plain network, with 95 % intervals",
     "sizes": "Accuracy against the size of the pictures",
@@ -98,6 +99,8 @@ def main() -> None:
         found[f"{name} chart"] = f"![{TITLES[name]}](images/{path.name})" if is_drawn else "No chart yet."
     for name, content in found.items():
         write_block(options.page, f"<!-- proof: {name} -->", [content])
+    if options.page == PAGE and all_groups:
+        write_block(CHOICE, "<!-- proof: gained -->", [gained(all_groups[0])])
     print(f"{options.page}: of {len(records)} runs, {sum(len(group.arms) for group in all_groups)} networks")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.common import summary
 
@@ -19,6 +19,7 @@ __all__ = [
     "changes",
     "compared",
     "decision",
+    "gained",
     "geometry",
     "learned_or_not",
     "markdown",
@@ -79,21 +80,32 @@ def compared(group: Group, family: str | None = None) -> list[tuple[str, str]]:
     return [(arm, other) for arm, other in pairs if other is not None and other in group.arms]
 
 
-def decision(group: Group) -> str:
-    """One row per method: gains from scratch and fine-tuned, costs, and what else is seen."""
-    rows = []
-    for name, arm in ARMS.items():
+def _methods(group: Group) -> Iterator[tuple[str, list[str]]]:
+    """The arm of each recipe from scratch; and its name, seeds, and gains from scratch and fine-tuned."""
+    for name in group.arms:
         family, _, method = name.partition(", ")
-        plain = PLAIN[arm.family]
-        if family not in ("convnext", "resnet") or f"{family}, then {method}" not in ARMS or name not in group.arms:
-            continue
         tuned = f"{family}, then {method}"
+        if family not in ("convnext", "resnet") or tuned not in ARMS:
+            continue
         gains = [
-            group.difference(name, plain, metric("accuracy")),
+            group.difference(name, PLAIN[family], metric("accuracy")),
             group.difference(tuned, f"{family}, then plain", metric("accuracy")),
         ]
         seeds = ", ".join(str(gain.pairs) if gain else "0" for gain in gains)
-        row = [f"`{method}` in the {NAMES[family]}", seeds, *map(cell, gains)]
+        yield name, [f"`{method}` in the {NAMES[family]}", seeds, *map(cell, gains)]
+
+
+def gained(group: Group) -> str:
+    """One row per method: gains from scratch and fine-tuned."""
+    head = ["recipe", "seeds of both", "from scratch, points", "fine-tuned, points"]
+    return markdown(head, [row for _, row in _methods(group)])
+
+
+def decision(group: Group) -> str:
+    """One row per method: gains from scratch and fine-tuned, costs, and what else is seen."""
+    rows = []
+    for name, row in _methods(group):
+        plain = str(reference(name))
         row += [ratio(group, name, plain, path) for path in ("seconds_per_step", "parameters", "multiply_adds")]
         row += [", ".join(_seen(group, name, sign)) or "–" for sign in (1, -1)]
         rows.append(row)
