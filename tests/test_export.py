@@ -39,7 +39,7 @@ def close(found, model, images):
     [
         pytest.param(True, ("dcls", "smp", "flex", "genv", "cc"), SIDES, marks=pytest.mark.slow),
         (False, ("dcls", "smp", "flex", "genv"), SIDES),
-        (False, ("cc",), ("batch",)),
+        pytest.param(False, ("cc",), ("batch",), marks=pytest.mark.slow),
     ],
     ids=["merged", "patched", "patched by CC"],
 )

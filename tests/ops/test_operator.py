@@ -115,7 +115,7 @@ def test_one_compiled_graph_serves_every_size(groups):
     assert frames.frame_count == 1
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", slow_but([1, 2], 2))
 def test_gradients_of_one_compiled_graph_at_every_size(groups):
     weight, bias = torch.randn(8, 8 // groups, 9, 9, requires_grad=True), torch.randn(8)
     fn = lambda x, w: ops.conv(x, w, bias, (1, 1), (4, 4), groups)  # noqa: E731

@@ -34,6 +34,9 @@ def replaced(model: nn.Module, recipe: str, size: tuple[int, ...] = (64, 64), in
     return check(model, recipe, torch.randn(2, 3, *size), init=init, **SETTINGS.get(recipe, {})).replaced
 
 
+TORCHVISION = [
+    ("mobilenet_v3_small", "dcls_gauss"), ("efficientnet_b0", "genv"), ("resnet18", "genv"), ("resnet18", "genv5"),
+]  # fmt: skip
 CASES = [(name, recipe) for name, recipes in TIMM.items() for recipe in recipes]
 
 
@@ -46,7 +49,7 @@ def test_models_of_timm(name, recipe):
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [("mobilenet_v3_small", "dcls_gauss"), ("efficientnet_b0", "genv"), ("resnet18", "genv"), ("resnet18", "genv5")],
+    slow_but(TORCHVISION, TORCHVISION[0], TORCHVISION[2]),
 )
 def test_models_of_torchvision(name, recipe):
     assert replaced(torchvision.models.get_model(name, num_classes=10), recipe)

@@ -163,7 +163,7 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", slow_but(VERBS, "patch"))
 def test_ctrl_c_at_any_line_leaves_the_model_as_it_was_or_wholly_changed(verb):
     handler = signal.getsignal(signal.SIGINT)
     found = outcomes(verb, "dcls", functools.partial(signal.raise_signal, signal.SIGINT), KeyboardInterrupt)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ...helpers import slow_but
 from .builders import build, images, three_ways
 
 
@@ -33,7 +34,8 @@ def test_exported_with_sizes_that_change(scale: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "memory_limit"), [(0.5, None), (0.75, None), (0.61, None), pytest.param(0.61, 1, marks=pytest.mark.slow)]
+    ("scale", "memory_limit"),
+    slow_but([(0.5, None), (0.75, None), (0.61, None), (0.61, 1)], (0.5, None), (0.61, None)),
 )
 def test_compiled_in_one_graph_with_the_same_gradients(scale: float, memory_limit: int | None) -> None:
     torch._dynamo.reset()
@@ -55,6 +57,7 @@ def test_one_compiled_graph_serves_images_of_any_size(scale: float) -> None:
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.slow
 def test_compiled_for_output_sizes_that_change() -> None:
     torch._dynamo.reset()
     layer, x = build(0.5), images()
