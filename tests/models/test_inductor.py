@@ -49,8 +49,11 @@ def check(model: torch.nn.Module, sizes: tuple[int, ...] = SIZES) -> None:
         for each, module in ((compiled, model), (eager, eager)):
             module.zero_grad()
             each.train()(x).square().sum().backward()
+        largest = max(parameter.grad.abs().max().item() for parameter in eager.parameters())
         for (name, a), (_, b) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * b.grad.abs().max().item(), msg=name)
+            # A bias of CC's ahead of a batch norm has a gradient of nothing but rounding.
+            scale = max(b.grad.abs().max().item(), 3e-3 * largest)
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * scale, msg=name)
     with torch.no_grad():
         for x in map(images, sizes):
             torch.testing.assert_close(compiled.eval()(x), eager.eval()(x), rtol=1e-3, atol=1e-4)
