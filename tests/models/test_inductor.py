@@ -46,9 +46,9 @@ def check(model: torch.nn.Module, sizes: tuple[int, ...] = SIZES) -> None:
     eager = copy.deepcopy(model).double()  # in float32 a ReLU near zero may fall to the other side
     compiled = torch.compile(model, dynamic=DYNAMIC)
     for x in map(images, sizes):
-        for each, module, images_ in ((compiled, model, x), (eager, eager, x.double())):
+        for each, module, batch in ((compiled, model, x), (eager, eager, x.double())):
             module.zero_grad()
-            each.train()(images_).square().sum().backward()
+            each.train()(batch).square().sum().backward()
         largest = max(parameter.grad.abs().max().item() for parameter in eager.parameters())
         for (name, a), (_, b) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
             # A bias of CC's ahead of a batch norm has a gradient of nothing but rounding.

@@ -49,13 +49,13 @@ def check_all(case) -> None:
 
 
 @given(cases(2, 20, 23, depthwise=True))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_depthwise_in_2d(case):
     check_all(case)
 
 
 @given(cases(2, 14, 11, depthwise=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_dense_in_2d(case):
     check_all(case)
 

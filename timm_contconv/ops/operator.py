@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import aten, autocast
 from .choose import choose
 from .forced import forced, inherited
-from .problem import Problem, fits, has_outputs, in_format, memory_format, output_size, strides_of
+from .problem import Problem, fits, has_outputs, in_format, memory_format, new_tensor, output_size, strides_of
 
 __all__ = ["conv", "input_gradient", "weight_gradient"]
 
@@ -66,8 +66,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     if not (fits(x, weight, bias, *geometry) and has_outputs(x, weight, stride, padding)):
         return aten.convolution(x, weight, bias, *geometry)
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding)
-    shape = (x.shape[0], weight.shape[0], *size)
-    return x.new_empty_strided(shape, strides_of(shape, memory_format(x)))
+    return new_tensor(x, (x.shape[0], weight.shape[0], *size))
 
 
 @input_gradient.register_fake

@@ -78,7 +78,7 @@ def new_tensor(like: Tensor, size: Sequence[int]) -> Tensor:
     """Uninitialised tensor of `size`, with the dtype, device and memory format of `like`."""
     if like.is_contiguous():
         return like.new_empty(size)
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+    return like.new_empty_strided(size, strides_of(size, memory_format(like)))
 
 
 def in_format(x: Tensor, dtype: torch.dtype, form: torch.memory_format) -> Tensor:

@@ -258,7 +258,7 @@ def test_threads_may_share_a_layer_while_its_mode_changes(make):
 
     def run(_: int) -> None:
         with torch.no_grad():
-            for _ in range(10):
+            for _ in range(20):
                 torch.testing.assert_close(layer(x), expected)
 
     def change() -> None:
@@ -268,9 +268,9 @@ def test_threads_may_share_a_layer_while_its_mode_changes(make):
             layer.eval()
             layer.float()
 
-    with ThreadPoolExecutor(5) as pool:
+    with ThreadPoolExecutor(7) as pool:
         changing = pool.submit(change)
-        forwards = [pool.submit(run, i) for i in range(4)]
+        forwards = [pool.submit(run, i) for i in range(6)]
         for forward in forwards:
             forward.exception()
         running = False

@@ -25,7 +25,7 @@ NARROWEST = 1.01  # pixels that a constrained mask leaves: one, and a reserve fo
 
 
 class MaskedKernel(Kernel):
-    """The mask of a `FlexKernel` (Romero et al. 2022, Eq. 1-3), what it leaves of the kernel, and the grid of both.
+    """The mask of a `FlexKernel` (Romero et al. 2022, Eq. 1), what it leaves of the kernel, and the grid of both.
 
     The kernel is zero where the mask is below the threshold along an axis. `margins` are the zeros at its borders,
     found when `look` last read the mask. `look` is called by `constrain_`, by `eval()`, and when parameters are drawn,
