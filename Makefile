@@ -43,6 +43,8 @@ browser-test: $(VENV)/.installed
 proof: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks.papers.proof.run
+	$(BIN)/python -m benchmarks.papers.proof.run --pictures 5400 --epochs 10 --tuning-epochs 5
+	$(BIN)/python -m benchmarks.papers.proof.run --pictures 540 --epochs 60 --tuning-epochs 30
 	$(BIN)/python -m benchmarks.papers.proof.summary
 
 # The site, in docs/_build/html; warnings are errors.

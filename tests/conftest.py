@@ -1,17 +1,22 @@
 """What all tests share."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 # Read when the package is imported: only tests of the engine measure, and none touches the user's cache.
 os.environ["TIMM_CONTCONV_MEASURE"] = "0"
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads of concurrent processes wait for one another
-    torch.set_num_threads(1)
+gc.set_threshold(10_000, 20, 50)  # a collection looks at half a million objects of PyTorch's and timm's
+
+# The process that only hands tests out to others starts sooner without torch.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    import torch
+
+    torch.set_num_threads(1)  # threads of concurrent processes wait for one another
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,12 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For thousands of small operations, where threads mostly wait for one another."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

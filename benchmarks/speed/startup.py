@@ -7,6 +7,7 @@ Each is a process of its own; they take turns.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from benchmarks.common import arguments, in_turns, machine_file, new_parser, write_results
 
+#: an installed package has its bytecode
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 HELP = [str(Path(sys.executable).with_name("contconv")), "--help"]
 #: prints the seconds of both
 IMPORTS = """
@@ -33,11 +36,13 @@ def main() -> None:
     imports: list[list[float]] = []
 
     def run_imports() -> None:
-        run = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True, env=ENVIRONMENT
+        )
         imports.append([float(part) for part in run.stdout.split()])
 
     def show_help() -> None:
-        subprocess.run(HELP, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(HELP, stdout=subprocess.DEVNULL, check=True, env=ENVIRONMENT)
 
     times = in_turns({"contconv --help": show_help, "imports": run_imports}, args.rounds)
     timm, ours = (statistics.median(column) for column in zip(*imports[-args.rounds :], strict=True))

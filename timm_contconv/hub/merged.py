@@ -28,7 +28,7 @@ Padding = Annotated[list[Annotated[int, Field(ge=0, le=1023)]], Field(min_length
 class MergedConv(BaseModel):
     """A plain convolution, as `nn.Conv2d` and timm's `Conv2dSame` have these arguments."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
     in_channels: Channels
     out_channels: Channels
@@ -60,7 +60,9 @@ class MergedConv(BaseModel):
         )  # fmt: skip
 
 
-_TABLE: TypeAdapter[dict[str, list[MergedConv]]] = TypeAdapter(dict[str, list[MergedConv]])
+_TABLE: TypeAdapter[dict[str, list[MergedConv]]] = TypeAdapter(
+    dict[str, list[MergedConv]], config=ConfigDict(defer_build=True)
+)
 
 
 def describe_merged(model: nn.Module, record: MergedRecord) -> dict[str, list[dict[str, Any]]]:

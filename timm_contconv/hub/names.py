@@ -7,7 +7,7 @@ import warnings
 
 from timm.models import is_model
 
-from ..patching import list_patches, load_patch
+from ..patching import recipe_models
 
 __all__ = ["HAND_PATCHED", "PATCHED", "PatchedArchitecture"]
 
@@ -31,8 +31,8 @@ class PatchedArchitecture:
 def _architectures() -> dict[str, PatchedArchitecture]:
     """Everything that the recipes ask to be registered and that timm does not ship itself."""
     architectures = {}
-    for recipe in list_patches():
-        for base in load_patch(recipe).models:
+    for recipe, models in recipe_models().items():
+        for base in models:
             architecture = PatchedArchitecture(base, recipe)
             if is_model(architecture.name):
                 warnings.warn(f"timm has a model {architecture.name} of its own: not registered", stacklevel=2)

@@ -29,7 +29,7 @@ from ..hub.merged import rebuild_merged
 from ..hub.names import HAND_PATCHED, PATCHED, PatchedArchitecture
 from ..hub.skeleton import LARGEST_ENTRIES, counted
 from ..hub.weights import packaged_weights
-from ..patching import PatchSpec, list_patches, load_patch, merge, patch
+from ..patching import PatchSpec, load_patch, merge, patch
 from ..patching.record import set_architecture
 from .checkpoint import check_keys, renamed, unwrap
 
@@ -116,18 +116,20 @@ def _feature_cfg(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "feature_cls": FeatureGetterNet}
 
 
-def _entrypoint(architecture: PatchedArchitecture, spec: PatchSpec) -> Callable[..., nn.Module]:
+def _entrypoint(architecture: PatchedArchitecture) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, patch_args: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
         if not isinstance(patch_args, Mapping | None):
             raise TypeError(
                 f"patch_args={patch_args!r}: expected a dict of the layer's settings, as {{'kernel_size': 11}}"
             )
-        changed = spec.with_layer(**patch_args) if patch_args else spec
-        return _build(architecture.name, architecture.base, changed, pretrained, {}, **kwargs)
+        spec = load_patch(architecture.recipe)
+        if patch_args:
+            spec = spec.with_layer(**patch_args)
+        return _build(architecture.name, architecture.base, spec, pretrained, {}, **kwargs)
 
     create.__name__ = create.__qualname__ = architecture.name
     create.__module__ = __name__
-    create.__doc__ = f"""{architecture.base} with the recipe {architecture.recipe}: {spec.description}.
+    create.__doc__ = f"""{architecture.base} with the recipe {architecture.recipe} (see `tcc.load_patch`).
 
     Takes the arguments of {architecture.base}, and `patch_args`: new values of the layer's settings.
     """
@@ -232,8 +234,7 @@ def _only_by_tag(default: DefaultCfg) -> DefaultCfg:
 
 
 default_cfgs = {k: _only_by_tag(v) for k, v in generate_default_cfgs(_default_cfgs(PATCHED)).items()}
-_RECIPES = {name: load_patch(name) for name in list_patches()}
 for _architecture in PATCHED.values():
-    _create = register_model(_entrypoint(_architecture, _RECIPES[_architecture.recipe]))
+    _create = register_model(_entrypoint(_architecture))
     setattr(sys.modules[__name__], _architecture.name, _create)
 register_model(contconv)

@@ -5,7 +5,7 @@ from .plan import PatchPlan, plan_patch
 from .refit import can_refit, refit_
 from .report import PatchReport, report
 from .restore import merge, unpatch
-from .spec import PatchSpec, list_patches, load_patch
+from .spec import PatchSpec, list_patches, load_patch, recipe_models
 
 __all__ = [
     "PatchPlan",
@@ -17,6 +17,7 @@ __all__ = [
     "merge",
     "patch",
     "plan_patch",
+    "recipe_models",
     "refit_",
     "report",
     "unpatch",

@@ -27,7 +27,7 @@ from ..layers.core.arguments import Int
 from ..layers.core.spec import LARGEST_KERNEL, explain
 from ..paths import data_folder
 
-__all__ = ["PatchSpec", "Share", "as_patch_spec", "list_patches", "load_patch"]
+__all__ = ["PatchSpec", "Share", "as_patch_spec", "list_patches", "load_patch", "recipe_models"]
 
 Share = Literal["stage"] | None
 _Text = Annotated[str, Field(max_length=1000)]
@@ -66,7 +66,7 @@ class PatchSpec(BaseModel):
         ValueError: a field is unknown, missing or out of range; the message names it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     layer: Annotated[SerializeAsAny[LayerSpec], BeforeValidator(_layer_spec)]
     by_stage: Annotated[tuple[dict[str, Any], ...], Field(max_length=100)] = ()
@@ -146,6 +146,11 @@ def list_patches() -> list[str]:
     return sorted(path.stem for path in data_folder("patches").glob("*.toml"))
 
 
+def recipe_models() -> dict[str, list[str]]:
+    """The `models` of each of the package's recipes; the rest of them is not read."""
+    return {name: _toml(data_folder("patches") / f"{name}.toml").get("models", []) for name in list_patches()}
+
+
 def load_patch(name_or_path: str | Path) -> PatchSpec:
     """Read a recipe of the package by name, or a .toml file by path.
 
@@ -168,17 +173,16 @@ def load_patch(name_or_path: str | Path) -> PatchSpec:
             " all; a path must end in .toml"
         )
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: not a TOML file: {error}") from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path.name}: not a TOML file: {error}") from None
-    try:
-        return PatchSpec.model_validate(values)
+        return PatchSpec.model_validate(_toml(path))
     except ValidationError as error:
-        raise ValueError(_explain(error, path.name, text)) from None
+        raise ValueError(_explain(error, path.name, path.read_text(encoding="utf-8"))) from None
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path.name}: not a TOML file: {error}") from None
 
 
 def as_patch_spec(patch: str | Path | Mapping[str, Any] | PatchSpec) -> PatchSpec:

@@ -39,7 +39,7 @@ class LayerSpec(BaseModel):
     Recipes and saved models know a subclass by its default for `method`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     #: the layers of the method, by number of spatial dimensions
     layers: ClassVar[dict[int, type[ConvReplacement]]]
