@@ -88,9 +88,18 @@ def _work(runs: Any, messages: Any, data: Path) -> None:
 
 def _record(run: Run, fashion: Fashion, advance: Any) -> dict[str, Any]:
     result = train_arm(ARMS[run.arm], run.seed, fashion, run.schedule, CHECKPOINTS, advance)
-    version = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     setting = {"arm": run.arm, "seed": run.seed, "schedule": dataclasses.asdict(run.schedule)}
-    return {**setting, **result, "version": version.stdout.strip(), "machine": machine()}
+    return {**setting, **result, "version": _version(), "machine": machine()}
+
+
+def _version() -> str:
+    """The commit; "-dirty" if files differ from it, beside results, to which runs add."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS.relative_to(ROOT)}")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def execute(runs: list[Run], processes: int, data: Path, path: Path) -> None:
