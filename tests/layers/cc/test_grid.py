@@ -9,10 +9,10 @@ from timm_contconv.layers.cc.grid import ResizedAxis, distances, neighbours, out
 @pytest.mark.parametrize(
     ("axis", "grid"),
     [
-        (ResizedAxis(4, 3, 3, 5, 2), [-1 / 6, 3 / 2, 19 / 6]),  # the paper's Fig. 4
-        (ResizedAxis(4, 6, 7, 5, 2), [n / 1.4 + 1.5 - 5 / 2.8 for n in range(6)]),
-        (ResizedAxis(6, 3, 1, 2, 2), [0.5, 2.5, 4.5]),  # scale 1/2 lies between pixels
-        (ResizedAxis(9, 3, 1, 3, 3), [1, 4, 7]),  # 1/3 on them
+        (ResizedAxis.of(4, 3, (3, 5), 2), [-1 / 6, 3 / 2, 19 / 6]),  # the paper's Fig. 4
+        (ResizedAxis.of(4, 6, (7, 5), 2), [n / 1.4 + 1.5 - 5 / 2.8 for n in range(6)]),
+        (ResizedAxis.of(6, 3, (1, 2), 2), [0.5, 2.5, 4.5]),  # scale 1/2 lies between pixels
+        (ResizedAxis.of(9, 3, (1, 3), 3), [1, 4, 7]),  # 1/3 on them
     ],
 )
 def test_projected_grid(axis: ResizedAxis, grid: list[float]) -> None:
@@ -20,10 +20,10 @@ def test_projected_grid(axis: ResizedAxis, grid: list[float]) -> None:
 
 
 def test_neighbours_are_whole_and_distances_exact_where_two_are_as_near() -> None:
-    axis = ResizedAxis(6, 3, 1, 2, 2)  # at 0.5, 2.5 and 4.5: ceil(g - 1) is the left neighbour
+    axis = ResizedAxis.of(6, 3, (1, 2), 2)  # at 0.5, 2.5 and 4.5: ceil(g - 1) is the left neighbour
     assert neighbours(axis, 0, 3).tolist() == [[0, 1], [2, 3], [4, 5]]
     assert distances(axis, 0, 3).tolist() == [[0.5, -0.5]] * 3
-    huge = ResizedAxis(10**6, 10**6 * 3 // 7, 3, 7, 4)
+    huge = ResizedAxis.of(10**6, 10**6 * 3 // 7, (3, 7), 4)
     assert distances(huge, 10, 13).tolist() == distances(huge, 10 + 3 * 10**4, 13 + 3 * 10**4).tolist()
 
 

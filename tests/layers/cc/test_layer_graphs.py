@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from timm_contconv.layers import ContinuousConv2d
+
 from ...helpers import slow_but
 from .builders import build, images, three_ways
 
@@ -55,6 +57,27 @@ def test_one_compiled_graph_serves_images_of_any_size(scale: float) -> None:
     for size in ((9, 12), (14, 20)):
         x = images(1, 4, *size)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("kernel_size", slow_but([3, 4], 3))
+def test_symbolic_sizes_stay_simple_from_layer_to_layer(kernel_size: int) -> None:
+    """Nested fractions took Inductor longer than half an hour to simplify."""
+    torch._dynamo.reset()
+    layers, plain = ([make(1, 1, kernel_size, 2) for _ in range(4)] for make in (ContinuousConv2d, nn.Conv2d))
+    longest = {}
+    for name, model in (("ours", nn.Sequential(*layers)), ("plain", nn.Sequential(*plain))):
+        shapes: list[str] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: object, shapes: list[str] = shapes) -> torch.fx.GraphModule:
+            values = [node.meta.get("example_value") for node in graph.graph.nodes]
+            shapes.extend(str(value.shape) for value in values if isinstance(value, Tensor))
+            return graph
+
+        compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+        for size in ((64, 96), (128, 80)):
+            compiled(torch.randn(1, 1, *size))
+        longest[name] = max(map(len, shapes))
+    assert longest["ours"] <= 1.5 * longest["plain"]
 
 
 @pytest.mark.slow

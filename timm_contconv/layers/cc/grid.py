@@ -6,6 +6,7 @@ between two pixels does not depend on floating-point rounding.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -52,6 +53,7 @@ class ResizedAxis(NamedTuple):
         numerator, denominator: p and q of the scale p/q, in lowest terms. The distances to the neighbours repeat
             every p output pixels.
         support: pixels that the kernel covers.
+        start: position of the first output pixel, as `position`.
     """
 
     size: int
@@ -59,10 +61,23 @@ class ResizedAxis(NamedTuple):
     numerator: int
     denominator: int
     support: int
+    start: int
+
+    @classmethod
+    def of(cls, size: int, out_size: int, ratio: Ratio, support: int, fix_start: bool = False) -> ResizedAxis:
+        """The axis of a scale, numerator and denominator, with the centres of both images in one place.
+
+        Args:
+            fix_start: of a symbolic size, let the start be a number. If the output's size is size · scale, rounded, the
+                start depends on the remainder of size · numerator / denominator alone.
+        """
+        numerator, denominator = ratio
+        start = numerator * (size - 1) - denominator * (out_size - 1)
+        return cls(size, out_size, numerator, denominator, support, operator.index(start) if fix_start else start)
 
     def position(self, n: int) -> int:
         """2p · g_n of the paper's Eq. 2: the position of output pixel n in the input, in units of 1/(2p) pixels."""
-        return 2 * n * self.denominator + self.numerator * (self.size - 1) - self.denominator * (self.out_size - 1)
+        return 2 * n * self.denominator + self.start
 
     def first(self, n: int) -> int:
         """The first of the `support` neighbours of output pixel n: ceil(g_n - support/2)."""
@@ -70,7 +85,10 @@ class ResizedAxis(NamedTuple):
 
     def margins(self) -> tuple[int, int]:
         """How far neighbours lie outside the input, before and after it, in pixels; negative if all lie inside."""
-        return -self.first(0), self.first(self.out_size - 1) + self.support - self.size
+        # Both images have one centre: the last output pixel lies as far before the input's end as the first behind its
+        # start.
+        last = (self.numerator * self.support + self.start) // (2 * self.numerator)
+        return -self.first(0), self.support - 1 - last
 
 
 def projected_grid(axis: ResizedAxis) -> Tensor:
@@ -101,12 +119,12 @@ def distances(axis: ResizedAxis, start: int, stop: int, device: torch.device | N
 
 def _positions(axis: ResizedAxis, n: Tensor) -> Tensor:
     """`ResizedAxis.position` of several output pixels."""
-    return 2 * axis.denominator * n + axis.position(0)
+    return 2 * axis.denominator * n + axis.start
 
 
 def reference_axes(scale: Sequence[Ratio], support: Sequence[int]) -> tuple[ResizedAxis, ResizedAxis]:
     """Rows and columns of the smallest image for which size · scale is an integer."""
-    rows, columns = (ResizedAxis(q, p, p, q, size) for (p, q), size in zip(scale, support, strict=True))
+    rows, columns = (ResizedAxis.of(q, p, (p, q), size) for (p, q), size in zip(scale, support, strict=True))
     return rows, columns
 
 
@@ -117,7 +135,8 @@ def strided_axes(stride: int, support: int, rounding: Rounding) -> list[ResizedA
     """
     beside = 1 if rounding == "floor" else -1
     sizes = [STRIDES * stride] if stride == 1 else [STRIDES * stride, STRIDES * stride + beside]
-    return [ResizedAxis(size, output_size(size, (1, stride), rounding), 1, stride, support) for size in sizes]
+    scale = (1, stride)
+    return [ResizedAxis.of(size, output_size(size, scale, rounding), scale, support) for size in sizes]
 
 
 def plateaus(scale: Ratio, support: int, rounding: Rounding) -> list[tuple[float, float]]:

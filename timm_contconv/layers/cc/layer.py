@@ -217,10 +217,13 @@ class ContinuousConv2d(ConvReplacement):
         if out_size is not None:
             out_size = per_dimension("size", out_size, 2, minimum=1)
         ratio = scale_of(size, scale, out_size) or self._ratios
-        if ratio[0][0] * ratio[1][0] > MOST_PHASES and torch.compiler.is_dynamo_compiling():
+        settings = ratio, self.kernel_size, self.rounding, self.padding_mode
+        if not torch.compiler.is_compiling():
+            return _cached_plan(tuple(size), out_size, *settings)
+        is_compiling = torch.compiler.is_dynamo_compiling()
+        if is_compiling and ratio[0][0] * ratio[1][0] > MOST_PHASES:
             size = _fixed(size)
-        make = resize_plan if torch.compiler.is_compiling() else _cached_plan
-        return make(tuple(size), out_size, ratio, self.kernel_size, self.rounding, self.padding_mode)
+        return resize_plan(size, out_size, *settings, is_compiling)
 
     def _kernels(self, plan: Plan) -> Tensor:
         """Kernels of all phases, (p_y, p_x, C_out, C_in/groups, S_y, S_x), kept outside training."""

@@ -36,12 +36,18 @@ def resize_plan(
     support: Sequence[int],
     rounding: Rounding,
     padding_mode: str,
+    is_compiling: bool = False,
 ) -> Plan:
-    """The plan for images of `size` pixels at a scale. The default `out_size` is size · scale, rounded."""
+    """The plan for images of `size` pixels at a scale. The default `out_size` is size · scale, rounded.
+
+    With it, and `is_compiling`, symbolic sizes get numbers for positions and margins, which hold for all sizes of one
+    remainder. As symbols they would grow from layer to layer: nested fractions that take Inductor hours to simplify.
+    """
+    fix_start = is_compiling and out_size is None
     if out_size is None:
         out_size = [output_size(n, ratio, rounding) for n, ratio in zip(size, scale, strict=True)]
-    axes = rows, columns = [ResizedAxis(size[d], out_size[d], *scale[d], support[d]) for d in (0, 1)]
-    key = tuple((*axis[2:], axis.position(0) - 2 * axis.numerator * axis.first(0)) for axis in axes)
+    axes = rows, columns = [ResizedAxis.of(size[d], out_size[d], scale[d], support[d], fix_start) for d in (0, 1)]
+    key = tuple((*axis[2:5], axis.start - 2 * axis.numerator * axis.first(0)) for axis in axes)
     phases = rows.numerator * columns.numerator
     padding = _own_padding(axes, padding_mode) if phases == 1 else None
     return Plan((rows, columns), phases, key, padding_mode, padding)
@@ -49,10 +55,10 @@ def resize_plan(
 
 def _own_padding(axes: Sequence[ResizedAxis], padding_mode: str) -> tuple[int, int] | None:
     """The padding with which a convolution reads the same neighbours; None if there is none."""
-    rows, columns = (-axis.first(0) for axis in axes)
-    if padding_mode != "zeros" or min(rows, columns) < 0:
+    padding = rows, columns = -axes[0].first(0), -axes[1].first(0)
+    if padding_mode != "zeros" or min(padding) < 0:
         return None
-    for axis, pad in zip(axes, (rows, columns), strict=True):
-        if (axis.size + 2 * pad - axis.support) // axis.denominator + 1 != axis.out_size:
+    for axis, pad in zip(axes, padding, strict=True):
+        if not 0 <= 2 * pad - axis.support + 1 + axis.start < axis.denominator:  # its output has another size
             return None
     return rows, columns
