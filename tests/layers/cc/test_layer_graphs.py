@@ -61,7 +61,7 @@ def test_one_compiled_graph_serves_images_of_any_size(scale: float) -> None:
 
 @pytest.mark.parametrize("kernel_size", slow_but([3, 4], 3))
 def test_symbolic_sizes_stay_simple_from_layer_to_layer(kernel_size: int) -> None:
-    """Nested fractions took Inductor longer than half an hour to simplify."""
+    """Nested fractions took Inductor longer than ten minutes to simplify."""
     torch._dynamo.reset()
     layers, plain = ([make(1, 1, kernel_size, 2) for _ in range(4)] for make in (ContinuousConv2d, nn.Conv2d))
     longest = {}

@@ -41,7 +41,8 @@ def resize_plan(
     """The plan for images of `size` pixels at a scale. The default `out_size` is size · scale, rounded.
 
     With it, and `is_compiling`, symbolic sizes get numbers for positions and margins, which hold for all sizes of one
-    remainder. As symbols they would grow from layer to layer: nested fractions that take Inductor hours to simplify.
+    remainder. As symbols they would grow from layer to layer: nested fractions that Inductor takes very long to
+    simplify.
     """
     fix_start = is_compiling and out_size is None
     if out_size is None:
