@@ -237,35 +237,21 @@ def seconds_in(folder: Path) -> dict[str, dict[str, float]]:
     return json.loads(files[0].read_text())["seconds"] if files else {}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_training_step_measures_three_passes_and_two_processes_share_them(tmp_path):
-    """The first of the two is a child of the second, which has used nothing of the engine by then."""
-    first, second = python("""
-import os, pathlib
-
-def run():
-    y = conv()
-    torch.testing.assert_close(y, plain(), rtol=1e-4, atol=1e-3)
-    y.sum().backward()
-    for choice in ops.choices():
-        assert choice.seconds[choice.algorithm] == min(choice.seconds.values()), choice
-        assert choice.gain >= 1
-    print(*[(c.pass_, c.algorithm) for c in ops.choices()], flush=True)
-
-def changed():
-    return {p: p.stat().st_mtime_ns for p in pathlib.Path(os.environ["TIMM_CONTCONV_CACHE"]).iterdir()}
-
-child = os.fork()
-if child == 0:
-    run()
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
-before = changed()
-run()
-assert changed() == before
-""").splitlines()
-    assert first == second
+    code = """
+y = conv()
+torch.testing.assert_close(y, plain(), rtol=1e-4, atol=1e-3)
+y.sum().backward()
+for choice in ops.choices():
+    assert choice.seconds[choice.algorithm] == min(choice.seconds.values()), choice
+    assert choice.gain >= 1
+print(*[(c.pass_, c.algorithm) for c in ops.choices()])
+"""
+    first = python(code)
     assert len(seconds_in(tmp_path)) == 3
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert python(code) == first
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
 
 
 @pytest.mark.slow

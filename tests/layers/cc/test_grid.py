@@ -31,3 +31,13 @@ def test_neighbours_are_whole_and_distances_exact_where_two_are_as_near() -> Non
 def test_output_sizes_are_rounded(rounding: str, size: int) -> None:
     assert output_size(14, (3, 4), rounding) == size
     assert output_size(1, (1, 3), rounding) == 1
+
+
+@pytest.mark.parametrize("ratio", [(1, 1), (1, 2), (1, 3), (2, 1), (3, 4), (5, 3), (61, 100)])
+def test_margins_are_what_the_outermost_neighbours_need(ratio: tuple[int, int]) -> None:
+    for size in (1, 2, 5, 8, 9, 31):
+        for out_size in {*(output_size(size, ratio, rounding) for rounding in ("ceil", "floor", "round")), 1, 4, 7}:
+            for support in (1, 2, 3, 6):
+                axis = ResizedAxis.of(size, out_size, ratio, support)
+                pixels = neighbours(axis, 0, out_size)
+                assert axis.margins() == (-pixels.min().item(), pixels.max().item() - (size - 1)), axis

@@ -220,10 +220,10 @@ class ContinuousConv2d(ConvReplacement):
         settings = ratio, self.kernel_size, self.rounding, self.padding_mode
         if not torch.compiler.is_compiling():
             return _cached_plan(tuple(size), out_size, *settings)
-        is_compiling = torch.compiler.is_dynamo_compiling()
-        if is_compiling and ratio[0][0] * ratio[1][0] > MOST_PHASES:
+        is_dynamo = torch.compiler.is_dynamo_compiling()
+        if is_dynamo and ratio[0][0] * ratio[1][0] > MOST_PHASES:
             size = _fixed(size)
-        return resize_plan(size, out_size, *settings, is_compiling)
+        return resize_plan(size, out_size, *settings, fix_start=is_dynamo)
 
     def _kernels(self, plan: Plan) -> Tensor:
         """Kernels of all phases, (p_y, p_x, C_out, C_in/groups, S_y, S_x), kept outside training."""

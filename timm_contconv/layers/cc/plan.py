@@ -36,15 +36,15 @@ def resize_plan(
     support: Sequence[int],
     rounding: Rounding,
     padding_mode: str,
-    is_compiling: bool = False,
+    fix_start: bool = False,
 ) -> Plan:
     """The plan for images of `size` pixels at a scale. The default `out_size` is size · scale, rounded.
 
-    With it, and `is_compiling`, symbolic sizes get numbers for positions and margins, which hold for all sizes of one
+    With it, and `fix_start`, symbolic sizes get numbers for positions and margins, which hold for all sizes of one
     remainder. As symbols they would grow from layer to layer: nested fractions that Inductor takes very long to
     simplify.
     """
-    fix_start = is_compiling and out_size is None
+    fix_start = fix_start and out_size is None
     if out_size is None:
         out_size = [output_size(n, ratio, rounding) for n, ratio in zip(size, scale, strict=True)]
     axes = rows, columns = [ResizedAxis.of(size[d], out_size[d], scale[d], support[d], fix_start) for d in (0, 1)]
