@@ -15,6 +15,10 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test,demo]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/contconv demo
 
@@ -47,10 +51,9 @@ proof: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.papers.proof.run --pictures 540 --epochs 60 --tuning-epochs 30
 	$(BIN)/python -m benchmarks.papers.proof.summary
 
-# The site, in docs/_build/html; warnings are errors.
-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+# The site, in docs/_build/html; warnings are errors. Four processes, so that notebooks run beside each other.
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -j 4 -b html docs docs/_build/html
 
 # Patch every family of timm with every method; takes about an hour, writes docs/zoo.md.
 zoo: $(VENV)/.installed

@@ -14,7 +14,6 @@ release = version_of("timm_contconv")
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
@@ -34,7 +33,7 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 # Notebooks run when the site is built; an error in a cell is an error of the build.
-nb_execution_mode = "cache"
+nb_execution_mode = "force"
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_merge_streams = True
@@ -64,5 +63,14 @@ def _markdown_to_rst(app, what, name, obj, options, lines):
             lines[number] = lines[number].replace(code, code.replace(r"\*", "*"))
 
 
+def _notebooks_apart(app, env, docnames):
+    """Executing a notebook takes longest, and Sphinx reads pages next to each other in one process."""
+    notebooks = [name for name in docnames if name.startswith("notebooks/")]
+    for number, name in enumerate(notebooks):
+        docnames.remove(name)
+        docnames.insert(number * (len(docnames) // len(notebooks)), name)
+
+
 def setup(app):
+    app.connect("env-before-read-docs", _notebooks_apart)
     app.connect("autodoc-process-docstring", _markdown_to_rst, priority=0)  # ahead of napoleon
