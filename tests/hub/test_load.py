@@ -11,8 +11,10 @@ import timm
 import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_contconv as tcc
+from timm_contconv.hub.build import check_folder
 
 from .helpers import LOADERS, change_config, small
 
@@ -44,6 +46,25 @@ def test_other_classes_and_channels(saved):
         timm.create_model(f"local-dir:{saved}", pretrained=True, **arguments),
     ):
         assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+
+
+class WritesWithoutMemory(TorchDispatchMode):
+    """Operators that write to a tensor of the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable and args[0].is_meta:
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_trial_without_memory_initialises_nothing(saved):
+    with WritesWithoutMemory() as writes:
+        check_folder(saved)
+    assert writes.seen == []
 
 
 def test_features_of_a_saved_model_are_those_of_the_model(saved, x):

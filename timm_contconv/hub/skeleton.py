@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 
 from ..layers import ConvReplacement
 from .checks import BUILD_ERRORS, WEIGHTS
@@ -41,6 +42,14 @@ ENTRIES_FACTOR, SPARE_ENTRIES = 20, 2000
 LARGEST_VALUES, LARGEST_ENTRIES = 2**28, 30_000
 #: values of the dense kernel that one layer constructs when it runs
 LARGEST_KERNEL = 2**28
+#: what initialisations call: it writes a tensor's values, and returns the tensor
+WRITERS = frozenset(
+    (
+        *(nn.init.constant_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_),
+        *(Tensor.add_, Tensor.clamp_, Tensor.erfinv_, Tensor.fill_, Tensor.mul_, Tensor.normal_, Tensor.uniform_),
+        Tensor.zero_,
+    )
+)
 
 
 class StoredTensor(NamedTuple):
@@ -101,6 +110,7 @@ def check_skeleton(skeleton: Callable[[], nn.Module], header: Header | None, whe
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=()),
         torch.device("meta"),
+        _WithoutValues(),
         _bound(header, where),
     ):
         warnings.simplefilter("ignore")
@@ -111,6 +121,17 @@ def check_skeleton(skeleton: Callable[[], nn.Module], header: Header | None, whe
     _check_kernels(model, where)
     if header is not None:
         _check_tensors(model.state_dict(), header, where)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Initialisations are left out on the meta device, where PyTorch takes longer for them than on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        values = (*args, *kwargs.values())
+        if func in WRITERS and values[0].is_meta and not any(isinstance(value, Tensor) for value in values[1:]):
+            return values[0]
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
