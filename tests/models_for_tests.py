@@ -9,11 +9,23 @@ import torch
 from torch import Tensor, nn
 
 import timm_contconv as tcc
+from timm_contconv.hub.skeleton import without_memory
 from timm_contconv.layers import ConvReplacement
 
 from .helpers import spread_
 
-__all__ = ["REGISTERED", "Snapshot", "awake", "create", "first_tensor", "geometry_of", "layers_of", "output", "scatter"]
+__all__ = [
+    "REGISTERED",
+    "Snapshot",
+    "awake",
+    "create",
+    "first_tensor",
+    "geometry_of",
+    "layers_of",
+    "on_meta",
+    "output",
+    "scatter",
+]
 
 #: the recipes that are registered on some architecture
 REGISTERED = [name for name in tcc.list_patches() if tcc.load_patch(name).models]
@@ -22,6 +34,12 @@ REGISTERED = [name for name in tcc.list_patches() if tcc.load_patch(name).models
 def create(name: str, **options: Any) -> nn.Module:
     """A timm model with 10 classes, awake, in eval mode."""
     return awake(timm.create_model(name, **{"num_classes": 10, **options})).eval()
+
+
+def on_meta(name: str, **options: Any) -> nn.Module:
+    """A timm model without memory, for its names and sizes."""
+    with without_memory():
+        return timm.create_model(name, **options)
 
 
 @torch.no_grad()

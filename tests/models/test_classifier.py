@@ -8,7 +8,7 @@ import torch
 from timm.models import get_pretrained_cfg, group_parameters
 from torch import nn
 
-from ..models_for_tests import layers_of
+from ..models_for_tests import layers_of, on_meta
 
 #: quick to run, without dropout: arguments, and the size of images
 SMALL = {
@@ -48,8 +48,7 @@ def images(name: str, channels: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_default_config_is_complete(name):
     config = get_pretrained_cfg(name)
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = on_meta(name)
     assert config.architecture == name
     assert (config.num_classes, config.input_size) == CONFIGURED[name]
     assert model.num_classes == config.num_classes

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from timm_contconv.models.patched import checkpoint_filter_fn
 
 from ..helpers import relative
-from ..models_for_tests import output
+from ..models_for_tests import on_meta, output
 
 
 class ChannelsFirstNorm(nn.LayerNorm):
@@ -101,7 +101,7 @@ def test_a_release_gives_the_output_of_the_reference(small):
 def test_keys_and_shapes_of_the_releases_are_those_of_the_models(size):
     with torch.device("meta"):
         released = Reference(*RELEASED[size]).state_dict()
-        model = timm.create_model(f"convnext_{size}_dcls")
+    model = on_meta(f"convnext_{size}_dcls")
     positions = {key: torch.zeros(value.shape) for key, value in released.items() if key.endswith("dwconv.P")}
     found = checkpoint_filter_fn({**released, **positions}, model)
     assert {key: value.shape for key, value in found.items()} == {

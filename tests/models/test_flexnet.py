@@ -13,17 +13,14 @@ from tests.peers.flexnet import ReleasedFlexNet, randomize_
 from timm_contconv.layers.flex import FlexConv2d
 from timm_contconv.models.flexnet import FlexNet
 
+from ..models_for_tests import on_meta
+
 NAMES = ["flexnet3", "flexnet5", "flexnet7"]
 SMALL = {"img_size": 16, "dim": 4, "flex_args": {"hidden_channels": 6}}
 
 
 def small(name: str = "flexnet3", **options) -> FlexNet:
     return timm.create_model(name, **{**SMALL, "num_classes": 5, **options})
-
-
-def on_meta(name: str, **options) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, **options)
 
 
 def size(model: nn.Module) -> int:

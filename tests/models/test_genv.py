@@ -9,6 +9,8 @@ import timm_contconv as tcc
 from timm_contconv.inspect import figures
 from timm_contconv.layers.envelope import GaussianEnvelopeConv2d, shrink_envelopes
 
+from ..models_for_tests import on_meta
+
 
 def seen(model: nn.Module) -> nn.Module:
     """The model in eval mode, all norms at 1: the last one of a residual path starts at 0, which hides the path."""
@@ -20,11 +22,6 @@ def seen(model: nn.Module) -> nn.Module:
 
 def small(name: str = "test_resnet_genv", **kwargs) -> nn.Module:
     return seen(timm.create_model(name, num_classes=5, **kwargs))
-
-
-def on_meta(name: str, **kwargs) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
 
 
 def enveloped(model: nn.Module) -> list[str]:

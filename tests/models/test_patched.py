@@ -7,13 +7,12 @@ import pytest
 import timm
 import torch
 from timm.models import get_pretrained_cfg, group_parameters
-from torch import nn
 
 import timm_contconv as tcc
 from timm_contconv.hub.names import PATCHED
 
 from ..helpers import relative, slow_but
-from ..models_for_tests import awake, create, output, scatter
+from ..models_for_tests import awake, create, on_meta, output, scatter
 
 NAMES = sorted(PATCHED)
 DCLS_BASES = (
@@ -23,11 +22,6 @@ DCLS_BASES = (
 )
 TESTS = [name for name in NAMES if name.startswith("test_")]
 SMALL = [*TESTS, "convformer_s18_dcls_gauss"]
-
-
-def on_meta(name: str, **options) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, **options)
 
 
 def test_recipes_are_registered_on_the_models_that_they_name():

@@ -11,7 +11,7 @@ from timm_contconv.layers import SmpConv2d, SmpConvBn2d
 from timm_contconv.models.smpconv import checkpoint_filter_fn
 
 from ..helpers import relative
-from ..models_for_tests import output
+from ..models_for_tests import on_meta, output
 from ..peers.smpconv import ReleasedNet, ReleasedSmp, randomize_
 
 SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "kernel_sizes": (13, 11, 9, 7)}
@@ -19,11 +19,6 @@ SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "kernel_sizes": (13, 1
 
 def small(**options) -> nn.Module:
     return timm.create_model("smpconv_tiny", **{**SMALL, "num_classes": 5, **options})
-
-
-def on_meta(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from ..hub.checks import BUILD_ERRORS
 from ..hub.exchange import made_folder
 from ..hub.names import PATCHED
 from ..hub.save import replaceable
+from ..hub.skeleton import without_memory
 from ..inspect import inspect as inspect_model
 from ..inspect.writing import check_writable
 from ..layers import ConvReplacement
@@ -62,7 +63,7 @@ def list_models() -> None:
 
 def show(name: str) -> None:
     if name in PATCHED:
-        with torch.device("meta"):
+        with without_memory():
             console.print(patching.report(timm.create_model(name)))
         return
     try:
@@ -99,7 +100,7 @@ def patch(
         choice["kernel_count"] = kernel_count
     try:
         if dry_run:
-            with torch.device("meta"):
+            with without_memory():
                 result: PatchPlan | PatchReport = patching.plan_patch(
                     _create(model, pretrained=False), recipe, **choice
                 )

@@ -26,7 +26,16 @@ from torch.overrides import TorchFunctionMode
 from ..layers import ConvReplacement
 from .checks import BUILD_ERRORS, WEIGHTS
 
-__all__ = ["LARGEST_ENTRIES", "Header", "StoredTensor", "build_checked", "check_skeleton", "counted", "read_header"]
+__all__ = [
+    "LARGEST_ENTRIES",
+    "Header",
+    "StoredTensor",
+    "build_checked",
+    "check_skeleton",
+    "counted",
+    "read_header",
+    "without_memory",
+]
 
 #: dtypes of a file that are cast to a floating-point parameter's
 FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
@@ -109,8 +118,7 @@ def check_skeleton(skeleton: Callable[[], nn.Module], header: Header | None, whe
     with (
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=()),
-        torch.device("meta"),
-        _WithoutValues(),
+        without_memory(),
         _bound(header, where),
     ):
         warnings.simplefilter("ignore")
@@ -124,7 +132,7 @@ def check_skeleton(skeleton: Callable[[], nn.Module], header: Header | None, whe
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Initialisations are left out on the meta device, where PyTorch takes longer for them than on the CPU."""
+    """What would write a tensor's values is left out on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,6 +140,13 @@ class _WithoutValues(TorchFunctionMode):
         if func in WRITERS and values[0].is_meta and not any(isinstance(value, Tensor) for value in values[1:]):
             return values[0]
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules are built on the meta device, and not initialised, which takes longer there than on the CPU."""
+    with torch.device("meta"), _WithoutValues():
+        yield
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from ..hub.build import build_model_with_cfg
 from ..hub.checks import check_arguments
 from ..hub.merged import rebuild_merged
 from ..hub.names import HAND_PATCHED, PATCHED, PatchedArchitecture
-from ..hub.skeleton import LARGEST_ENTRIES, counted
+from ..hub.skeleton import LARGEST_ENTRIES, counted, without_memory
 from ..hub.weights import packaged_weights
 from ..patching import PatchSpec, load_patch, merge, patch
 from ..patching.record import set_architecture
@@ -105,7 +105,7 @@ def _name_first_conv(model: nn.Module) -> None:
 
 def _feature_cfg(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
     """timm's feature settings for the base. A FeatureGetterNet if features lie deeper than in one Sequential."""
-    with torch.device("meta"), counted(LARGEST_ENTRIES, math.inf, f"{base}: has too many modules"):
+    with without_memory(), counted(LARGEST_ENTRIES, math.inf, f"{base}: has too many modules"):
         model = model_entrypoint(base)(pretrained=False, **base_args)
     modules = [item["module"] for item in model.feature_info]
     config: dict[str, Any] = {"out_indices": tuple(range(len(modules)))}

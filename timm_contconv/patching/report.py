@@ -164,20 +164,20 @@ def report(
     no_weight_decay = tuple(undecayed_names(model))
     model = patched_inside(model)
     record = require_record(model)
+    config = getattr(model, "pretrained_cfg", None)
     if input_size is not None:
-        _check_input_size(model, input_size)
+        _check_input_size(input_size)
+    elif isinstance(config, Mapping):
+        channels, *size = config["input_size"]
+        input_size = (getattr(model, "in_chans", channels), *size)
+    shadow = original_architecture(model)
+    before, old_outputs = _count_original(shadow, input_size, record.replaced)
     damage = None
     if (original is None) != (images is None):
         missing = "original" if original is None else "images"
         raise ValueError(f"{missing}=None: expected it too; what a patch does to outputs takes original and images")
     if original is not None and images is not None:
         damage = measure_damage(model, original, first_images(images, len(images), next(model.parameters()), "images"))
-    config = getattr(model, "pretrained_cfg", None)
-    if input_size is None and isinstance(config, Mapping):
-        channels, *size = config["input_size"]
-        input_size = (getattr(model, "in_chans", channels), *size)
-    shadow = original_architecture(model)
-    before, old_outputs = count_multiply_adds(shadow, input_size, record.replaced)
     merged = merge(_as_built(copy_without_hooks(model).to("meta")), inplace=True)
     after, outputs = count_multiply_adds(merged, input_size, record.replaced)
     existed = dict(shadow.named_modules())
@@ -204,16 +204,21 @@ def report(
     )
 
 
-def _check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
+def _check_input_size(input_size: Sequence[int]) -> None:
     if isinstance(input_size, str) or not isinstance(input_size, Sequence) or len(input_size) < 2:
         raise ValueError(f"input_size={input_size!r}: expected (channels, *size) of one sample, as (3, 224, 224)")
     check_counts(**{f"input_size[{i}]": size for i, size in enumerate(input_size)})
+
+
+def _count_original(
+    shadow: nn.Module, input_size: Sequence[int] | None, names: Iterable[str]
+) -> tuple[int | None, dict[str, tuple[int, ...]]]:
     try:
-        count_multiply_adds(original_architecture(model), input_size, ())
+        return count_multiply_adds(shadow, input_size, names)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"input_size={tuple(input_size)}: the model can't take it: {reason}; try another size"
+            f"input_size={tuple(input_size or ())}: the model can't take it: {reason}; try another size"
         ) from None
 
 
