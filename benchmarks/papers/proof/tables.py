@@ -38,6 +38,8 @@ QUESTIONS: Mapping[str, Mapping[str, str]] = {
         for title in (*(f"noise {noise}" for noise in NOISES), *(f"blur {blur}" for blur in BLURS))
     },
 }
+#: of a network whose scale or kernels follow the size of the pictures
+TOLD = "told of the size"
 #: an arm with something that is learned, and the same arm with it fixed
 FIXED = {
     "convnext, dcls_gauss, frozen positions": "convnext, dcls_gauss",
@@ -107,21 +109,36 @@ def decision(group: Group) -> str:
     for name, row in _methods(group):
         plain = str(reference(name))
         row += [ratio(group, name, plain, path) for path in ("seconds_per_step", "parameters", "multiply_adds")]
-        row += [", ".join(_seen(group, name, sign)) or "–" for sign in (1, -1)]
+        row += ["; ".join(_seen(group, name, sign)) or "–" for sign in (1, -1)]
         rows.append(row)
     head = ["method", "seeds of both", "from scratch, points", "fine-tuned, points", "time of a step", "parameters"]
     return markdown([*head, "multiply-adds", "better in", "worse in"], rows)
 
 
 def _seen(group: Group, arm: str, sign: int) -> list[str]:
-    """The questions, beside accuracy, in which an arm is seen to be better or worse than its plain network."""
+    """By question beside accuracy, in what an arm is seen to be better or worse than its plain network."""
+    other = str(reference(arm))
+    asked = {question: _differences(group, arm, other, question) for question in QUESTIONS}
+    asked[f"sizes, {TOLD}"] = _told_differences(group, arm, other)
     found = []
-    for question, columns in QUESTIONS.items():
-        for title, path in columns.items():
-            difference = group.difference(arm, str(reference(arm)), metric(path))
-            if difference is not None and difference.is_seen and difference.mean * sign > 0:
-                found.append(title if question == "noise and blur" else f"{question} {title}")
+    for question, differences in asked.items():
+        titles = [title for title, d in differences.items() if d is not None and d.is_seen and d.mean * sign > 0]
+        if titles:
+            found.append(", ".join(titles) if question == "noise and blur" else f"{question}: {', '.join(titles)}")
     return found
+
+
+def _differences(group: Group, arm: str, other: str, question: str) -> dict[str, Difference | None]:
+    return {title: group.difference(arm, other, metric(path)) for title, path in QUESTIONS[question].items()}
+
+
+def _told_differences(group: Group, arm: str, other: str) -> dict[str, Difference | None]:
+    """Of a network that was told of the pictures' size, from one that can't be; empty if this one can't be either."""
+    told = told_of_size(group, arm)
+    if told is None:
+        return {}
+    plain = [group.values(other, metric(path)) for path in QUESTIONS["sizes"].values()]
+    return {title: paired(*both) for title, *both in zip(QUESTIONS["sizes"], told, plain, strict=True)}
 
 
 def accuracies(group: Group, family: str, tuned: bool) -> str:
@@ -149,11 +166,9 @@ def changes(group: Group, question: str) -> str:
     columns = QUESTIONS[question]
     rows = [_plain_row(group, arm, list(columns.values())) for arm in group.arms if reference(arm) is None]
     for arm, other in compared(group):
-        rows.append(_row(arm, [group.difference(arm, other, metric(path)) for path in columns.values()]))
-        if question == "sizes" and (told := told_of_size(group, arm)) is not None:
-            plain = [group.values(other, metric(path)) for path in columns.values()]
-            title = f"{arm}, told of the size"
-            rows.append(_row(title, [paired(*both) for both in zip(told, plain, strict=True)]))
+        rows.append(_row(arm, list(_differences(group, arm, other, question).values())))
+        if question == "sizes" and (told := _told_differences(group, arm, other)):
+            rows.append(_row(f"{arm}, {TOLD}", list(told.values())))
     return markdown(["network", "seeds", *columns], sorted(rows, key=lambda row: _order(row[0])))
 
 
@@ -175,7 +190,7 @@ def _row(title: str, differences: Sequence[Difference | None]) -> list[str]:
 
 
 def _order(title: str) -> int:
-    return list(ARMS).index(title.removesuffix(", told of the size"))
+    return list(ARMS).index(title.removesuffix(f", {TOLD}"))
 
 
 def receptive_fields(group: Group) -> str:
