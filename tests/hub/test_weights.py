@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 import timm_contconv as tcc
 from timm_contconv.cli.digits import accuracy, load_digits
-from timm_contconv.hub.weights import Weight, packaged_weights
+from timm_contconv.hub.weights import Weight
+from timm_contconv.paths import data_folder
 
-WEIGHTS = {folder.name: (folder, weight) for folder, weight in packaged_weights()}
+FOLDERS = sorted(path.parent for path in data_folder("hub").glob("*/weight.toml"))
+WEIGHTS = {folder.name: (folder, Weight.load(folder)) for folder in FOLDERS}
 DIGITS = [name for name in WEIGHTS if name.endswith(".digits")]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..hub.download import explain_errors
 from ..hub.push import push_to_hub
-from ..hub.weights import TRAINING, Publication, Weight, record_publication
+from ..hub.weights import TRAINING, Publication, Weight, record_publication, timm_cfg
 
 __all__ = ["run"]
 
@@ -78,7 +78,7 @@ def run(
 
 def _load(weight: Weight, folder: Path, file: Path | None) -> tuple[nn.Module, Path]:
     """The model with its weights, and the file of the weights."""
-    config = {"architecture": weight.architecture, "tag": weight.tag, **weight.timm_cfg(folder)}
+    config = {"architecture": weight.architecture, "tag": weight.tag, **timm_cfg(weight.pretrained_cfg, folder)}
     if file is None and "file" in config:
         file = Path(config["file"])
     if file is not None:

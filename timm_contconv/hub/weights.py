@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..paths import data_folder
 from .checks import WEIGHTS, check_pretrained_cfg
 
-__all__ = ["TRAINING", "Publication", "Result", "Weight", "packaged_weights", "record_publication"]
+__all__ = ["TRAINING", "Publication", "Result", "Weight", "packaged_cfgs", "record_publication", "timm_cfg"]
 
 WEIGHT, TRAINING, PUBLISHED = "weight.toml", "train.yaml", "published.toml"
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Result(_Table):
@@ -106,13 +107,6 @@ class Weight(_Table):
         check_pretrained_cfg(url_free, f"{path}: pretrained_cfg.")
         return weight
 
-    def timm_cfg(self, folder: Path) -> dict[str, Any]:
-        """pretrained_cfg as timm takes it; `file` is the weights file in `folder`, where it comes with the package."""
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in self.pretrained_cfg.items()}
-        if (folder / WEIGHTS).is_file():
-            values["file"] = str(folder / WEIGHTS)
-        return values
-
     def eval_results(self) -> list[EvalResult]:
         """The measurements for a model card."""
         origin = self.pretrained_cfg.get("origin_url")
@@ -132,10 +126,24 @@ class Weight(_Table):
         ]
 
 
-def packaged_weights() -> list[tuple[Path, Weight]]:
-    """The folders of hub/ that hold a weight.toml, with what it says."""
-    folders = sorted(path.parent for path in data_folder("hub").glob(f"*/{WEIGHT}"))
-    return [(folder, Weight.load(folder)) for folder in folders]
+def packaged_cfgs() -> dict[tuple[str, str], dict[str, Any]]:
+    """What timm takes of every folder of hub/, by architecture and tag.
+
+    Importing the package calls this, so nothing is validated here; tests load every folder as a `Weight`.
+    """
+    configs = {}
+    for path in sorted(data_folder("hub").glob(f"*/{WEIGHT}")):
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        configs[table["architecture"], table["tag"]] = timm_cfg(table["pretrained_cfg"], path.parent)
+    return configs
+
+
+def timm_cfg(pretrained_cfg: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """pretrained_cfg as timm takes it; `file` is the weights file in `folder`, where it comes with the package."""
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in pretrained_cfg.items()}
+    if (folder / WEIGHTS).is_file():
+        values["file"] = str(folder / WEIGHTS)
+    return values
 
 
 def record_publication(folder: Path, publication: Publication) -> Path:

@@ -28,7 +28,7 @@ from ..hub.checks import check_arguments
 from ..hub.merged import rebuild_merged
 from ..hub.names import HAND_PATCHED, PATCHED, PatchedArchitecture
 from ..hub.skeleton import LARGEST_ENTRIES, counted, without_memory
-from ..hub.weights import packaged_weights
+from ..hub.weights import packaged_cfgs
 from ..patching import PatchSpec, load_patch, merge, patch
 from ..patching.record import set_architecture
 from .checkpoint import check_keys, renamed, unwrap
@@ -221,9 +221,9 @@ def _untrained_cfg(base: str) -> PretrainedCfg:
 def _default_cfgs(architectures: Mapping[str, PatchedArchitecture]) -> dict[str, PretrainedCfg]:
     """Configurations by "name" and "name.tag". A tag is a folder of hub/, which says where the weights are."""
     configs = {name: _untrained_cfg(architecture.base) for name, architecture in architectures.items()}
-    for folder, weight in packaged_weights():
-        if weight.architecture in architectures:
-            configs[weight.name] = dataclasses.replace(configs[weight.architecture], **weight.timm_cfg(folder))
+    for (name, tag), config in packaged_cfgs().items():
+        if name in architectures:
+            configs[f"{name}.{tag}"] = dataclasses.replace(configs[name], **config)
     return configs
 
 
