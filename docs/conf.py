@@ -64,7 +64,7 @@ def _markdown_to_rst(app, what, name, obj, options, lines):
 
 
 def _notebooks_apart(app, env, docnames):
-    """Executing a notebook takes longest, and Sphinx reads pages next to each other in one process."""
+    """Spread the notebooks: they take longest, and Sphinx reads pages next to each other in one process."""
     notebooks = [name for name in docnames if name.startswith("notebooks/")]
     for number, name in enumerate(notebooks):
         docnames.remove(name)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import timm_contconv as tcc
 from timm_contconv.cli.digits import accuracy, load_digits
-from timm_contconv.hub.weights import Weight
+from timm_contconv.hub.weights import Weight, packaged_cfgs
 from timm_contconv.paths import data_folder
 
 FOLDERS = sorted(path.parent for path in data_folder("hub").glob("*/weight.toml"))
@@ -42,6 +42,15 @@ def test_wrong_folders_are_explained(tmp_path):
     (tmp_path / "weight.toml").write_text('architecture = "x"\ntag = "y"\nlicence = "mit"\n[pretrained_cfg]\n')
     with pytest.raises(ValueError, match="licence"):
         Weight.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["architecture = x", 'architecture = "x"\ntag = "y"\n'])
+def test_a_table_that_cannot_be_read_at_import_is_named(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_contconv.hub.weights.data_folder", lambda name: tmp_path)
+    (tmp_path / "x.y").mkdir()
+    (tmp_path / "x.y" / "weight.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.y.weight\.toml: "):
+        packaged_cfgs()
 
 
 def test_every_method_has_small_weights_that_come_with_the_package():

@@ -52,13 +52,11 @@ LARGEST_VALUES, LARGEST_ENTRIES = 2**28, 30_000
 #: values of the dense kernel that one layer constructs when it runs
 LARGEST_KERNEL = 2**28
 #: what initialisations call: it writes a tensor's values, and returns the tensor
-WRITERS = frozenset(
-    (
-        *(nn.init.constant_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_),
-        *(Tensor.add_, Tensor.clamp_, Tensor.erfinv_, Tensor.fill_, Tensor.mul_, Tensor.normal_, Tensor.uniform_),
-        Tensor.zero_,
-    )
-)
+WRITERS = frozenset((
+    nn.init.constant_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_,
+    Tensor.add_, Tensor.clamp_, Tensor.erfinv_, Tensor.fill_, Tensor.mul_, Tensor.normal_, Tensor.uniform_,
+    Tensor.zero_,
+))  # fmt: skip
 
 
 class StoredTensor(NamedTuple):

@@ -129,12 +129,19 @@ class Weight(_Table):
 def packaged_cfgs() -> dict[tuple[str, str], dict[str, Any]]:
     """What timm takes of every folder of hub/, by architecture and tag.
 
-    Importing the package calls this, so nothing is validated here; tests load every folder as a `Weight`.
+    Importing the package calls this, so it validates no more than it reads; tests load every folder as a `Weight`.
+
+    Raises:
+        ValueError: as `Weight.load`, if a table can't be read or lacks one of these.
     """
     configs = {}
     for path in sorted(data_folder("hub").glob(f"*/{WEIGHT}")):
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        configs[table["architecture"], table["tag"]] = timm_cfg(table["pretrained_cfg"], path.parent)
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            configs[table["architecture"], table["tag"]] = timm_cfg(table["pretrained_cfg"], path.parent)
+        except (tomllib.TOMLDecodeError, KeyError):
+            Weight.load(path.parent)
+            raise
     return configs
 
 

@@ -164,18 +164,13 @@ def report(
     no_weight_decay = tuple(undecayed_names(model))
     model = patched_inside(model)
     record = require_record(model)
-    config = getattr(model, "pretrained_cfg", None)
-    if input_size is not None:
-        _check_input_size(input_size)
-    elif isinstance(config, Mapping):
-        channels, *size = config["input_size"]
-        input_size = (getattr(model, "in_chans", channels), *size)
-    shadow = original_architecture(model)
-    before, old_outputs = _count_original(shadow, input_size, record.replaced)
-    damage = None
     if (original is None) != (images is None):
         missing = "original" if original is None else "images"
         raise ValueError(f"{missing}=None: expected it too; what a patch does to outputs takes original and images")
+    input_size = _input_size(model, input_size)
+    shadow = original_architecture(model)
+    before, old_outputs = _count_original(shadow, input_size, record.replaced)
+    damage = None
     if original is not None and images is not None:
         damage = measure_damage(model, original, first_images(images, len(images), next(model.parameters()), "images"))
     merged = merge(_as_built(copy_without_hooks(model).to("meta")), inplace=True)
@@ -199,27 +194,33 @@ def report(
         multiply_adds_before=before,
         multiply_adds_after=after,
         multiply_adds_published=None if after is None else after + spared,
-        input_size=None if input_size is None else tuple(input_size),
+        input_size=input_size,
         damage=damage,
     )
 
 
-def _check_input_size(input_size: Sequence[int]) -> None:
+def _input_size(model: nn.Module, input_size: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The size that was given, or that of the model's `pretrained_cfg`, as `report` documents it."""
+    config = getattr(model, "pretrained_cfg", None)
+    if input_size is None and isinstance(config, Mapping):
+        channels, *size = config["input_size"]
+        return getattr(model, "in_chans", channels), *size
+    if input_size is None:
+        return None
     if isinstance(input_size, str) or not isinstance(input_size, Sequence) or len(input_size) < 2:
         raise ValueError(f"input_size={input_size!r}: expected (channels, *size) of one sample, as (3, 224, 224)")
     check_counts(**{f"input_size[{i}]": size for i, size in enumerate(input_size)})
+    return tuple(input_size)
 
 
 def _count_original(
-    shadow: nn.Module, input_size: Sequence[int] | None, names: Iterable[str]
+    shadow: nn.Module, input_size: tuple[int, ...] | None, names: Iterable[str]
 ) -> tuple[int | None, dict[str, tuple[int, ...]]]:
     try:
         return count_multiply_adds(shadow, input_size, names)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"input_size={tuple(input_size or ())}: the model can't take it: {reason}; try another size"
-        ) from None
+        raise ValueError(f"input_size={input_size}: the model can't take it: {reason}; try another size") from None
 
 
 def _as_built(shadow: nn.Module) -> nn.Module:
