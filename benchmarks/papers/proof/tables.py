@@ -108,11 +108,11 @@ def decision(group: Group) -> str:
     rows = []
     for name, row in _methods(group):
         plain = str(reference(name))
-        row += [ratio(group, name, plain, path) for path in ("seconds_per_step", "parameters", "multiply_adds")]
+        row += [ratio(group, name, plain, path) for path in ("seconds_per_step", "parameters")]
         row += ["; ".join(_seen(group, name, sign)) or "–" for sign in (1, -1)]
         rows.append(row)
     head = ["method", "seeds of both", "from scratch, points", "fine-tuned, points", "time of a step", "parameters"]
-    return markdown([*head, "multiply-adds", "better in", "worse in"], rows)
+    return markdown([*head, "better in", "worse in"], rows)
 
 
 def _seen(group: Group, arm: str, sign: int) -> list[str]:
