@@ -3,7 +3,8 @@
 from .patch import patch
 from .plan import PatchPlan, plan_patch
 from .refit import can_refit, refit_
-from .report import PatchReport, report
+from .report import report
+from .report_table import PatchReport
 from .restore import merge, unpatch
 from .spec import PatchSpec, list_patches, load_patch, recipe_models
 
