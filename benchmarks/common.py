@@ -92,13 +92,14 @@ def write_results(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures are of: processor and its vendor, PyTorch's threads, GPU, version of PyTorch."""
+    """What the figures are of: processor, its vendor and vector instructions, threads, GPU, PyTorch's version."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return {
         "processor": fields.get("model name") or platform.processor() or platform.machine(),
         "vendor": fields.get("vendor_id", "unknown"),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
@@ -106,8 +107,10 @@ def machine() -> dict[str, Any]:
 
 
 def machine_file(name: str) -> str:
-    """A file of timings, in a folder with the processor's name: "amd-epyc/convnext.json"."""
-    return f"{re.sub(r'[^a-z0-9]+', '-', machine()['processor'].lower()).strip('-')}/{name}"
+    """A file of timings, in a folder with the processor's name and instructions: "amd-epyc-avx2/convnext.json"."""
+    found = machine()
+    folder = f"{found['processor']} {found['instructions']}".lower()
+    return f"{re.sub(r'[^a-z0-9]+', '-', folder).strip('-')}/{name}"
 
 
 def write_block(page: Path, start: str, lines: Sequence[str], end: str = "<!-- end -->") -> None:

@@ -1,8 +1,8 @@
-"""The table of docs/speed.md: what the other scripts measured on this machine, beside what was aimed at.
+"""The table of docs/speed.md: what the other scripts measured, one column per machine, beside what was aimed at.
 
-    python -m benchmarks.speed.targets [--results FOLDER]
+    python -m benchmarks.speed.targets
 
-FOLDER is one of benchmarks/results; by default that of this processor. What was not measured there says so.
+Every folder in benchmarks/results is a machine's. What was not measured there says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, machine_file, write_block
+from benchmarks.common import RESULTS, ROOT, write_block
 
 PAGE, START = ROOT / "docs" / "speed.md", "<!-- benchmarks.speed.targets -->"
 AT_MOST, AT_LEAST = "≤", "≥"
@@ -203,20 +203,23 @@ def figure(results: Results, name: str, bound: str, target: float, of: Callable[
     return f"{name} {text if is_met else f'**{text}**'}"
 
 
-def row(folder: Path, what: str, script: str, figures: list[tuple[str, str, float, Callable[[Results], float]]]) -> str:
+def cell(folder: Path, script: str, figures: list[tuple[str, str, float, Callable[[Results], float]]]) -> str:
+    """What a script measured on one machine."""
     path = folder / f"{script.split()[0]}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    targets = ", ".join(f"{name} {bound} {target:g}" for name, bound, target, _ in figures)
     cells = [figure(results, *each) for each in figures]
-    measured = UNKNOWN if all(cell.endswith(UNKNOWN) for cell in cells) else ", ".join(cells)
-    return f"| {what} | {targets} | {measured} | `{script}` |"
+    return UNKNOWN if all(cell.endswith(UNKNOWN) for cell in cells) else ", ".join(cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS / Path(machine_file("")))
-    folder = parser.parse_args().results
-    lines = ["| what | target | measured | script |", "|---|---|---|---|", *(row(folder, *each) for each in ROWS)]
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    folders = sorted(path.parent for path in RESULTS.glob("*/convnext.json"))
+    head = ["what", "target", *(f"`{folder.name}`" for folder in folders), "script"]
+    rows = [head, ["---"] * len(head)]
+    for what, script, figures in ROWS:
+        targets = ", ".join(f"{name} {bound} {target:g}" for name, bound, target, _ in figures)
+        rows.append([what, targets, *(cell(folder, script, figures) for folder in folders), f"`{script}`"])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     print(*lines, sep="\n")
     write_block(PAGE, START, lines)
 
