@@ -18,13 +18,15 @@ from .charts import CHARTS
 from .pairs import Group, groups
 from .run import RECORDED, recorded
 from .tables import (
+    DENSE,
+    FIXED,
     NAMES,
     accuracies,
     changes,
     decision,
     gained,
     geometry,
-    learned_or_not,
+    pairs,
     pictures,
     receptive_fields,
 )
@@ -48,7 +50,8 @@ def blocks(all_groups: Sequence[Group]) -> dict[str, str]:
         "noise and blur": changes(main, "noise and blur"),
         "receptive fields": receptive_fields(main),
         "geometry": geometry(main),
-        "learned or fixed": learned_or_not(main),
+        "constructed or dense": pairs(main, DENSE, ["constructed", "dense"]),
+        "learned or fixed": pairs(main, FIXED, ["fixed", "learned"]),
         "pictures": pictures(all_groups),
     }
     for family in NAMES:

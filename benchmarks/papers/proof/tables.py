@@ -12,6 +12,7 @@ from .pairs import Difference, Group, metric, paired, reference
 from .robustness import BLURS, NOISES, RESOLUTIONS, SHIFTS
 
 __all__ = [
+    "DENSE",
     "FIXED",
     "NAMES",
     "QUESTIONS",
@@ -21,8 +22,8 @@ __all__ = [
     "decision",
     "gained",
     "geometry",
-    "learned_or_not",
     "markdown",
+    "pairs",
     "pictures",
     "receptive_fields",
     "told_of_size",
@@ -40,6 +41,12 @@ QUESTIONS: Mapping[str, Mapping[str, str]] = {
 }
 #: of a network whose scale or kernels follow the size of the pictures
 TOLD = "told of the size"
+#: constructed kernels, and dense ones of the same size
+DENSE = {
+    "convnext, dcls": "convnext, dense 17×17",
+    "convnext, dcls_triangle": "convnext, dense 23×23",
+    "convnext, dcls_gauss": "convnext, dense 23×23",
+}
 #: an arm with something that is learned, and the same arm with it fixed
 FIXED = {
     "convnext, dcls_gauss, frozen positions": "convnext, dcls_gauss",
@@ -226,13 +233,16 @@ def _before_after(changes: Sequence[Mapping[str, float]]) -> str:
     return f"{before:.2f} → {after:.2f} (moved {moved:.2f})"
 
 
-def learned_or_not(group: Group) -> str:
-    """The learned arm against the same with something fixed."""
+def pairs(group: Group, arms: Mapping[str, str], head: Sequence[str]) -> str:
+    """Arms, each less another: accuracy, and predictions that are kept under shifts."""
+    paths = ["accuracy", *QUESTIONS["shifts"].values()]
+    head = [*head, "seeds", "accuracy, points", *(f"kept, shift {title}" for title in QUESTIONS["shifts"])]
     rows = []
-    for fixed, learned in FIXED.items():
-        if (difference := group.difference(learned, fixed, metric("accuracy"))) is not None:
-            rows.append([learned, fixed, str(difference.pairs), cell(difference)])
-    return markdown(["learned", "fixed", "seeds", "learned − fixed, points"], rows)
+    for arm, other in arms.items():
+        if (accuracy := group.difference(arm, other, metric("accuracy"))) is not None:
+            cells = [cell(group.difference(arm, other, metric(path)), 2 if path == "accuracy" else 1) for path in paths]
+            rows.append([arm, other, str(accuracy.pairs), *cells])
+    return markdown(head, rows)
 
 
 def pictures(all_groups: Sequence[Group]) -> str:
