@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
@@ -11,28 +9,18 @@ from torch.nn import functional as F
 
 from .receptive_field import last_feature_map
 
-__all__ = ["Activation", "class_activations"]
+__all__ = ["class_activations"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Activation:
-    """Where a model sees its class in one image.
-
-    Attributes:
-        heat: (H, W), from 0 to 1, in the size of the image.
-        label: number of the class with the highest logit.
-    """
-
-    heat: Tensor
-    label: int
-
-
-def class_activations(model: nn.Module, images: Tensor) -> list[Activation]:
+def class_activations(model: nn.Module, images: Tensor) -> list[tuple[Tensor, int]]:
     """Grad-CAM of the last feature map, for the class with the highest logit.
 
     Args:
         model: a classifier in eval mode.
         images: (N, C, H, W), normalised as the model takes them.
+
+    Returns:
+        For each image, where the model sees its class, (H, W) from 0 to 1, and the number of that class.
     """
     with torch.no_grad():
         found = model(images).argmax(1)
@@ -41,4 +29,4 @@ def class_activations(model: nn.Module, images: Tensor) -> list[Activation]:
         heat = gradcam.attribute(images.clone().requires_grad_(), target=found, relu_attributions=True)
     heat = F.interpolate(heat.detach().float(), images.shape[2:], mode="bilinear").squeeze(1)
     heat = heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)
-    return [Activation(h.cpu(), int(label)) for h, label in zip(heat, found, strict=True)]
+    return [(h.cpu(), int(label)) for h, label in zip(heat, found, strict=True)]

@@ -178,7 +178,7 @@ class _Inspector:
         from .activation import class_activations
 
         try:
-            return {when: [(found.heat, found.label) for found in class_activations(model, batch)]}
+            return {when: class_activations(model, batch)}
         except ValueError as error:
             self.left_out["activation"] = f"class activation is left out: {error}"
             return {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,28 +83,23 @@ def last_feature_map(model: nn.Module, image: Tensor) -> nn.Module:
     found: list[nn.Module] = []
 
     def remember(module: nn.Module, _: Any, output: Any) -> None:
-        if _is_feature_map(output):
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1:
             found.append(module)
 
-    with _hooks(model.modules(), remember), torch.no_grad():
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_hook(remember))
         model(image)
     if not found:
         raise ValueError(f"this {type(model).__name__} computes no feature map (N, C, H, W) of more than one pixel")
     return found[-1]
 
 
-def _is_feature_map(output: Any) -> bool:
-    return isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1
-
-
 def _contributions(model: nn.Module, layer: nn.Module, image: Tensor) -> Tensor:
     """(H, W): the gradient of the centre for one image."""
     outputs: list[Tensor] = []
-
-    def keep(module: nn.Module, _: Any, output: Tensor) -> None:
-        outputs.append(output)
-
-    with _hooks([layer], keep), torch.enable_grad():
+    keep = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with keep, torch.enable_grad():
         image = image.detach().clone().requires_grad_()
         model(image)
         features = outputs[-1]
@@ -111,17 +107,3 @@ def _contributions(model: nn.Module, layer: nn.Module, image: Tensor) -> Tensor:
         centre = features[:, :, height // 2, width // 2].relu().sum()
         (gradient,) = torch.autograd.grad(centre, image)
     return gradient.relu().sum((0, 1))
-
-
-class _hooks:
-    """Forward hooks on modules, inside a `with` block."""
-
-    def __init__(self, modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], None]) -> None:
-        self.handles = [module.register_forward_hook(hook) for module in modules]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()

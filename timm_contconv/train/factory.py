@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm.optim
@@ -17,17 +18,15 @@ __all__ = ["scale_positions"]
 FUNCTIONS = ("param_groups_weight_decay", "param_groups_layer_decay")
 
 
-def scale_positions(lr_scale: PositionScale) -> Callable[[], None]:
-    """Make timm's optimiser factory put geometry parameters into separate groups, without weight decay.
+@contextlib.contextmanager
+def scale_positions(lr_scale: PositionScale) -> Iterator[None]:
+    """Inside this block, timm's optimiser factory puts geometry parameters into groups without weight decay.
 
     The lr_scale of such a group is `lr_scale` times that of the layer's other parameters (1 without layer decay).
     timm's schedulers multiply the learning rate by it.
 
     Args:
         lr_scale: as `position_lr_scale` of `tcc.param_groups`; {} takes each method's own.
-
-    Returns:
-        A function that undoes it.
 
     Raises:
         ValueError: lr_scale is out of range.
@@ -36,12 +35,11 @@ def scale_positions(lr_scale: PositionScale) -> Callable[[], None]:
     places = [(module, name, getattr(module, name)) for module in (timm.optim, _optim_factory) for name in FUNCTIONS]
     for module, name, function in places:
         setattr(module, name, _with_geometry_split(function, lr_scale))
-
-    def undo() -> None:
+    try:
+        yield
+    finally:
         for module, name, function in places:
             setattr(module, name, function)
-
-    return undo
 
 
 def _with_geometry_split(function: Callable[..., Any], lr_scale: PositionScale) -> Callable[..., Any]:

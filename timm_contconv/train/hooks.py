@@ -45,7 +45,7 @@ def training_hooks(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_the_only_block())
         # Also without position_lr_scale: a wrapper around a patched model does not say what is not decayed.
-        stack.callback(scale_positions(1.0 if position_lr_scale is None else position_lr_scale))
+        stack.enter_context(scale_positions(1.0 if position_lr_scale is None else position_lr_scale))
         hooks = StepHooks(penalty_factor, penalty_power, position_lr_scale)
         stack.callback(hooks.remove)
         yield

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .figure import Figure, data
+from .figure import Figure, data, number, text
 
 __all__ = ["activation", "overlay"]
 
@@ -27,14 +27,14 @@ def activation(pictures: Sequence[Image.Image], heats: Sequence[Tensor], titles:
     """
     urls = [_url(overlay(picture, heat)) for picture, heat in zip(pictures, heats, strict=True)]
     rows = [{"title": title, "url": url, "at": 0.5} for title, url in zip(titles, urls, strict=True)]
-    middle = {"field": "at", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
+    middle = number("at", axis=None, scale={"domain": [0, 1]})
     panel = {
         "mark": {"type": "image", "width": SIZE, "height": SIZE},
-        "encoding": {"url": {"field": "url", "type": "nominal"}, "x": middle, "y": middle},
+        "encoding": {"url": text("url"), "x": middle, "y": middle},
         "width": SIZE,
         "height": SIZE,
     }
-    facet = {"field": "title", "type": "nominal", "sort": list(titles), "title": None}
+    facet = text("title", sort=list(titles), title=None)
     return Figure({"data": data(rows), "facet": facet, "columns": 4, "spacing": 10, "spec": panel})
 
 

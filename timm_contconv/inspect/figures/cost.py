@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .figure import AFTER, BEFORE, FEW_TICKS, STEP, WIDTH, Figure, data
+from .figure import AFTER, BEFORE, BY_LAYER, FEW_TICKS, Figure, by_layer, number, rounded, text
 
 __all__ = ["LayerCost", "cost"]
 
@@ -32,24 +32,18 @@ def cost(layers: Sequence[LayerCost]) -> Figure:
     """
     names = {"time": "measured time", "multiply_adds": "multiply-adds"}
     rows = [
-        {"layer": layer.label, "of": text, "part": float(f"{100 * getattr(layer, key):.3g}")}
+        {"layer": layer.label, "of": name, "part": rounded(100 * getattr(layer, key))}
         for layer in layers
-        for key, text in names.items()
+        for key, name in names.items()
         if getattr(layer, key) is not None
     ]
-    order = [text for text in names.values() if any(row["of"] == text for row in rows)]
+    order = [name for name in names.values() if any(row["of"] == name for row in rows)]
     legend = {"domain": order, "range": [AFTER, BEFORE][: len(order)]}
     encoding = {
-        "x": {"field": "part", "type": "quantitative", "title": "percent of the model", "axis": FEW_TICKS},
-        "y": {"field": "layer", "type": "nominal", "sort": None, "title": None},
-        "yOffset": {"field": "of", "type": "nominal", "sort": order},
-        "color": {"field": "of", "type": "nominal", "title": None, "scale": legend},
-        "tooltip": [
-            {"field": "layer", "type": "nominal"},
-            {"field": "of", "type": "nominal", "title": "part of the"},
-            {"field": "part", "type": "quantitative", "title": "percent"},
-        ],
+        "x": number("part", title="percent of the model", axis=FEW_TICKS),
+        "y": BY_LAYER,
+        "yOffset": text("of", sort=order),
+        "color": text("of", title=None, scale=legend),
+        "tooltip": [text("layer"), text("of", title="part of the"), number("part", title="percent")],
     }
-    return Figure(
-        {"data": data(rows), "mark": "bar", "encoding": encoding, "width": WIDTH, "height": STEP * len(layers)}
-    )
+    return by_layer(rows, mark="bar", encoding=encoding)

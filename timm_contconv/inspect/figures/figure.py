@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import vl_convert
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from ..writing import write_whole
 
@@ -19,17 +22,24 @@ __all__ = [
     "AFTER",
     "ALERT",
     "BEFORE",
+    "BY_LAYER",
     "DIVERGING",
     "FEW_TICKS",
     "INK",
     "OVERLAP",
-    "STEP",
-    "WIDTH",
+    "PERCENTS",
     "Figure",
     "bare",
+    "by_layer",
     "colour",
     "data",
+    "number",
     "percentile_bars",
+    "percentiles",
+    "rounded",
+    "square_rows",
+    "squares",
+    "text",
 ]
 
 #: colours: the model now, what it started from, limits, text and outlines
@@ -40,6 +50,10 @@ OVERLAP = 1.1
 FEW_TICKS = {"tickCount": 6}
 #: pixels of a chart, and of a row in it
 WIDTH, STEP = 560, 18
+#: the vertical channel of `by_layer`
+BY_LAYER = {"field": "layer", "type": "nominal", "sort": None, "title": None}
+#: percentiles of a distribution; those of more values than MOST_VALUES are of an even choice
+PERCENTS, MOST_VALUES = (5, 25, 50, 75, 95), 100_000
 
 #: 0 is white
 SEQUENTIAL = ("#ffffff", "#a9cbe6", AFTER, "#08264d")
@@ -108,35 +122,91 @@ class Figure:
         return self.to_png()
 
 
+def by_layer(rows: Sequence[dict[str, Any]], **body: Any) -> Figure:
+    """A chart of rows with a `layer` each, which stand below one another."""
+    layers = len({row["layer"] for row in rows})
+    return Figure({"data": data(rows), "width": WIDTH, "height": STEP * layers, **body})
+
+
 def data(rows: str | Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Rows of a figure, or the name of rows that a page fills in."""
     return {"name": rows} if isinstance(rows, str) else {"values": list(rows)}
 
 
+# ---- channels
+
+
+def text(field: str, **more: Any) -> dict[str, Any]:
+    """A nominal channel."""
+    return {"field": field, "type": "nominal", **more}
+
+
+def number(field: str, **more: Any) -> dict[str, Any]:
+    """A quantitative channel."""
+    return {"field": field, "type": "quantitative", **more}
+
+
 def bare(field: str, **scale: Any) -> dict[str, Any]:
     """A quantitative channel without an axis, from the smallest to the largest value."""
-    scale = {"nice": False, "zero": False, "padding": 0, **scale}
-    return {"field": field, "type": "quantitative", "axis": None, "scale": scale}
+    return number(field, axis=None, scale={"nice": False, "zero": False, "padding": 0, **scale})
 
 
 def colour(field: str, colours: Sequence[str] = SEQUENTIAL, low: float = 0.0) -> dict[str, Any]:
     """A value from `low` to 1 as a colour, without a legend."""
     steps = len(colours) - 1
     domain = [round(low + (1 - low) * step / steps, 3) for step in range(steps + 1)]
-    scale = {"range": list(colours), "domain": domain, "interpolate": "rgb"}
-    return {"field": field, "type": "quantitative", "scale": scale, "legend": None}
+    return number(field, scale={"range": list(colours), "domain": domain, "interpolate": "rgb"}, legend=None)
 
 
-def percentile_bars(x: dict[str, Any], whiskers: bool = True) -> list[dict[str, Any]]:
+# ---- squares
+
+
+def squares(x: dict[str, Any], y: dict[str, Any], **channels: Any) -> dict[str, Any]:
+    """Marks from (x, y) to (x2, y2)."""
+    place = {"x": x, "y": y, "x2": {"field": "x2"}, "y2": {"field": "y2"}}
+    return {"mark": {"type": "rect", "strokeWidth": 0}, "encoding": {**place, **channels}}
+
+
+def square_rows(
+    values: Tensor, step: float, left: float = 0, top: float = 0, right: float = math.inf, bottom: float = math.inf
+) -> list[dict[str, float]]:
+    """Values (H, W) as squares for `squares`, from (left, top) on, that end at (right, bottom)."""
+    return [
+        {
+            "x": (x := left + c * step),
+            "y": (y := top + r * step),
+            "x2": min(x + OVERLAP * step, right),
+            "y2": min(y + OVERLAP * step, bottom),
+            "v": round(value, 3),
+        }
+        for r, line in enumerate(values.tolist())
+        for c, value in enumerate(line)
+    ]
+
+
+# ---- distributions
+
+
+def rounded(value: float) -> float:
+    """Three digits, so that files are small."""
+    return float(f"{value:.3g}")
+
+
+def percentiles(values: Tensor, percents: Sequence[int] = PERCENTS) -> dict[str, float]:
+    """{"q5": 5th percentile, ...} of values (N,); of more than MOST_VALUES, those of an even choice."""
+    values = values[:: max(1, len(values) // MOST_VALUES)]
+    found = torch.quantile(values, torch.tensor([percent / 100 for percent in percents])).tolist()
+    return {f"q{percent}": rounded(value) for percent, value in zip(percents, found, strict=True)}
+
+
+def percentile_bars(x: dict[str, Any]) -> list[dict[str, Any]]:
     """Layers that draw q5 to q95 as a line, q25 to q75 as a bar and q50 as a mark, on the horizontal channel `x`."""
-    line = {"mark": {"type": "rule", "color": AFTER, "strokeWidth": 1.5}, "encoding": _from_to(x, "q5", "q95")}
-    bar = {"mark": {"type": "bar", "color": AFTER, "opacity": 0.55, "height": 9}, "encoding": _from_to(x, "q25", "q75")}
-    mark = {
-        "mark": {"type": "tick", "color": INK, "thickness": 2, "height": 13},
-        "encoding": {"x": {**x, "field": "q50"}},
-    }
-    return [*([line] if whiskers else []), bar, mark]
 
+    def layer(start: str, end: str | None = None, **mark: Any) -> dict[str, Any]:
+        return {"mark": mark, "encoding": {"x": {**x, "field": start}, **({"x2": {"field": end}} if end else {})}}
 
-def _from_to(x: dict[str, Any], start: str, end: str) -> dict[str, Any]:
-    return {"x": {**x, "field": start}, "x2": {"field": end}}
+    return [
+        layer("q5", "q95", type="rule", color=AFTER, strokeWidth=1.5),
+        layer("q25", "q75", type="bar", color=AFTER, opacity=0.55, height=9),
+        layer("q50", type="tick", color=INK, thickness=2, height=13),
+    ]

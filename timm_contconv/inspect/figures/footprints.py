@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..shown import Layers, ShownLayer, as_layers
-from .figure import OVERLAP, Figure, bare, colour, data
+from .figure import OVERLAP, Figure, bare, colour, data, squares, text
 
 __all__ = ["footprints"]
 
@@ -23,19 +23,8 @@ def footprints(model: Layers, columns: int = 6) -> Figure:
     """
     found = as_layers(model)
     rows = [row for layer in found for row in _rows(layer)]
-    panel = {
-        "mark": {"type": "rect", "strokeWidth": 0},
-        "encoding": {
-            "x": bare("x"),
-            "y": bare("y", reverse=True),
-            "x2": {"field": "x2"},
-            "y2": {"field": "y2"},
-            "color": colour("v"),
-        },
-        "width": SIZE,
-        "height": SIZE,
-    }
-    facet = {"field": "layer", "type": "nominal", "sort": [layer.label for layer in found], "title": None}
+    panel = {**squares(bare("x"), bare("y", reverse=True), color=colour("v")), "width": SIZE, "height": SIZE}
+    facet = text("layer", sort=[layer.label for layer in found], title=None)
     return Figure({"data": data(rows), "facet": facet, "columns": columns, "spacing": 10, "spec": panel})
 
 

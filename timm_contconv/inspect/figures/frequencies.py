@@ -8,7 +8,23 @@ import torch
 from torch import Tensor
 
 from ..shown import Layers, ShownLayer, as_layers
-from .figure import ALERT, FEW_TICKS, INK, STEP, WIDTH, Figure, colour, data, percentile_bars
+from .figure import (
+    ALERT,
+    BY_LAYER,
+    FEW_TICKS,
+    INK,
+    Figure,
+    bare,
+    by_layer,
+    colour,
+    data,
+    number,
+    percentile_bars,
+    percentiles,
+    rounded,
+    squares,
+    text,
+)
 
 __all__ = ["NYQUIST", "frequencies", "spectrum_panel", "spread_of_power"]
 
@@ -33,38 +49,26 @@ def frequencies(model: Layers) -> Figure:
     top = max(NYQUIST, *(row[key] or 0 for row in rows for key in ("q75", "highest")))
     scale = {"type": "linear" if top < 1 else "sqrt", "domain": [0, 1.05 * top], "nice": False}
     x = {"type": "quantitative", "scale": scale, "title": "cycles per pixel", "axis": FEW_TICKS}
-    y = {"field": "layer", "type": "nominal", "sort": None, "title": None}
-    tooltip = [
-        {"field": "layer", "type": "nominal"},
-        {"field": "q50", "type": "quantitative", "title": "median"},
-        {"field": "highest", "type": "quantitative", "title": "f⁺"},
-    ]
+    tooltip = [text("layer"), number("q50", title="median"), number("highest", title="f⁺")]
     limits = {
         "transform": [{"filter": "isValid(datum.highest)"}],
         "mark": {"type": "point", "shape": "diamond", "filled": True, "color": ALERT, "size": 60, "opacity": 1},
-        "encoding": {"x": {**x, "field": "highest"}, "y": y, "tooltip": tooltip},
+        "encoding": {"x": {**x, "field": "highest"}},
     }
     nyquist = {
         "data": data([{"nyquist": NYQUIST}]),
         "mark": {"type": "rule", "color": INK, "strokeDash": [5, 3]},
         "encoding": {"x": {**x, "field": "nyquist"}},
     }
-    bars = [
-        {**bar, "encoding": {**bar["encoding"], "y": y, "tooltip": tooltip}}
-        for bar in percentile_bars(x, whiskers=False)
-    ]
-    return Figure({"data": data(rows), "layer": [*bars, limits, nyquist], "width": WIDTH, "height": STEP * len(rows)})
+    _, *bars = percentile_bars(x)  # no whiskers
+    layers = {"encoding": {"y": BY_LAYER, "tooltip": tooltip}, "layer": [*bars, limits]}
+    return by_layer(rows, layer=[layers, nyquist])
 
 
 def _row(layer: ShownLayer) -> dict[str, Any]:
     spread = spread_of_power(layer.kernels.values, layer.kernels.spacing)
-    quartiles = torch.quantile(spread, torch.tensor([0.25, 0.5, 0.75])).tolist()
-    highest = layer.highest_frequency
-    return {
-        "layer": layer.label,
-        **{f"q{q}": float(f"{v:.3g}") for q, v in zip((25, 50, 75), quartiles, strict=True)},
-        "highest": None if highest is None else float(f"{highest:.3g}"),
-    }
+    highest = None if layer.highest_frequency is None else rounded(layer.highest_frequency)
+    return {"layer": layer.label, **percentiles(spread, (25, 50, 75)), "highest": highest}
 
 
 def spread_of_power(kernels: Tensor, spacing: float = 1.0) -> Tensor:
@@ -100,13 +104,11 @@ def spectrum_panel(
         size: of the picture, in pixels.
     """
     axis = {"tickCount": 5, "grid": False, "offset": 4}
-    channel = {"type": "quantitative", "axis": axis, "scale": {"nice": False, "zero": False, "padding": 0}}
-    x, y = {**channel, "field": "x", "title": "cycles per pixel"}, {**channel, "field": "y", "title": None}
-    box = {"x": x, "y": y, "x2": {"field": "x2"}, "y2": {"field": "y2"}, "color": colour("v")}
-    outline = {"x": x, "y": y, "order": {"field": "o", "type": "quantitative"}}
+    x, y = ({**bare(field), "axis": axis, "title": title} for field, title in (("x", "cycles per pixel"), ("y", None)))
+    outline = {"x": x, "y": y, "order": number("o")}
     dashed = {"type": "line", "color": INK, "strokeDash": [5, 3], "clip": True}
     layers = [
-        {"data": data(pixels), "mark": {"type": "rect", "strokeWidth": 0}, "encoding": box},
+        {"data": data(pixels), **squares(x, y, color=colour("v"))},
         {"data": data(nyquist), "mark": dashed, "encoding": outline},
         {"data": data(circle), "mark": {"type": "line", "color": ALERT, "clip": True}, "encoding": outline},
     ]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..shown import Layers, as_layers
-from .figure import FEW_TICKS, STEP, WIDTH, Figure, data, percentile_bars
+from ...layers.core.shown import Quantity
+from ..shown import Layers, ShownLayer, as_layers
+from .figure import BY_LAYER, FEW_TICKS, PERCENTS, Figure, by_layer, number, percentile_bars, percentiles, text
 
 __all__ = ["geometry", "movements", "quantity_names"]
-
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-MOST_VALUES = 100_000  # quantiles of more are those of an even choice
 
 
 def quantity_names(model: Layers) -> list[str]:
@@ -31,17 +29,8 @@ def geometry(model: Layers, name: str) -> Figure:
     Raises:
         ValueError: the model holds no layer of this package, or no layer shows this quantity.
     """
-    rows, unit = [], ""
-    for layer in as_layers(model):
-        for quantity in layer.quantities:
-            if quantity.name == name:
-                length = torch.linalg.vector_norm(quantity.values, dim=1)
-                values = quantity.values[:, 0] if quantity.values.shape[1] == 1 else length
-                rows.append({"layer": layer.label, **_quantiles(values)})
-                unit = quantity.unit
-    if not rows:
-        raise ValueError(f"name={name!r}: expected one of {quantity_names(model)}")
-    return _bars(rows, f"{name}, {unit}" if unit else name)
+    layers = as_layers(model)
+    return _bars(layers, name, name, _numbers, f"expected one of {quantity_names(layers)}")
 
 
 def movements(model: Layers, name: str) -> Figure:
@@ -53,40 +42,29 @@ def movements(model: Layers, name: str) -> Figure:
     Raises:
         ValueError: as `geometry`; or the start of no layer is known.
     """
-    rows, unit = [], ""
-    for layer in as_layers(model):
-        for quantity in layer.quantities:
-            moved = layer.moved(quantity) if quantity.name == name else None
-            if moved is not None:
-                rows.append({"layer": layer.label, **_quantiles(moved)})
-                unit = quantity.unit
-    if not rows:
-        raise ValueError(f"name={name!r}: it is not known where it started; give the model at its start")
-    return _bars(rows, f"change of {name}" + f", {unit}" * bool(unit))
+    missing = "it is not known where it started; give the model at its start"
+    return _bars(as_layers(model), name, f"change of {name}", ShownLayer.moved, missing)
 
 
-def _quantiles(values: Tensor) -> dict[str, float]:
-    values = values[:: max(1, len(values) // MOST_VALUES)]
-    found = torch.quantile(values, torch.tensor(QUANTILES)).tolist()
-    return {f"q{round(100 * q)}": _short(v) for q, v in zip(QUANTILES, found, strict=True)}
+def _numbers(layer: ShownLayer, quantity: Quantity) -> Tensor:
+    """(N,): numbers as they are, vectors by their lengths."""
+    values = quantity.values
+    return values[:, 0] if values.shape[1] == 1 else torch.linalg.vector_norm(values, dim=1)
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.3g}")
-
-
-def _bars(rows: list[dict[str, Any]], title: str) -> Figure:
+def _bars(
+    layers: Sequence[ShownLayer],
+    name: str,
+    title: str,
+    values_of: Callable[[ShownLayer, Quantity], Tensor | None],
+    missing: str,
+) -> Figure:
     """A bar from the 25th to the 75th percentile, a line from the 5th to the 95th, a mark at the median."""
-    tooltip = [{"field": "layer", "type": "nominal"}]
-    for q in QUANTILES:
-        percent = round(100 * q)
-        tooltip.append({"field": f"q{percent}", "type": "quantitative", "title": f"{percent}th percentile"})
-    return Figure(
-        {
-            "data": data(rows),
-            "encoding": {"y": {"field": "layer", "type": "nominal", "sort": None, "title": None}, "tooltip": tooltip},
-            "layer": percentile_bars({"type": "quantitative", "title": title, "axis": FEW_TICKS}),
-            "width": WIDTH,
-            "height": STEP * len(rows),
-        }
-    )
+    found = [(layer, q, values_of(layer, q)) for layer in layers for q in layer.quantities if q.name == name]
+    rows = [{"layer": layer.label, **percentiles(values)} for layer, _, values in found if values is not None]
+    if not rows:
+        raise ValueError(f"name={name!r}: {missing}")
+    unit = found[-1][1].unit
+    x = {"type": "quantitative", "title": f"{title}, {unit}" if unit else title, "axis": FEW_TICKS}
+    tooltip = [text("layer"), *(number(f"q{q}", title=f"{q}th percentile") for q in PERCENTS)]
+    return by_layer(rows, encoding={"y": BY_LAYER, "tooltip": tooltip}, layer=percentile_bars(x))

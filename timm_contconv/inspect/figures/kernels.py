@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...layers.core.shown import Elements
 from ..shown import Layers, ShownLayer, as_layers
-from .figure import DIVERGING, INK, OVERLAP, Figure, bare, colour, data
+from .figure import DIVERGING, INK, Figure, bare, colour, data, number, square_rows, squares, text
 
 __all__ = ["Window", "kernel_panel", "kernels", "spread", "window_of"]
 
@@ -99,100 +99,70 @@ def kernel_panel(
             fills in.
         size: of the picture, in pixels.
     """
-    place = {"x": bare("x"), "y": bare("y", reverse=True)}
-    box = {**place, "x2": {"field": "x2"}, "y2": {"field": "y2"}}
+    x, y = bare("x"), bare("y", reverse=True)
+    line = {"type": "line", "color": INK, "strokeWidth": 0.8, "clip": True}
+    opacity = number("a", scale=None)
+    point = {"type": "point", "filled": True, "color": INK, "stroke": "white", "strokeWidth": 0.7, "clip": True}
+    area = number("s", scale=None)
     layers = [
-        {
-            "data": data(pixels),
-            "mark": {"type": "rect", "strokeWidth": 0},
-            "encoding": {**box, "color": colour("v", DIVERGING, low=-1)},
-        },
+        {"data": data(pixels), **squares(x, y, color=colour("v", DIVERGING, low=-1))},
         {
             "data": data(outlines),
-            "mark": {"type": "line", "color": INK, "strokeWidth": 0.8, "clip": True},
-            "encoding": {
-                **place,
-                "detail": {"field": "e", "type": "nominal"},
-                "order": {"field": "o", "type": "quantitative"},
-                "opacity": {"field": "a", "type": "quantitative", "scale": None},
-            },
+            "mark": line,
+            "encoding": {"x": x, "y": y, "detail": text("e"), "order": number("o"), "opacity": opacity},
         },
-        {
-            "data": data(dots),
-            "mark": {
-                "type": "point",
-                "filled": True,
-                "color": INK,
-                "stroke": "white",
-                "strokeWidth": 0.7,
-                "clip": True,
-            },
-            "encoding": {
-                **place,
-                "size": {"field": "s", "type": "quantitative", "scale": None},
-                "opacity": {"value": 1},
-            },
-        },
+        {"data": data(dots), "mark": point, "encoding": {"x": x, "y": y, "size": area, "opacity": {"value": 1}}},
     ]
     return {"layer": layers, "width": size, "height": size}
 
 
 def pixel_rows(kernel: Tensor, window: Window, spacing: float = 1.0) -> list[dict[str, float]]:
     """A kernel (size, size) as squares from (x, y) to (x2, y2), with values relative to the largest."""
-    limit = float(kernel.abs().max()) or 1.0
     left, top = window.column * spacing - 0.5, window.row * spacing - 0.5
-    right, bottom = left + window.size * spacing, top + window.size * spacing
-    return [
-        {
-            "x": (x := left + c * spacing),
-            "y": (y := top + r * spacing),
-            "x2": min(x + OVERLAP * spacing, right),
-            "y2": min(y + OVERLAP * spacing, bottom),
-            "v": round(value, 3),
-        }
-        for r, line in enumerate((kernel / limit).tolist())
-        for c, value in enumerate(line)
-    ]
+    side = window.size * spacing
+    return square_rows(kernel / (float(kernel.abs().max()) or 1.0), spacing, left, top, left + side, top + side)
 
 
 def dot_rows(elements: Elements, channel: int, size: int) -> list[dict[str, float]]:
     """The elements of a channel as dots with an area by their weights, in a picture of `size` pixels."""
-    largest = LARGEST_DOT * size**2
-    positions = elements.position[channel % len(elements.position)].tolist()
-    if elements.weight is None:
-        sizes = [largest / 3] * len(positions)
-    else:
-        weight = elements.weight[channel].abs()
-        sizes = (largest * weight / weight.max().clamp_min(1e-30)).tolist()
-    return [{"x": round(x, 3), "y": round(y, 3), "s": s} for (y, x), s in zip(positions, sizes, strict=True)]
+    areas = LARGEST_DOT * size**2 * (1 / 3 if elements.weight is None else 1) * _strengths(elements, channel)
+    positions = _of_channel(elements.position, channel).tolist()
+    return [{"x": round(x, 3), "y": round(y, 3), "s": s} for (y, x), s in zip(positions, areas.tolist(), strict=True)]
 
 
 def outline_rows(elements: Elements, channel: int) -> list[dict[str, float]]:
     """The outlines of the elements with the largest weights, as closed lines; the smaller the weight, the fainter."""
     if elements.reach is None:
         return []
-    positions = elements.position[channel % len(elements.position)].tolist()
-    reaches = elements.reach[channel % len(elements.reach)].tolist()
-    angles = [0.0] * len(positions)
-    if elements.angle is not None:
-        angles = elements.angle[channel % len(elements.angle)].tolist()
-    strengths = torch.ones(len(positions))
-    if elements.weight is not None:
-        weight = elements.weight[channel].abs()
-        strengths = weight / weight.max().clamp_min(1e-30)
+    strengths = _strengths(elements, channel)
+    positions, reaches = (_of_channel(values, channel).tolist() for values in (elements.position, elements.reach))
+    angles = torch.zeros(len(positions)) if elements.angle is None else _of_channel(elements.angle, channel)
     corners = CORNERS[elements.form]
     turn, stretch = (math.pi / 4, math.sqrt(2)) if elements.form == "box" else (0.0, 1.0)
     rows = []
-    for number in strengths.argsort(descending=True)[:MOST_OUTLINES].tolist():
-        (y, x), (ry, rx), strength = positions[number], reaches[number], float(strengths[number])
+    for index in strengths.argsort(descending=True)[:MOST_OUTLINES].tolist():
+        (y, x), (ry, rx), angle = positions[index], reaches[index], float(angles[index])
+        cosine, sine = math.cos(angle), math.sin(angle)
+        faint = round(FAINTEST + (1 - FAINTEST) * float(strengths[index]), 3)
         for corner in range(corners + 1):
             around = turn + 2 * math.pi * corner / corners
             u, v = stretch * ry * math.sin(around), stretch * rx * math.cos(around)
-            cosine, sine = math.cos(angles[number]), math.sin(angles[number])
-            place = {"x": x + sine * u + cosine * v, "y": y + cosine * u - sine * v}
-            faint = {"a": FAINTEST + (1 - FAINTEST) * strength}
-            rows.append({key: round(v, 3) for key, v in (place | faint).items()} | {"e": number, "o": corner})
+            x_corner, y_corner = round(x + sine * u + cosine * v, 3), round(y + cosine * u - sine * v, 3)
+            rows.append({"x": x_corner, "y": y_corner, "a": faint, "e": index, "o": corner})
     return rows
+
+
+def _of_channel(values: Tensor, channel: int) -> Tensor:
+    """Values (C, ...) of a channel, or (1, ...) of all."""
+    return values[channel % len(values)]
+
+
+def _strengths(elements: Elements, channel: int) -> Tensor:
+    """(m,): the absolute weights of a channel's elements relative to the largest; 1 without weights."""
+    if elements.weight is None:
+        return torch.ones(elements.position.shape[1])
+    weight = elements.weight[channel].abs()
+    return weight / weight.max().clamp_min(1e-30)
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch.nn import functional as F
 
 from ..receptive_field import SHARES, ReceptiveField
-from .figure import ALERT, OVERLAP, Figure, colour, data
+from .figure import ALERT, Figure, colour, data, number, square_rows, squares
 
 __all__ = ["receptive_field"]
 
@@ -28,34 +28,19 @@ def receptive_field(field: ReceptiveField, title: str = "") -> Figure:
     step = max(1, -(-max(height, width) // MOST_CELLS))
     cells = F.avg_pool2d(field.contributions[None, None], step, ceil_mode=True)[0, 0].float()
     cells = (cells / cells.max()).pow(0.25)
-    step_over = OVERLAP * step
-    rows = [
-        {"x": x, "y": y, "x2": min(x + step_over, width), "y2": min(y + step_over, height), "v": round(value, 3)}
-        for y, line in zip(range(0, height, step), cells.tolist(), strict=True)
-        for x, value in zip(range(0, width, step), line, strict=True)
-    ]
-    place = {"x": _axis("x", width, title="pixels of the image"), "y": _axis("y", height, reverse=True)}
-    box = {**place, "x2": {"field": "x2"}, "y2": {"field": "y2"}}
-    squares = [_square(field, share) for share in SHARES]
+    rows = square_rows(cells, step, right=width, bottom=height)
+    x, y = _axis("x", width, title="pixels of the image"), _axis("y", height, reverse=True)
+    outline = {"type": "rect", "filled": False, "stroke": ALERT, "strokeWidth": 1.5}
     layers = [
-        {
-            "data": data(rows),
-            "mark": {"type": "rect", "strokeWidth": 0},
-            "encoding": {**box, "color": colour("v")},
-        },
-        {
-            "data": data(squares),
-            "mark": {"type": "rect", "filled": False, "stroke": ALERT, "strokeWidth": 1.5},
-            "encoding": box,
-        },
+        {"data": data(rows), **squares(x, y, color=colour("v"))},
+        {"data": data(_square(field, share) for share in SHARES), **squares(x, y), "mark": outline},
     ]
     shape = {"width": SIZE, "height": round(SIZE * height / width), "usermeta": {"isPicture": True}}
     return Figure({"title": title, "layer": layers, **shape})
 
 
 def _axis(field: str, size: int, title: str | None = None, **scale: Any) -> dict[str, Any]:
-    scale = {"domain": [0, size], "nice": False, **scale}
-    return {"field": field, "type": "quantitative", "title": title, "axis": {"grid": False}, "scale": scale}
+    return number(field, title=title, axis={"grid": False}, scale={"domain": [0, size], "nice": False, **scale})
 
 
 def _square(field: ReceptiveField, share: float) -> dict[str, Any]:
