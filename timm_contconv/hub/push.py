@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from .card import CardFacts
+from .card import write_card
 from .download import explain_errors
 from .load import from_pretrained
 from .save import write_folder
@@ -73,8 +73,11 @@ def push_to_hub(
     validate_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="timm_contconv.") as temporary:
         folder = Path(temporary)
-        facts = CardFacts(repo_id, f"hf-hub:{repo_id}", tags, license, datasets, base_model, eval_results, text)
-        write_folder(model, folder, facts, picture=True)
+        write_folder(model, folder)
+        write_card(
+            model, folder, repo_id, f"hf-hub:{repo_id}", tags=tags, license=license, datasets=datasets,
+            base_model=base_model, eval_results=eval_results, text=text,
+        )  # fmt: skip
         _verify(folder, model)
         return _upload(folder, repo_id, private, revision, create_pr, token)
 
