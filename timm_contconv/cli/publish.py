@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import pickle
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 
 from ..hub.download import explain_errors
 from ..hub.push import push_to_hub
-from ..hub.weights import TRAINING, Publication, Weight, record_publication, timm_cfg
+from ..hub.weights import TRAINING, Weight, record_publication, timm_cfg
 
 __all__ = ["run"]
 
@@ -69,10 +68,7 @@ def run(
         text=_provenance(weight, folder, source, digest),
     )
     url = info.pr_url or info.commit_url
-    today = datetime.datetime.now(datetime.UTC).date()
-    record = record_publication(
-        folder, Publication(repo_id=repo_id, commit=info.oid, url=url, day=today, source_sha256=digest)
-    )
+    record = record_publication(folder, repo_id=repo_id, commit=info.oid, url=url, source_sha256=digest)
     console.print(f"published: {url}\nrecorded in {record}", highlight=False, soft_wrap=True)
 
 
