@@ -84,25 +84,22 @@ def patch(
     model: str,
     recipe: str,
     *,
-    select: list[str] | None,
-    min_kernel_size: int | None,
     init: Init,
     pretrained: bool,
-    kernel_count: int | None,
     images: Path | None,
     save: Path | None,
     dry_run: bool,
     input_size: tuple[int, int, int] | None,
     as_json: bool,
+    **choice: Any,  # of layers and of their settings, as for `tcc.patch`
 ) -> None:
     if dry_run and save is not None:
         raise ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
     if save is not None:
         with _writing("--save", save):
             replaceable(save)  # before minutes are spent on a fit
-    choice: dict[str, Any] = {"select": select, "min_kernel_size": min_kernel_size}
-    if kernel_count is not None:
-        choice["kernel_count"] = kernel_count
+    if choice["kernel_count"] is None:  # not every method has this setting
+        del choice["kernel_count"]
     result: PatchPlan | PatchReport
     if dry_run:
         with without_memory():
