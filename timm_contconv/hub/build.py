@@ -51,7 +51,8 @@ def _build(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, 
         return timm.models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     saved_args = kwargs.get("pretrained_model_args") or {}
     where = config["hf_hub_id"] if config["source"] == "hf-hub" else str(Path(config["file"]) / CONFIG)
-    check_foreign(config, saved_args, f"{where}: ", timms=True)
+    strangers = {k: v for k, v in config.items() if k not in ("file", "hf_hub_id", "source")}  # timm filled these in
+    check_foreign(strangers, saved_args, f"{where}: ")
     weights, kwargs["pretrained_cfg"] = _weights(config, pretrained, kwargs.get("cache_dir"))
     saved = {k: saved_args.get(k, v) for k, v in kwargs.items() if k in saved_args or k not in CALLERS}
     return build_checked(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import timm
@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi
 from huggingface_hub.utils import validate_repo_id
 from timm.models import get_model_input_config
-from torch import Tensor, nn
+from torch import nn
 
 from .card import write_card
 from .download import explain_errors
@@ -123,7 +123,10 @@ def _verify(folder: Path, model: nn.Module) -> None:
     if not expected.isfinite().all():
         raise ValueError("model: its logits are not finite for an ordinary image; train it again before publishing")
     loaded = from_pretrained(folder)
-    _require_same_values(loaded.state_dict(), model.state_dict())
+    values = loaded.state_dict()
+    for key, value in model.state_dict().items():
+        if not torch.equal(values[key].cpu(), value.cpu().to(values[key].dtype)):
+            raise ValueError(f"{key}: what was loaded back is not what the model holds; its dtype is {value.dtype}")
     ours = dict(model.named_parameters()) | dict(model.named_buffers())
     for key, value in (*loaded.named_parameters(), *loaded.named_buffers()):
         value.data = value.data.to(ours[key].device, ours[key].dtype)
@@ -134,12 +137,6 @@ def _verify(folder: Path, model: nn.Module) -> None:
             "model: loaded back from its files it gives other logits, so that it holds something that they do not: a"
             " hook, or an attribute that was changed by hand"
         )
-
-
-def _require_same_values(loaded: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    for key, value in saved.items():
-        if not torch.equal(loaded[key].cpu(), value.cpu().to(loaded[key].dtype)):
-            raise ValueError(f"{key}: what was loaded back is not what the model holds; its dtype is {value.dtype}")
 
 
 @contextlib.contextmanager
