@@ -13,7 +13,7 @@ from torch import nn
 from ..layers.core.replacement import undecayed_names
 from .checks import CONFIG, WEIGHTS, check_foreign
 from .download import download
-from .skeleton import build_checked, check_skeleton, read_header
+from .skeleton import build_checked, check_skeleton
 
 __all__ = ["build_model_with_cfg", "check_folder"]
 
@@ -69,8 +69,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: as `build_checked`.
     """
-    header = read_header(folder / WEIGHTS)
-    check_skeleton(lambda: timm.create_model(f"local-dir:{folder}"), header, str(folder / CONFIG))
+    check_skeleton(lambda: timm.create_model(f"local-dir:{folder}"), folder / WEIGHTS, str(folder / CONFIG))
 
 
 def _weights(

@@ -26,15 +26,7 @@ from torch.overrides import TorchFunctionMode
 from ..layers import ConvReplacement
 from .checks import BUILD_ERRORS, WEIGHTS
 
-__all__ = [
-    "LARGEST_ENTRIES",
-    "Header",
-    "build_checked",
-    "check_skeleton",
-    "counted",
-    "read_header",
-    "without_memory",
-]
+__all__ = ["LARGEST_ENTRIES", "build_checked", "check_skeleton", "counted", "without_memory"]
 
 #: dtypes of a file that are cast to a floating-point parameter's
 FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
@@ -62,7 +54,7 @@ WRITERS = frozenset((
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-def read_header(path: Path) -> Header:
+def _read_header(path: Path) -> Header:
     """Names, dtypes and shapes of a safetensors file's tensors; no values are read.
 
     Raises:
@@ -90,28 +82,23 @@ def build_checked(
     Raises:
         ValueError: the configuration describes no model, one that is too large, or one that the weights do not fit.
     """
-    header = None if weights is None else read_header(weights)
-    check_skeleton(skeleton, header, where)
+    check_skeleton(skeleton, weights, where)
     model = build()
-    if header is not None:
+    if weights is not None:
         warn_of_nonfinite(model, where)
     return model
 
 
-def check_skeleton(skeleton: Callable[[], nn.Module], header: Header | None, where: str) -> None:
-    """Build a model on the meta device and compare its tensors with a header's.
+def check_skeleton(skeleton: Callable[[], nn.Module], weights: Path | None, where: str) -> None:
+    """Build a model on the meta device and compare its tensors with those in a file.
 
     Random numbers are drawn as if it were not built, and its warnings are left to the build that follows.
 
     Raises:
         ValueError: as `build_checked`.
     """
-    with (
-        warnings.catch_warnings(),
-        torch.random.fork_rng(devices=()),
-        without_memory(),
-        _bound(header, where),
-    ):
+    header = None if weights is None else _read_header(weights)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()), without_memory(), _bound(header, where):
         warnings.simplefilter("ignore")
         try:
             model = skeleton()
