@@ -19,16 +19,7 @@ __all__ = ["run"]
 
 
 def run(console: Output, model: nn.Module, path: Path, format: Format, merge: bool, **sizes: Any) -> None:
-    """Export a model, and the model before its patch for comparison.
-
-    Args:
-        console: where to print.
-        model, path, format, merge: as for `tcc.export`.
-        **sizes: dynamic and input_size of `tcc.export`.
-
-    Raises:
-        ValueError, OSError, ModuleNotFoundError: as `tcc.export`.
-    """
+    """As `tcc.export`, which takes `sizes` too; and once more for the model before its patch, to compare with."""
     console.print(str(export(model, path, format, merge=merge, **sizes)), soft_wrap=True)
     if get_record(model) is None:
         return

@@ -30,10 +30,7 @@ def run(console: Console, folder: Path, *, file: Path | None, repo_id: str | Non
     """Publish a weight and record it in its folder.
 
     Args:
-        console: where to print.
-        folder: a folder of hub/, with a weight.toml.
-        file: the weights; None downloads them. A pickle is loaded as weights only, without running code.
-        repo_id: the repository; None takes "USER/ARCHITECTURE.TAG" for the user of the token.
+        console, folder, file, repo_id: as for `contconv publish`. A pickle is loaded as weights only, and runs no code.
         **options: private, revision and create_pr of `push_to_hub`.
 
     Raises:
