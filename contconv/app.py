@@ -1,10 +1,12 @@
-"""The commands of `contconv`: what they take. Each imports what it does, so that the rest starts without timm."""
+"""The commands of `contconv`: what they take. What they do is imported when one runs, so that the rest starts fast."""
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -43,6 +45,18 @@ def prepare(
         respell()
 
 
+def command(declaration: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a declaration. The function of its name in `timm_contconv.cli.commands` does it."""
+
+    @functools.wraps(declaration)
+    def do(**arguments: Any) -> None:
+        from timm_contconv.cli import commands
+
+        getattr(commands, declaration.__name__)(**arguments)
+
+    return app.command()(do)
+
+
 @app.command("list")
 def list_models() -> None:
     """List the recipes and their registered models."""
@@ -51,15 +65,12 @@ def list_models() -> None:
     commands.list_models()
 
 
-@app.command()
+@command
 def show(name: Annotated[str, typer.Argument(help="A recipe, or a registered model.")]) -> None:
     """Show a recipe, or what the patch of a registered model changes."""
-    from timm_contconv.cli import commands
-
-    commands.show(name)
 
 
-@app.command()
+@command
 def patch(
     model: Annotated[str, typer.Argument(help="A timm model, or a saved one as local-dir:FOLDER or hf-hub:USER/NAME.")],
     recipe: Annotated[str, typer.Argument(help="A recipe, or the path of a .toml.")],
@@ -92,25 +103,9 @@ def patch(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Patch a timm model, print the changes, and save it with --save."""
-    from timm_contconv.cli import commands
-
-    commands.patch(
-        model,
-        recipe,
-        select=select,
-        min_kernel_size=min_kernel_size,
-        init=init,
-        pretrained=pretrained,
-        kernel_count=kernel_count,
-        images=images,
-        save=save,
-        dry_run=dry_run,
-        input_size=input_size,
-        as_json=as_json,
-    )
 
 
-@app.command()
+@command
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_FOLDER", help="A timm model, or a saved model's folder.")],
     images: Annotated[Path | None, typer.Option(help="Folder of images. Default: photographs of scikit-image.")] = None,
@@ -123,23 +118,17 @@ def inspect(
     show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
 ) -> None:
     """Write a report of what a model's kernels learned: one HTML file with tables and figures."""
-    from timm_contconv.cli import commands
-
-    commands.inspect(model, images=images, start=start, pretrained=pretrained, output=output, show=show)
 
 
-@app.command()
+@command
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the saved model and the page.")] = Path("demo_output"),
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits, for each model.")] = 2,
 ) -> None:
     """Patch a pretrained model with every method and compare; fine-tune, merge, save, load; look inside."""
-    from timm_contconv.cli import commands
-
-    commands.demo(output=output, epochs=epochs)
 
 
-@app.command()
+@command
 def tune(
     model: Annotated[str, typer.Argument(help="A timm model.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
@@ -155,11 +144,6 @@ def tune(
     The results are remembered: later processes with as many threads start with them. A model without layers of this
     package is patched with the recipe `engine` first. Runs on CUDA where there is one.
     """
-    from timm_contconv.cli import commands
-
-    commands.tune(
-        model, batch_size=batch_size, input_size=input_size, amp=amp, channels_last=channels_last, train=train
-    )
 
 
 @app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
@@ -195,7 +179,7 @@ def run(
     sys.exit(commands.run(script, context.args, position_lr_scale, penalty, penalty_power))
 
 
-@app.command()
+@command
 def publish(
     folder: Annotated[Path, typer.Argument(help="A folder of hub/, such as hub/convnext_tiny_dcls.zenodo_in1k.")],
     file: Annotated[Path | None, typer.Option(help="A file with the weights. Default: download them.")] = None,
@@ -210,23 +194,17 @@ def publish(
 
     The token comes from `hf auth login` or HF_TOKEN.
     """
-    from timm_contconv.cli import commands
-
-    commands.publish(folder, file=file, repo_id=repo_id, private=private, revision=revision, create_pr=create_pr)
 
 
-@app.command()
+@command
 def merge(
     model: Annotated[str, typer.Argument(help="A saved model: local-dir:FOLDER, hf-hub:USER/NAME, or a folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model; timm loads it.")],
 ) -> None:
     """Turn a saved model's layers into plain convolutions, and save that model."""
-    from timm_contconv.cli import commands
-
-    commands.merge(model, output)
 
 
-@app.command()
+@command
 def export(
     model: Annotated[str, typer.Argument(help="A timm model, or local-dir:FOLDER, or hf-hub:USER/NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file, .onnx or .pt2.")],
@@ -244,16 +222,8 @@ def export(
     ] = None,
 ) -> None:
     """Write a model to a file that runs without this package, and compare it with the model."""
-    from timm_contconv.cli import commands
-
-    commands.export(
-        model, output, format=format, dynamic=dynamic, merge=merge, pretrained=pretrained, input_size=input_size
-    )
 
 
-@app.command()
+@command
 def env() -> None:
     """Print versions, machine, compiler and measured choices, to paste into a bug report."""
-    from timm_contconv.cli import commands
-
-    commands.env()

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import ROOT, arguments, new_parser
 from timm_contconv.cli.digits import Digits, accuracy, load_digits, train_on_digits
-from timm_contconv.hub.card import CardFacts, write_card
+from timm_contconv.hub.card import write_card
 from timm_contconv.layers import ConvReplacement
-from timm_contconv.patching.record import require_record
 
 HUB = ROOT / "hub"
 SCRIPT = "benchmarks/papers/digits_weights.py"
@@ -110,8 +109,7 @@ def store(name: str, model: nn.Module, accuracies: list[float], digits: Digits, 
         "image-classification", "digits", "scikit-learn digits", "accuracy", value,
         dataset_split="450 held-out images",
     )  # fmt: skip
-    facts = CardFacts(f"{name}.{TAG}", f"{name}.{TAG}", license="apache-2.0", eval_results=[result], text=text)
-    write_card(model, require_record(model), facts, folder)
+    write_card(model, folder, f"{name}.{TAG}", f"{name}.{TAG}", license="apache-2.0", eval_results=[result], text=text)
     return folder
 
 

@@ -22,7 +22,6 @@ from torch import nn
 from contconv.output import console, errors
 
 from .. import patching
-from ..export import Format
 from ..hub import save_pretrained
 from ..hub.checks import BUILD_ERRORS
 from ..hub.exchange import made_folder
@@ -53,85 +52,82 @@ SAVED = ("local-dir:", "hf-hub:", "hf_hub:")
 REFIT_IMAGES, REPORT_IMAGES = 64, 16
 
 
+@contextmanager
+def _refusing(*kinds: type[Exception]) -> Iterator[None]:
+    """Print these errors in a sentence, and end with code 2."""
+    try:
+        yield
+    except kinds as error:
+        errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(code=2) from None
+
+
 def list_models() -> None:
     table = Table("recipe", "description", "registered models")
-    for name in patching.list_patches():
-        registered = [architecture.name for architecture in PATCHED.values() if architecture.recipe == name]
-        table.add_row(name, patching.load_patch(name).description, "\n".join(registered))
+    for recipe in patching.list_patches():
+        registered = [name for name, architecture in PATCHED.items() if architecture.recipe == recipe]
+        table.add_row(recipe, patching.load_patch(recipe).description, "\n".join(registered))
     console.print(table)
 
 
+@_refusing(ValueError, OSError)
 def show(name: str) -> None:
     if name in PATCHED:
         with without_memory():
             console.print(patching.report(timm.create_model(name)))
-        return
-    try:
-        recipe = _recipe(name)
-    except (ValueError, OSError) as error:
-        raise _refused(error) from None
-    console.print(recipe.to_toml(), highlight=False, markup=False, soft_wrap=True)
+    else:
+        console.print(_recipe(name).to_toml(), highlight=False, markup=False, soft_wrap=True)
 
 
+@_refusing(ValueError, OSError)
 def patch(
     model: str,
     recipe: str,
     *,
-    select: list[str] | None,
-    min_kernel_size: int | None,
     init: Init,
     pretrained: bool,
-    kernel_count: int | None,
     images: Path | None,
     save: Path | None,
     dry_run: bool,
     input_size: tuple[int, int, int] | None,
     as_json: bool,
+    **choice: Any,  # of layers and of their settings, as for `tcc.patch`
 ) -> None:
     if dry_run and save is not None:
-        raise _refused(
-            ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
-        )
+        raise ValueError(f"--save {save}: expected no --save with --dry-run, which saves nothing; omit one of them")
     if save is not None:
         with _writing("--save", save):
             replaceable(save)  # before minutes are spent on a fit
-    choice: dict[str, Any] = {"select": select, "min_kernel_size": min_kernel_size}
-    if kernel_count is not None:
-        choice["kernel_count"] = kernel_count
-    try:
-        if dry_run:
-            with without_memory():
-                result: PatchPlan | PatchReport = patching.plan_patch(
-                    _create(model, pretrained=False), recipe, **choice
-                )
+    if choice["kernel_count"] is None:  # not every method has this setting
+        del choice["kernel_count"]
+    result: PatchPlan | PatchReport
+    if dry_run:
+        with without_memory():
+            result = patching.plan_patch(_create(model, pretrained=False), recipe, **choice)
+    else:
+        patched = _create(model, pretrained)
+        _check_input_size(input_size, model, patched)
+        if images is None:
+            result = _report(patching.patch(patched, recipe, init=init, **choice), input_size)
         else:
-            patched = _create(model, pretrained)
-            _check_input_size(input_size, model, patched)
-            if images is None:
-                result = _report(patching.patch(patched, recipe, init=init, **choice), input_size)
-            else:
-                result = _patch_with_images(patched, recipe, images, input_size, init=init, **choice)
-            if save is not None:
-                with _writing("--save", save):
-                    save_pretrained(patched, save)
-    except (ValueError, OSError) as error:
-        raise _refused(error) from None
+            result = _patch_with_images(patched, recipe, images, input_size, init=init, **choice)
+        if save is not None:
+            with _writing("--save", save):
+                save_pretrained(patched, save)
     if as_json:
         console.out(json.dumps(result.to_dict(), indent=2), highlight=False)
     else:
         console.print(result)
 
 
+@_refusing(ValueError, ImportError)
 def inspect(model: str, *, images: Path | None, start: str | None, pretrained: bool, output: Path, show: bool) -> None:
-    try:
-        with _writing("--output", output):
-            check_writable(output)
-        before = None if start is None else _created_or_loaded(start, pretrained)
-        found = inspect_model(_created_or_loaded(model, pretrained), images, start=before)
-        with _writing("--output", output):
-            found.save(output)
-    except (ValueError, ImportError) as error:
-        raise _refused(error) from None
+    with _writing("--output", output):
+        check_writable(output)
+    before = None if start is None else _created_or_loaded(start, pretrained)
+    found = inspect_model(_created_or_loaded(model, pretrained), images, start=before)
+    with _writing("--output", output):
+        found.save(output)
     for text in found.left_out.values():
         console.print(text, highlight=False, markup=False)
     console.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB", highlight=False, markup=False)
@@ -139,87 +135,65 @@ def inspect(model: str, *, images: Path | None, start: str | None, pretrained: b
         typer.launch(str(output.resolve()))
 
 
+@_refusing(ValueError)
 def demo(*, output: Path, epochs: int) -> None:
     with _writing("--output", output), made_folder(output):
         demo_command.run(console, output, epochs)
 
 
+@_refusing(ValueError)
 def tune(
     model: str, *, batch_size: int, input_size: tuple[int, int, int] | None, amp: bool, channels_last: bool, train: bool
 ) -> None:
-    try:
-        network = _create(model, pretrained=False)
-        _check_input_size(input_size, model, network)
-        size = input_size or get_model_input_config(network)["input_size"]
-        if not any(isinstance(module, ConvReplacement) for module in network.modules()):
-            console.print(f"{model}: patched with the recipe 'engine', because it has no layer of this package")
-            patching.patch(network, "engine")
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        images = torch.randn(batch_size, *size, device=device).to(memory_format=layout)
-        step = tune_command.step_of(network.to(device).to(memory_format=layout), images, amp, train)
-        kind = "training step" if train else "inference"
-        with _taking(input_size):
-            step()
-        console.print(tune_command.tune(step, console, f"{model}: {kind}, batch of {batch_size}"))
-    except ValueError as error:
-        raise _refused(error) from None
+    network = _create(model, pretrained=False)
+    _check_input_size(input_size, model, network)
+    size = input_size or get_model_input_config(network)["input_size"]
+    if not any(isinstance(module, ConvReplacement) for module in network.modules()):
+        console.print(f"{model}: patched with the recipe 'engine', because it has no layer of this package")
+        patching.patch(network, "engine")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = torch.randn(batch_size, *size, device=device).to(memory_format=layout)
+    step = tune_command.step_of(network.to(device).to(memory_format=layout), images, amp, train)
+    kind = "training step" if train else "inference"
+    with _taking(input_size):
+        step()
+    console.print(tune_command.tune(step, console, f"{model}: {kind}, batch of {batch_size}"))
 
 
+@_refusing(ValueError)
 def run(
     script: Path, arguments: Sequence[str], position_lr_scale: str | None, penalty: float, penalty_power: int
 ) -> int | str | None:
     scale = _position_scale(position_lr_scale)
     if not math.isfinite(penalty):
-        raise _refused(ValueError(f"--penalty={penalty}: expected a finite number"))
+        raise ValueError(f"--penalty={penalty}: expected a finite number")
     if penalty_power != 1 and not penalty:
-        raise _refused(
-            ValueError(f"--penalty-power={penalty_power}: expected --penalty too; the power is unused without it")
-        )
+        raise ValueError(f"--penalty-power={penalty_power}: expected --penalty too; the power is unused without it")
     with training_hooks(scale, penalty, penalty_power):
         return run_script(script, arguments)
 
 
-def publish(
-    folder: Path, *, file: Path | None, repo_id: str | None, private: bool, revision: str | None, create_pr: bool
-) -> None:
-    try:
-        publish_command.run(
-            console, folder, file=file, repo_id=repo_id, private=private, revision=revision, create_pr=create_pr
-        )
-    except (ValueError, OSError) as error:
-        raise _refused(error) from None
+@_refusing(ValueError, OSError)
+def publish(folder: Path, **options: Any) -> None:
+    publish_command.run(console, folder, **options)
 
 
+@_refusing(ValueError, OSError)
 def merge(model: str, output: Path) -> None:
-    try:
-        name = f"{SAVED[0]}{model}" if Path(model).is_dir() else model
-        if not name.startswith(SAVED):
-            raise ValueError(f"MODEL={model!r}: expected a folder, or {SAVED[0]}FOLDER or hf-hub:USER/NAME")
-        merged = patching.merge(_create(name, pretrained=True))
-        with _writing("--output", output):
-            save_pretrained(merged, output)
-    except (ValueError, OSError) as error:
-        raise _refused(error) from None
+    name = f"{SAVED[0]}{model}" if Path(model).is_dir() else model
+    if not name.startswith(SAVED):
+        raise ValueError(f"MODEL={model!r}: expected a folder, or {SAVED[0]}FOLDER or hf-hub:USER/NAME")
+    merged = patching.merge(_create(name, pretrained=True))
+    with _writing("--output", output):
+        save_pretrained(merged, output)
     console.print(f"{output}: {sum(p.numel() for p in merged.parameters()):,} parameters", soft_wrap=True)
 
 
-def export(
-    model: str,
-    output: Path,
-    *,
-    format: Format,
-    dynamic: list[str] | None,
-    merge: bool,
-    pretrained: bool,
-    input_size: tuple[int, int, int] | None,
-) -> None:
-    try:
-        loaded = _create(model, pretrained or model.startswith(SAVED))
-        sizes = ("batch",) if dynamic is None else tuple(dynamic)
-        export_command.run(console, loaded, output, format, sizes, merge, input_size)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise _refused(error) from None
+@_refusing(ValueError, OSError, ModuleNotFoundError)
+def export(model: str, output: Path, *, dynamic: list[str] | None, pretrained: bool, **options: Any) -> None:
+    loaded = _create(model, pretrained or model.startswith(SAVED))
+    export_command.run(console, loaded, output, dynamic=("batch",) if dynamic is None else dynamic, **options)
 
 
 def env() -> None:
@@ -236,7 +210,7 @@ def _position_scale(text: str | None) -> PositionScale | None:
     except ValueError:
         scale = math.nan
     if not 0 < scale < math.inf:
-        raise _refused(ValueError(f"--position-lr-scale={text}: expected 'paper' or a finite number of more than 0"))
+        raise ValueError(f"--position-lr-scale={text}: expected 'paper' or a finite number of more than 0")
     return scale
 
 
@@ -330,9 +304,4 @@ def _writing(option: str, folder: Path) -> Iterator[None]:
         cause = getattr(error, "strerror", None)
         text = str(error).removeprefix(f"folder={str(folder)!r}: ")
         reason = f"can't be written: {cause}; choose another" if cause else text
-        raise _refused(ValueError(f"{option} {folder}: {reason}")) from None
-
-
-def _refused(error: Exception) -> typer.Exit:
-    errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-    return typer.Exit(code=2)
+        raise ValueError(f"{option} {folder}: {reason}") from None

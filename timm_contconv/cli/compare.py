@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import patching
-
-Key = TypeVar("Key", bound=Hashable)
 
 __all__ = ["Comparison", "compare_recipes"]
 
@@ -62,51 +58,44 @@ def compare_recipes(
         rounds: of timing, in which all models take turns.
         advance: called with the recipe when a copy was patched, for a progress bar.
     """
-    patched, reports, merged = {}, {}, {}
+    patched, merged = [], []
     for recipe in recipes:
-        patched[recipe] = patching.patch(copy.deepcopy(model), recipe).eval()
-        reports[recipe] = patching.report(patched[recipe])
-        merged[recipe] = patching.merge(patched[recipe])
+        patched.append(patching.patch(copy.deepcopy(model), recipe).eval())
+        merged.append(patching.merge(patched[-1]))
         advance(recipe)
-    few = images[:8]
-    contenders = {("plain", ""): model}
-    contenders |= {("patched", recipe): net for recipe, net in patched.items()}
-    contenders |= {("merged", recipe): net for recipe, net in merged.items()}
-    times = _times_in_turns({key: functools.partial(net, few) for key, net in contenders.items()}, rounds)
-    plain = times["plain", ""]
+    plain, *times = _times_in_turns([model, *patched, *merged], images[:8], rounds)
     before = _logits(model, images)
     comparisons = []
-    for recipe in recipes:
-        after, report = _logits(patched[recipe], images), reports[recipe]
+    for i, recipe in enumerate(recipes):
+        after, report = _logits(patched[i], images), patching.report(patched[i])
         multiply_adds = None
         if report.multiply_adds_before and report.multiply_adds_after:
             multiply_adds = report.multiply_adds_after / report.multiply_adds_before
         comparisons.append(
             Comparison(
                 recipe,
-                patched[recipe],
+                patched[i],
                 sum(1 for row in report.rows if row.multiply_adds_after is not None),
                 (before.argmax(1) == after.argmax(1)).double().mean().item(),
                 ((before - after).abs().max() / before.abs().max()).item(),
                 report.parameters_after / report.parameters_before,
                 multiply_adds,
-                times["patched", recipe] / plain,
-                times["merged", recipe] / plain,
+                times[i] / plain,
+                times[len(recipes) + i] / plain,
             )
         )
     return comparisons
 
 
-def _times_in_turns(calls: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
-    """Median seconds of each call, after one call that is not counted; all take turns in every round."""
-    seconds: dict[Key, list[float]] = {key: [] for key in calls}
-    for turn in range(rounds + 1):
-        for key, call in calls.items():
+def _times_in_turns(models: Sequence[nn.Module], images: Tensor, rounds: int) -> list[float]:
+    """Median seconds of a forward pass, after one that is not counted; all models take turns in every round."""
+    seconds: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds + 1):
+        for model, values in zip(models, seconds, strict=True):
             start = time.perf_counter()
-            call()
-            if turn:
-                seconds[key].append(time.perf_counter() - start)
-    return {key: statistics.median(values) for key, values in seconds.items()}
+            model(images)
+            values.append(time.perf_counter() - start)
+    return [statistics.median(values[1:]) for values in seconds]
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:

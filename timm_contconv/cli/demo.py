@@ -11,7 +11,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from .. import hub, patching
 from ..inspect import inspect
@@ -50,18 +50,14 @@ def run(console: Console, output: Path, epochs: int, recipes: Sequence[str] = RE
         f"{MODEL}, trained on ImageNet, and {len(photographs)} crops of photographs (scikit-image, scikit-learn).\n"
         "tcc.patch exchanges its convolutions; nothing is trained yet."
     )
-    compared = _compare(console, model, photographs, recipes)
+    with progress_bar("patch with each method", len(recipes)) as advance:
+        compared = compare_recipes(model, photographs, recipes, rounds=3, advance=lambda _: advance())
     console.print(_table(compared))
     first, page = compared[0].model, output / "inspection.html"
     inspect(first, photographs[::CROPS][:4]).save(page)
     console.print(f"what the kernels of {recipes[0]} look like, in a browser: {page}")
     _finetune(console, {"plain": model, recipes[0]: first}, epochs)
     _merge_save_load(console, first, output / f"{MODEL}_{recipes[0]}")
-
-
-def _compare(console: Console, model: nn.Module, photographs: Tensor, recipes: Sequence[str]) -> list[Comparison]:
-    with progress_bar("patch with each method", len(recipes)) as advance:
-        return compare_recipes(model, photographs, recipes, rounds=3, advance=lambda _: advance())
 
 
 def _table(compared: list[Comparison]) -> Table:

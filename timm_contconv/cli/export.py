@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,30 +18,14 @@ from ..patching.restore import original_architecture
 __all__ = ["run"]
 
 
-def run(
-    console: Output,
-    model: nn.Module,
-    path: Path,
-    format: Format,
-    dynamic: Sequence[str],
-    merge: bool,
-    input_size: Sequence[int] | None,
-) -> None:
-    """Export a model, and the model before its patch for comparison.
-
-    Args:
-        console: where to print.
-        model, path, format, dynamic, merge, input_size: as for `tcc.export`.
-
-    Raises:
-        ValueError, OSError, ModuleNotFoundError: as `tcc.export`.
-    """
-    console.print(str(export(model, path, format, dynamic=dynamic, merge=merge, input_size=input_size)), soft_wrap=True)
+def run(console: Output, model: nn.Module, path: Path, format: Format, merge: bool, **sizes: Any) -> None:
+    """As `tcc.export`, which takes `sizes` too; and once more for the model before its patch, to compare with."""
+    console.print(str(export(model, path, format, merge=merge, **sizes)), soft_wrap=True)
     if get_record(model) is None:
         return
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / f"plain{SUFFIX[format]}"
-        before = export(_before_patch(model), plain, format, dynamic=dynamic, input_size=input_size)
+        before = export(_before_patch(model), plain, format, **sizes)
     console.print(
         f"the model before its patch, with random weights, in the same runtime: {1e3 * before.seconds:.1f} ms an image,"
         f" {before.bytes / 1e6:.1f} MB",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import pickle
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import timm
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..hub.download import explain_errors
 from ..hub.push import push_to_hub
-from ..hub.weights import TRAINING, Publication, Weight, record_publication, timm_cfg
+from ..hub.weights import TRAINING, Weight, record_publication, timm_cfg
 
 __all__ = ["run"]
 
@@ -26,24 +26,12 @@ __all__ = ["run"]
 READ_ERRORS = (AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
-def run(
-    console: Console,
-    folder: Path,
-    *,
-    file: Path | None = None,
-    repo_id: str | None = None,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> None:
+def run(console: Console, folder: Path, *, file: Path | None, repo_id: str | None, **options: Any) -> None:
     """Publish a weight and record it in its folder.
 
     Args:
-        console: where to print.
-        folder: a folder of hub/, with a weight.toml.
-        file: the weights; None downloads them. A pickle is loaded as weights only, without running code.
-        repo_id: the repository; None takes "USER/ARCHITECTURE.TAG" for the user of the token.
-        private, revision, create_pr: as in `push_to_hub`.
+        console, folder, file, repo_id: as for `contconv publish`. A pickle is loaded as weights only, and runs no code.
+        **options: private, revision and create_pr of `push_to_hub`.
 
     Raises:
         ValueError, OSError: the weight can't be loaded, verified or uploaded.
@@ -54,54 +42,47 @@ def run(
             repo_id = f"{HfApi().whoami()['name']}/{weight.name}"
     console.print(f"{weight.name}: loading and converting", highlight=False)
     model, source = _load(weight, folder, file)
-    digest = _sha256(source)
+    with source.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     console.print(f"{source}: SHA-256 {digest}", highlight=False, soft_wrap=True)
     console.print(f"verifying, then publishing as {repo_id}", highlight=False)
     info = push_to_hub(
         model,
         repo_id,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
         license=weight.pretrained_cfg.get("license"),
         datasets=weight.datasets,
         eval_results=weight.eval_results(),
         text=_provenance(weight, folder, source, digest),
+        **options,
     )
     url = info.pr_url or info.commit_url
-    today = datetime.datetime.now(datetime.UTC).date()
-    record = record_publication(
-        folder, Publication(repo_id=repo_id, commit=info.oid, url=url, day=today, source_sha256=digest)
-    )
+    record = record_publication(folder, repo_id=repo_id, commit=info.oid, url=url, source_sha256=digest)
     console.print(f"published: {url}\nrecorded in {record}", highlight=False, soft_wrap=True)
 
 
 def _load(weight: Weight, folder: Path, file: Path | None) -> tuple[nn.Module, Path]:
     """The model with its weights, and the file of the weights."""
     config = {"architecture": weight.architecture, "tag": weight.tag, **timm_cfg(weight.pretrained_cfg, folder)}
+    url = weight.pretrained_cfg.get("url")
     if file is None and "file" in config:
         file = Path(config["file"])
     if file is not None:
         if not file.is_file():
             raise FileNotFoundError(f"--file={str(file)!r}: no such file")
         config |= {"url": None, "file": str(file)}
-        return _create(weight, config), file
-    url = weight.pretrained_cfg.get("url")
-    if not url:
+    elif not url:
         raise ValueError(f"{weight.name}: there is no URL to download it from; get the file and pass --file")
-    set_pretrained_download_progress(True)
-    return _create(weight, config), Path(get_cache_dir()) / Path(urlsplit(url).path).name
-
-
-def _create(weight: Weight, config: dict[str, object]) -> nn.Module:
-    untagged = {key: None for key in ("hf_hub_id", "file") if key not in config}
+    else:
+        set_pretrained_download_progress(True)
+    overlay = {"hf_hub_id": None, "file": None, **config}
     try:
-        return timm.create_model(weight.architecture, pretrained=True, pretrained_cfg_overlay={**untagged, **config})
+        model = timm.create_model(weight.architecture, pretrained=True, pretrained_cfg_overlay=overlay)
     except READ_ERRORS as error:
         raise ValueError(
-            f"{config.get('file') or config['url']}: holds no weights of {weight.architecture} that can be read:"
+            f"{file or url}: holds no weights of {weight.architecture} that can be read:"
             f" {type(error).__name__}: {error}"
         ) from error
+    return model, file or Path(get_cache_dir()) / Path(urlsplit(str(url)).path).name
 
 
 def _provenance(weight: Weight, folder: Path, source: Path, digest: str) -> str:
@@ -117,8 +98,3 @@ def _provenance(weight: Weight, folder: Path, source: Path, digest: str) -> str:
     if training.is_file():
         paragraphs.append(f"Training arguments:\n\n```yaml\n{training.read_text(encoding='utf-8').strip()}\n```")
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -32,17 +32,12 @@ def run_script(script: Path, arguments: Sequence[str] = ()) -> int | str | None:
     except SystemExit as error:
         return error.code
     except BaseException as error:
-        _print_error(error, str(script))
+        error.__traceback__ = _frames_of(str(script), error.__traceback__)  # without the frames that ran it
+        sys.excepthook(type(error), error, error.__traceback__)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
     finally:
         sys.argv, sys.path = argv, path
     return None
-
-
-def _print_error(error: BaseException, script: str) -> None:
-    """Print an error of the script, without the frames that ran it."""
-    error.__traceback__ = _frames_of(script, error.__traceback__)
-    sys.excepthook(type(error), error, error.__traceback__)
 
 
 def _frames_of(script: str, traceback: TracebackType | None) -> TracebackType | None:

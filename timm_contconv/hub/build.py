@@ -13,7 +13,7 @@ from torch import nn
 from ..layers.core.replacement import undecayed_names
 from .checks import CONFIG, WEIGHTS, check_foreign
 from .download import download
-from .skeleton import build_checked, check_skeleton, read_header
+from .skeleton import build_checked, check_skeleton
 
 __all__ = ["build_model_with_cfg", "check_folder"]
 
@@ -51,7 +51,8 @@ def _build(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, 
         return timm.models.build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     saved_args = kwargs.get("pretrained_model_args") or {}
     where = config["hf_hub_id"] if config["source"] == "hf-hub" else str(Path(config["file"]) / CONFIG)
-    check_foreign(config, saved_args, f"{where}: ", timms=True)
+    strangers = {k: v for k, v in config.items() if k not in ("file", "hf_hub_id", "source")}  # timm filled these in
+    check_foreign(strangers, saved_args, f"{where}: ")
     weights, kwargs["pretrained_cfg"] = _weights(config, pretrained, kwargs.get("cache_dir"))
     saved = {k: saved_args.get(k, v) for k, v in kwargs.items() if k in saved_args or k not in CALLERS}
     return build_checked(
@@ -68,8 +69,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: as `build_checked`.
     """
-    header = read_header(folder / WEIGHTS)
-    check_skeleton(lambda: timm.create_model(f"local-dir:{folder}"), header, str(folder / CONFIG))
+    check_skeleton(lambda: timm.create_model(f"local-dir:{folder}"), folder / WEIGHTS, str(folder / CONFIG))
 
 
 def _weights(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,98 +12,78 @@ from torch import nn
 
 from ..layers import ConvReplacement
 from ..patching import PatchReport, report
-from ..patching.record import MERGED, MergedRecord, PatchRecord
+from ..patching.record import MERGED, MergedRecord, PatchRecord, get_record
 
-__all__ = ["CardFacts", "write_card"]
+__all__ = ["write_card"]
 
 CARD, PICTURE = "README.md", "kernels.png"
 
 
-@dataclasses.dataclass(frozen=True)
-class CardFacts:
-    """What a card says that the model does not know.
-
-    Attributes:
-        name: title, and the model's name beside its results.
-        source: what `timm.create_model` loads the model by, as "hf-hub:me/model".
-        tags: beside timm, timm_contconv and the method's name.
-        license: the Hub's identifier; None to say nothing.
-        datasets: identifiers of the data that it was trained on.
-        base_model: identifier of the model whose weights it started from.
-        eval_results: measurements, by huggingface_hub's `EvalResult`.
-        text: a paragraph, as where the weights come from.
-    """
-
-    name: str
-    source: str
-    tags: Sequence[str] = ()
-    license: str | None = None
-    datasets: Sequence[str] = ()
-    base_model: str | None = None
-    eval_results: Sequence[EvalResult] = ()
-    text: str = ""
-
-
 def write_card(
     model: nn.Module,
-    record: PatchRecord | MergedRecord | None,
-    facts: CardFacts,
     folder: Path,
+    name: str,
+    source: str,
+    *,
     picture: bool = True,
+    tags: Sequence[str] = (),
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    base_model: str | None = None,
+    eval_results: Sequence[EvalResult] = (),
+    text: str = "",
 ) -> None:
     """Write the card and, with the extra `viz`, a picture of kernels beside it.
 
     Args:
-        model: a named model or one patched by hand.
-        record: of its patch, or of what it was before it was merged; None for the papers' own networks.
-        facts: what the model does not know.
+        model: a named model, or one that was patched by hand or merged.
         folder: where to.
+        name: title, and the model's name beside its results.
+        source: what `timm.create_model` loads the model by, as "hf-hub:me/model".
         picture: with False, only the card; drawing takes a second or two.
+        tags, license, datasets, base_model, eval_results, text: as for `push_to_hub`.
 
     Raises:
         ValueError: what was given makes no valid metadata.
     """
+    record = model.__dict__.get(MERGED) or get_record(model)
     changes = report(model) if isinstance(record, PatchRecord) else None
     layers = [module for module in model.modules() if isinstance(module, ConvReplacement)]
     method = record.spec.layer.method if record is not None else layers[0].method
+    metadata = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=list(dict.fromkeys(["timm", "timm_contconv", method, *tags])),
+        license=license,
+        datasets=list(datasets) or None,
+        base_model=base_model,
+        metrics=list(dict.fromkeys(result.metric_type for result in eval_results)) or None,
+        model_name=name if eval_results else None,
+        eval_results=list(eval_results) or None,
+    )
     sections = (
-        f"# {facts.name}",
-        _summary(model, changes),
-        facts.text,
-        _usage(facts.source),
-        _results(facts.eval_results),
+        f"---\n{metadata.to_yaml()}\n---\n# {name}",
+        _summary(model, record, changes),
+        text,
+        _usage(source),
+        _results(eval_results),
         _picture(model, folder) if layers and picture else "",
         "" if changes is None else _table(changes),
     )
-    text = f"---\n{_metadata(facts, method)}\n---\n" + "\n\n".join(section for section in sections if section) + "\n"
-    ModelCard(text)  # raises where the metadata can not be read back
-    (folder / CARD).write_text(text, encoding="utf-8")
+    card = "\n\n".join(section for section in sections if section) + "\n"
+    ModelCard(card)  # raises where the metadata can not be read back
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
-def _metadata(facts: CardFacts, method: str) -> str:
-    data = ModelCardData(
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=list(dict.fromkeys(["timm", "timm_contconv", method, *facts.tags])),
-        license=facts.license,
-        datasets=list(facts.datasets) or None,
-        base_model=facts.base_model,
-        metrics=list(dict.fromkeys(result.metric_type for result in facts.eval_results)) or None,
-        model_name=facts.name if facts.eval_results else None,
-        eval_results=list(facts.eval_results) or None,
-    )
-    return data.to_yaml()
-
-
-def _summary(model: nn.Module, changes: PatchReport | None) -> str:
-    if isinstance(record := model.__dict__.get(MERGED), MergedRecord):
-        what = record.spec.description or record.spec.layer.method
-        return f"{what}, merged: plain convolutions, {sum(p.numel() for p in model.parameters()):,} parameters."
-    if changes is None:
-        name = model.__dict__["pretrained_cfg"]["architecture"]
-        return f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters."
-    what = changes.patch.get("description") or changes.patch["layer"]["method"]
-    return f"{what}: {changes.parameters_before:,} parameters before the patch,\n{changes.parameters_after:,} after."
+def _summary(model: nn.Module, record: PatchRecord | MergedRecord | None, changes: PatchReport | None) -> str:
+    if changes is not None:
+        what = changes.patch.get("description") or changes.patch["layer"]["method"]
+        after = f"{changes.parameters_after:,} after."
+        return f"{what}: {changes.parameters_before:,} parameters before the patch,\n{after}"
+    parameters = f"{sum(p.numel() for p in model.parameters()):,} parameters."
+    if record is None:
+        return f"{model.__dict__['pretrained_cfg']['architecture']}: {parameters}"
+    return f"{record.spec.description or record.spec.layer.method}, merged: plain convolutions, {parameters}"
 
 
 def _usage(source: str) -> str:
@@ -130,7 +109,7 @@ def _results(results: Sequence[EvalResult]) -> str:
 
 def _picture(model: nn.Module, folder: Path) -> str:
     if find_spec("vl_convert") is None:
-        warnings.warn("the model card has no picture of kernels: install timm_contconv[viz]", stacklevel=5)
+        warnings.warn("the model card has no picture of kernels: install timm_contconv[viz]", stacklevel=4)
         return ""
     from ..inspect.figures import kernels
 

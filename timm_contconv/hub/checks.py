@@ -92,20 +92,18 @@ def check_config(path: Path) -> str:
     return architecture
 
 
-def check_foreign(pretrained_cfg: Mapping[str, Any], model_args: Any, where: str, timms: bool = False) -> None:
+def check_foreign(pretrained_cfg: Mapping[str, Any], model_args: Any, where: str) -> None:
     """The one check of a stranger's configuration.
 
     Args:
         pretrained_cfg: fields of timm's PretrainedCfg.
         model_args: arguments of the architecture.
         where: what the error starts with.
-        timms: timm has read the configuration and filled in where the weights are.
 
     Raises:
         ValueError: names the key, the value and what is allowed.
     """
-    filled_in = ("file", "hf_hub_id", "source") if timms else ()
-    check_pretrained_cfg({k: v for k, v in pretrained_cfg.items() if k not in filled_in}, f"{where}pretrained_cfg.")
+    check_pretrained_cfg(pretrained_cfg, f"{where}pretrained_cfg.")
     check_arguments(model_args, f"{where}model_args", (*TABLES, "patch", "merged"))
 
 

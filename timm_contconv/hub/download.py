@@ -62,7 +62,7 @@ def download(
     with explain_errors(f"{repo_id}: {filename} was not downloaded", token):
         path = Path(hf_hub_download(repo_id, filename, revision=revision, token=token, cache_dir=cache_dir))
     expected = Path(os.readlink(path)).name if path.is_symlink() else ""  # the cache names a file after its hash
-    if not _is_hash(expected):  # a file system without symbolic links
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):  # a file system without symbolic links
         with explain_errors(f"{repo_id}: the hash of {filename} was not found", token):
             expected = get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), token=token).etag or ""
     actual = _hash(path, expected)
@@ -123,10 +123,6 @@ def _clean(text: str, token: str | bool | None) -> str:
         if isinstance(secret, str) and secret:
             text = text.replace(secret, "<token>")
     return text
-
-
-def _is_hash(name: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) is not None
 
 
 def _hash(path: Path, like: str) -> str:

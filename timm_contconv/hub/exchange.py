@@ -45,26 +45,21 @@ def replaced(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder can not be replaced; the old one stands, or the error says where it is.
     """
-    with made_folder(folder.parent), _exchanged(folder) as new:
-        yield new
-
-
-@contextlib.contextmanager
-def _exchanged(folder: Path) -> Iterator[Path]:
-    restore(folder)
-    for place in _places(folder):
-        if not _in_use(place):
-            _remove(place)
-    place = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
-    try:
-        with FileLock(place / LOCK):
-            (place / NEW).mkdir()
-            yield place / NEW
-            _exchange(folder, place)
-    finally:
+    with made_folder(folder.parent):
         restore(folder)
-        if not _is_interrupted(place):
-            _remove(place)
+        for place in _places(folder):
+            if not _in_use(place):
+                _remove(place)
+        place = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
+        try:
+            with FileLock(place / LOCK):
+                (place / NEW).mkdir()
+                yield place / NEW
+                _exchange(folder, place)
+        finally:
+            restore(folder)
+            if not _is_interrupted(place):
+                _remove(place)
 
 
 def restore(folder: Path) -> None:

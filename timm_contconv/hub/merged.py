@@ -40,14 +40,6 @@ class MergedConv(BaseModel):
     bias: bool
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
 
-    @classmethod
-    def of(cls, conv: PlainConv) -> MergedConv:
-        """The description of a convolution."""
-        values = {name: getattr(conv, name) for name in CONV_ATTRIBUTES}
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        padding = "same" if has_same_padding(conv) else values["padding"]
-        return cls(**{**values, "padding": padding, "bias": conv.bias is not None})
-
     def build(self) -> PlainConv:
         """The convolution, with values that are to be loaded."""
         if self.in_channels % self.groups or self.out_channels % self.groups:
@@ -75,13 +67,20 @@ def describe_merged(model: nn.Module, record: MergedRecord) -> dict[str, list[di
     for name in record.names:
         module = model.get_submodule(name)
         steps = list(module) if isinstance(module, nn.Sequential) else [module]
-        if not all(isinstance(step, nn.Conv2d) for step in steps):
+        convs = [step for step in steps if isinstance(step, nn.Conv2d)]
+        if len(convs) < len(steps):
             raise ValueError(
                 f"model: {name} is a {type(module).__name__}, no merged convolution: it was changed since; save the"
                 " state_dict() with safetensors"
             )
-        table[name] = [MergedConv.of(step).model_dump() for step in steps]  # type: ignore[arg-type]
+        table[name] = [_describe(conv) for conv in convs]
     return table
+
+
+def _describe(conv: nn.Conv2d) -> dict[str, Any]:
+    """The values of a `MergedConv`."""
+    values = {name: getattr(conv, name) for name in CONV_ATTRIBUTES}
+    return {**values, "padding": "same" if has_same_padding(conv) else conv.padding, "bias": conv.bias is not None}
 
 
 def rebuild_merged(model: nn.Module, table: Mapping[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
+from typing import NamedTuple
 
 from timm.models import is_model
 
@@ -15,17 +15,11 @@ __all__ = ["HAND_PATCHED", "PATCHED", "PatchedArchitecture"]
 HAND_PATCHED = "contconv"
 
 
-@dataclasses.dataclass(frozen=True)
-class PatchedArchitecture:
+class PatchedArchitecture(NamedTuple):
     """A timm architecture with a recipe applied to it."""
 
     base: str
     recipe: str
-
-    @property
-    def name(self) -> str:
-        """Its name in timm's registry."""
-        return f"{self.base}_{self.recipe}"
 
 
 def _architectures() -> dict[str, PatchedArchitecture]:
@@ -33,13 +27,13 @@ def _architectures() -> dict[str, PatchedArchitecture]:
     architectures = {}
     for recipe, models in recipe_models().items():
         for base in models:
-            architecture = PatchedArchitecture(base, recipe)
-            if is_model(architecture.name):
-                warnings.warn(f"timm has a model {architecture.name} of its own: not registered", stacklevel=2)
+            name = f"{base}_{recipe}"
+            if is_model(name):
+                warnings.warn(f"timm has a model {name} of its own: not registered", stacklevel=2)
             elif not is_model(base):
-                warnings.warn(f"timm has no model {base}: {architecture.name} is not registered", stacklevel=2)
+                warnings.warn(f"timm has no model {base}: {name} is not registered", stacklevel=2)
             else:
-                architectures[architecture.name] = architecture
+                architectures[name] = PatchedArchitecture(base, recipe)
     return architectures
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import timm
@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi
 from huggingface_hub.utils import validate_repo_id
 from timm.models import get_model_input_config
-from torch import Tensor, nn
+from torch import nn
 
-from .card import CardFacts
+from .card import write_card
 from .download import explain_errors
 from .load import from_pretrained
 from .save import write_folder
@@ -73,8 +73,11 @@ def push_to_hub(
     validate_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="timm_contconv.") as temporary:
         folder = Path(temporary)
-        facts = CardFacts(repo_id, f"hf-hub:{repo_id}", tags, license, datasets, base_model, eval_results, text)
-        write_folder(model, folder, facts, picture=True)
+        write_folder(model, folder)
+        write_card(
+            model, folder, repo_id, f"hf-hub:{repo_id}", tags=tags, license=license, datasets=datasets,
+            base_model=base_model, eval_results=eval_results, text=text,
+        )  # fmt: skip
         _verify(folder, model)
         return _upload(folder, repo_id, private, revision, create_pr, token)
 
@@ -120,7 +123,10 @@ def _verify(folder: Path, model: nn.Module) -> None:
     if not expected.isfinite().all():
         raise ValueError("model: its logits are not finite for an ordinary image; train it again before publishing")
     loaded = from_pretrained(folder)
-    _require_same_values(loaded.state_dict(), model.state_dict())
+    values = loaded.state_dict()
+    for key, value in model.state_dict().items():
+        if not torch.equal(values[key].cpu(), value.cpu().to(values[key].dtype)):
+            raise ValueError(f"{key}: what was loaded back is not what the model holds; its dtype is {value.dtype}")
     ours = dict(model.named_parameters()) | dict(model.named_buffers())
     for key, value in (*loaded.named_parameters(), *loaded.named_buffers()):
         value.data = value.data.to(ours[key].device, ours[key].dtype)
@@ -131,12 +137,6 @@ def _verify(folder: Path, model: nn.Module) -> None:
             "model: loaded back from its files it gives other logits, so that it holds something that they do not: a"
             " hook, or an attribute that was changed by hand"
         )
-
-
-def _require_same_values(loaded: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    for key, value in saved.items():
-        if not torch.equal(loaded[key].cpu(), value.cpu().to(loaded[key].dtype)):
-            raise ValueError(f"{key}: what was loaded back is not what the model holds; its dtype is {value.dtype}")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..layers import ConvReplacement
 from ..layers.core.arguments import check_module
 from ..patching.record import MERGED, MergedRecord, PatchRecord, get_record, require_record
 from .build import check_folder
-from .card import CARD, PICTURE, CardFacts, write_card
+from .card import CARD, PICTURE, write_card
 from .checks import CONFIG, RESERVED, WEIGHTS, check_path
 from .exchange import replaced, restore
 from .merged import describe_merged
@@ -28,7 +27,7 @@ from .names import HAND_PATCHED, PATCHED
 
 __all__ = ["replaceable", "save_pretrained", "write_folder"]
 
-#: everything that `write_folder` may write
+#: everything that may be in the folder of a saved model
 FILES = frozenset((CONFIG, WEIGHTS, CARD, PICTURE))
 
 
@@ -58,7 +57,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
     _saveable_record(model)
     target = replaceable(Path(folder))
     with replaced(target) as new:
-        write_folder(model, new, CardFacts(target.name, f"local-dir:{target.name}"))
+        write_folder(model, new)
+        write_card(model, new, target.name, f"local-dir:{target.name}", picture=False)
     return Path(folder)
 
 
@@ -68,24 +68,31 @@ def replaceable(folder: Path) -> Path:
     Raises:
         ValueError, FileExistsError: it can not be replaced, as in `save_pretrained`.
     """
-    target = _target(folder)
+    target = folder.resolve()
+    if folder.is_symlink() and not target.exists():
+        raise ValueError(f"folder={str(folder)!r}: is a symbolic link to {target}, which is not there; remove the link")
+    reason = "the current folder" if target == Path.cwd() else "a mount point" if target.is_mount() else None
+    if reason is not None:
+        raise ValueError(
+            f"folder={str(folder)!r}: is {reason}, which can not be replaced as a whole; use a folder inside it, as"
+            f" {str(folder / 'model')!r}"
+        )
     restore(target)
     _check_replaceable(target, str(folder))
     return target
 
 
-def write_folder(model: nn.Module, folder: Path, facts: CardFacts, picture: bool = False) -> None:
-    """Write a model's files into an empty folder, with a card that says `facts` and shows kernels with `picture=True`.
+def write_folder(model: nn.Module, folder: Path) -> None:
+    """Write a model's weights and configuration into an empty folder.
 
     Raises:
-        ValueError: as `save_pretrained`, or `facts` makes no valid metadata.
+        ValueError: as `save_pretrained`.
     """
     record = _saveable_record(model)
     _warn_of_unsaved_settings(model)
     _write_config(model, record, folder / CONFIG)
     save_file(_tensors(model), folder / WEIGHTS, {"format": "pt"})
     _require_rebuild(folder)
-    write_card(model, record, facts, folder, picture)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -111,24 +118,6 @@ def _require_rebuild(folder: Path) -> None:
             f"model: timm does not rebuild it from its arguments, so that it was edited by hand: {reason}; use"
             " create_model's arguments and reset_classifier instead, or save its state_dict() with safetensors"
         ) from error
-
-
-def _target(folder: Path) -> Path:
-    """The folder to replace: absolute, without symbolic links.
-
-    Raises:
-        ValueError: it can not be replaced; the message says why.
-    """
-    target = folder.resolve()
-    if folder.is_symlink() and not target.exists():
-        raise ValueError(f"folder={str(folder)!r}: is a symbolic link to {target}, which is not there; remove the link")
-    reason = "the current folder" if target == Path.cwd() else "a mount point" if target.is_mount() else None
-    if reason is not None:
-        raise ValueError(
-            f"folder={str(folder)!r}: is {reason}, which can not be replaced as a whole; use a folder inside it, as"
-            f" {str(folder / 'model')!r}"
-        )
-    return target
 
 
 def _warn_of_unsaved_settings(model: nn.Module) -> None:
@@ -198,8 +187,7 @@ def _write_config(model: nn.Module, record: PatchRecord | MergedRecord | None, p
 
     The number of classes stands in the configuration itself. transformers gives it to timm besides the arguments.
     """
-    arguments = _without_reserved(get_model_args(model))
-    arguments.pop("num_classes", None)
+    arguments = {k: v for k, v in get_model_args(model).items() if k not in RESERVED and k != "num_classes"}
     overlay: dict[str, Any] = {}
     is_merged = isinstance(record, MergedRecord)
     if record is not None and (is_merged or record.architecture in (None, HAND_PATCHED)):
@@ -226,8 +214,3 @@ def _hand_patched_args(
         base, arguments = saved["base"], {**saved["base_args"], **arguments}
         arguments.pop("num_classes", None)
     return {"base": base, "base_args": arguments, "patch": record.spec.to_dict()}
-
-
-def _without_reserved(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Without those that told timm how to build the model, and not which one."""
-    return {key: value for key, value in arguments.items() if key not in RESERVED}

@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors
 import torch
@@ -26,16 +26,7 @@ from torch.overrides import TorchFunctionMode
 from ..layers import ConvReplacement
 from .checks import BUILD_ERRORS, WEIGHTS
 
-__all__ = [
-    "LARGEST_ENTRIES",
-    "Header",
-    "StoredTensor",
-    "build_checked",
-    "check_skeleton",
-    "counted",
-    "read_header",
-    "without_memory",
-]
+__all__ = ["LARGEST_ENTRIES", "build_checked", "check_skeleton", "counted", "without_memory"]
 
 #: dtypes of a file that are cast to a floating-point parameter's
 FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
@@ -59,17 +50,11 @@ WRITERS = frozenset((
 ))  # fmt: skip
 
 
-class StoredTensor(NamedTuple):
-    """A tensor in a safetensors file: its dtype in safetensors' words, and its shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
+#: tensors of a safetensors file by name: dtype, in safetensors' words, and shape
+Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-Header = Mapping[str, StoredTensor]
-
-
-def read_header(path: Path) -> Header:
+def _read_header(path: Path) -> Header:
     """Names, dtypes and shapes of a safetensors file's tensors; no values are read.
 
     Raises:
@@ -78,7 +63,7 @@ def read_header(path: Path) -> Header:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {key: StoredTensor(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+            return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
 
@@ -97,28 +82,23 @@ def build_checked(
     Raises:
         ValueError: the configuration describes no model, one that is too large, or one that the weights do not fit.
     """
-    header = None if weights is None else read_header(weights)
-    check_skeleton(skeleton, header, where)
+    check_skeleton(skeleton, weights, where)
     model = build()
-    if header is not None:
+    if weights is not None:
         warn_of_nonfinite(model, where)
     return model
 
 
-def check_skeleton(skeleton: Callable[[], nn.Module], header: Header | None, where: str) -> None:
-    """Build a model on the meta device and compare its tensors with a header's.
+def check_skeleton(skeleton: Callable[[], nn.Module], weights: Path | None, where: str) -> None:
+    """Build a model on the meta device and compare its tensors with those in a file.
 
     Random numbers are drawn as if it were not built, and its warnings are left to the build that follows.
 
     Raises:
         ValueError: as `build_checked`.
     """
-    with (
-        warnings.catch_warnings(),
-        torch.random.fork_rng(devices=()),
-        without_memory(),
-        _bound(header, where),
-    ):
+    header = None if weights is None else _read_header(weights)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()), without_memory(), _bound(header, where):
         warnings.simplefilter("ignore")
         try:
             model = skeleton()
@@ -186,7 +166,7 @@ def _bound(header: Header | None, where: str) -> contextlib.AbstractContextManag
             f"{where}: asks for more than {LARGEST_VALUES:,} values without weights to compare with: pass"
             " pretrained=True, or build the model from its base and patch it",
         )
-    held = sum(math.prod(tensor.shape) for tensor in header.values())
+    held = sum(math.prod(shape) for _, shape in header.values())
     return counted(
         ENTRIES_FACTOR * len(header) + SPARE_ENTRIES,
         VALUES_FACTOR * held + SPARE_VALUES,
@@ -197,11 +177,9 @@ def _bound(header: Header | None, where: str) -> contextlib.AbstractContextManag
 
 def _check_kernels(model: nn.Module, where: str) -> None:
     """Refuse a layer that would construct an enormous dense kernel when it runs."""
-    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, ConvReplacement)}
-    layers = {
-        name: layer for name, layer in layers.items() if hasattr(layer, "kernel_size")
-    }  # others wrap one of these
-    for name, layer in layers.items():
+    for name, layer in model.named_modules():
+        if not isinstance(layer, ConvReplacement) or not hasattr(layer, "kernel_size"):  # the latter wrap a layer
+            continue
         shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
         if math.prod(shape) > LARGEST_KERNEL:
             raise ValueError(
@@ -213,13 +191,13 @@ def _check_tensors(built: Mapping[str, Tensor], header: Header, where: str) -> N
     """Compare names, shapes and dtypes of a model's tensors with those of a file."""
     misfits = []
     for key in dict.fromkeys((*header, *built)):
-        stored, tensor = header.get(key), built.get(key)
-        ours = "missing" if stored is None else stored.shape
-        theirs = "missing" if tensor is None else tuple(tensor.shape)
-        if ours != theirs:
-            misfits.append(f"{key} is {ours}, and {theirs} where timm rebuilds the model")
-        elif stored is not None and tensor is not None and not _is_castable(stored.dtype, tensor.dtype):
-            misfits.append(f"{key} is of dtype {stored.dtype}, and {tensor.dtype} where timm rebuilds the model")
+        dtype, stored = header.get(key, ("", "missing"))
+        tensor = built.get(key)
+        rebuilt = "missing" if tensor is None else tuple(tensor.shape)
+        if stored != rebuilt:
+            misfits.append(f"{key} is {stored}, and {rebuilt} where timm rebuilds the model")
+        elif tensor is not None and not _is_castable(dtype, tensor.dtype):
+            misfits.append(f"{key} is of dtype {dtype}, and {tensor.dtype} where timm rebuilds the model")
     if misfits:
         more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         exchanged = header.keys() - built.keys() and built.keys() - header.keys()

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..paths import data_folder
 from .checks import WEIGHTS, check_pretrained_cfg
 
-__all__ = ["TRAINING", "Publication", "Result", "Weight", "packaged_cfgs", "record_publication", "timm_cfg"]
+__all__ = ["TRAINING", "Result", "Weight", "packaged_cfgs", "record_publication", "timm_cfg"]
 
 WEIGHT, TRAINING, PUBLISHED = "weight.toml", "train.yaml", "published.toml"
 
@@ -42,24 +42,6 @@ class Result(_Table):
     by: str
     split: str | None = None
     seeds: tuple[float, ...] = ()
-
-
-class Publication(_Table):
-    """Where a weight was published.
-
-    Attributes:
-        repo_id: repository on the Hub.
-        commit: its revision.
-        url: the commit's page.
-        day: of the publication.
-        source_sha256: of the file that was converted.
-    """
-
-    repo_id: str
-    commit: str
-    url: str
-    day: datetime.date
-    source_sha256: str
 
 
 class Weight(_Table):
@@ -153,13 +135,22 @@ def timm_cfg(pretrained_cfg: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return values
 
 
-def record_publication(folder: Path, publication: Publication) -> Path:
-    """Add a publication to the folder's published.toml, which is made if need be.
+def record_publication(folder: Path, *, repo_id: str, commit: str, url: str, source_sha256: str) -> Path:
+    """Add a publication of today to the folder's published.toml, which is made if need be.
+
+    Args:
+        folder: the weight's, of hub/.
+        repo_id: repository on the Hub.
+        commit: its revision.
+        url: the commit's page.
+        source_sha256: of the file that was converted.
 
     Returns:
         The file.
     """
+    today = datetime.datetime.now(datetime.UTC).date()
+    new = {"repo_id": repo_id, "commit": commit, "url": url, "day": today, "source_sha256": source_sha256}
     path = folder / PUBLISHED
     known = tomllib.loads(path.read_text(encoding="utf-8"))["published"] if path.is_file() else []
-    path.write_text(tomli_w.dumps({"published": [*known, publication.model_dump()]}), encoding="utf-8")
+    path.write_text(tomli_w.dumps({"published": [*known, new]}), encoding="utf-8")
     return path

@@ -116,7 +116,7 @@ def _feature_cfg(base: str, base_args: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "feature_cls": FeatureGetterNet}
 
 
-def _entrypoint(architecture: PatchedArchitecture) -> Callable[..., nn.Module]:
+def _entrypoint(name: str, architecture: PatchedArchitecture) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, patch_args: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
         if not isinstance(patch_args, Mapping | None):
             raise TypeError(
@@ -125,9 +125,9 @@ def _entrypoint(architecture: PatchedArchitecture) -> Callable[..., nn.Module]:
         spec = load_patch(architecture.recipe)
         if patch_args:
             spec = spec.with_layer(**patch_args)
-        return _build(architecture.name, architecture.base, spec, pretrained, {}, **kwargs)
+        return _build(name, architecture.base, spec, pretrained, {}, **kwargs)
 
-    create.__name__ = create.__qualname__ = architecture.name
+    create.__name__ = create.__qualname__ = name
     create.__module__ = __name__
     create.__doc__ = f"""{architecture.base} with the recipe {architecture.recipe} (see `tcc.load_patch`).
 
@@ -234,7 +234,6 @@ def _only_by_tag(default: DefaultCfg) -> DefaultCfg:
 
 
 default_cfgs = {k: _only_by_tag(v) for k, v in generate_default_cfgs(_default_cfgs(PATCHED)).items()}
-for _architecture in PATCHED.values():
-    _create = register_model(_entrypoint(_architecture))
-    setattr(sys.modules[__name__], _architecture.name, _create)
+for _name, _architecture in PATCHED.items():
+    setattr(sys.modules[__name__], _name, register_model(_entrypoint(_name, _architecture)))
 register_model(contconv)
