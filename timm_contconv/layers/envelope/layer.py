@@ -176,8 +176,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
             y = self._smooth(self.conv(x), variance)
             return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
         if variance.requires_grad and not x.requires_grad and self._can_be_fused():
-            taps = self.spec.taps(self.training)
-            return smooth_and_convolve(x, variance, taps, self.smoothing_stride, self.conv)
+            return smooth_and_convolve(x, variance, self.spec.taps(self.training), self.smoothing_stride, self.conv)
         return self.conv(self._smooth(x, variance))
 
     def _smooth(self, x: Tensor, variance: Tensor) -> Tensor:
@@ -228,9 +227,8 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """
         if is_plain(self.conv) and self._has_deltas():
             return self.to_dense_conv()
-        passes = smoothing_convs(
-            self._taps(), self.smoothing_stride, self.padding_mode, self.bias if self.spec.order == "after" else None
-        )
+        bias = self.bias if self.spec.order == "after" else None
+        passes = smoothing_convs(self._taps(), self.smoothing_stride, self.padding_mode, bias)
         for smoothing in passes:
             smoothing.weight.requires_grad_(self.geometry["raw_sigma"].requires_grad)
         conv = copy.deepcopy(self.conv)
