@@ -17,8 +17,8 @@ import torch
 from rich.progress import track
 from torch.nn import functional as F
 
-from benchmarks.common import arguments, new_parser, read_results, summary, write_results
-from timm_contconv.cli.digits import Digits, load_digits, train_on_digits
+from benchmarks.common import arguments, few_digits, new_parser, read_results, summary, write_results
+from timm_contconv.cli.digits import Digits, train_on_digits
 from timm_contconv.models.smpnet import SmpNet
 
 SIZE, TRAINING_IMAGES = 16, 300
@@ -37,15 +37,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def few_digits() -> Digits:
+def small_digits() -> Digits:
     """The first images of the training split, and all for testing, averaged down."""
-    digits = load_digits()
-    return dataclasses.replace(
-        digits,
-        train_images=F.adaptive_avg_pool2d(digits.train_images[:TRAINING_IMAGES], SIZE),
-        train_labels=digits.train_labels[:TRAINING_IMAGES],
-        test_images=F.adaptive_avg_pool2d(digits.test_images, SIZE),
-    )
+    digits = few_digits(TRAINING_IMAGES)
+    train, test = (F.adaptive_avg_pool2d(images, SIZE) for images in (digits.train_images, digits.test_images))
+    return dataclasses.replace(digits, train_images=train, test_images=test)
 
 
 def main() -> None:
@@ -56,7 +52,7 @@ def main() -> None:
     options = arguments(parser)
     if unknown := set(options.settings) - SETTINGS.keys():
         parser.error(f"no such setting: {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
-    digits = few_digits()
+    digits = small_digits()
     results: dict[str, dict[str, Any]] = read_results(options.output).get("results", {})
     for name in options.settings or SETTINGS:
         start, values = time.perf_counter(), []

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 import timm_contconv as tcc
-from benchmarks.common import in_turns, machine, medians, write_block
+from benchmarks.common import ROOT, in_turns, machine, medians, write_block
 from tests.models_for_tests import awake, scatter
 from timm_contconv.export import load_exported
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "deploy.md"
+PAGE = ROOT / "docs" / "deploy.md"
 START, END = "<!-- times: benchmarks/speed/deploy.py writes this table -->", "<!-- end of times -->"
 SIZE = (3, 224, 224)
 Run = Callable[[Tensor], object]

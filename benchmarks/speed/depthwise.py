@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.common import arguments, in_turns, machine_file, medians, new_parser, write_results
 from timm_contconv import ops
+from timm_contconv.ops.problem import PASSES
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -74,7 +75,7 @@ def bench(channels: int, size: int, kernel: int, options: argparse.Namespace) ->
         for side, convolve in (("ours", ours), ("plain", plain)):
             calls[side, layout] = calls_by_pass(convolve, *tensors)
     rows = []
-    for pass_ in ("output", "input", "weight"):
+    for pass_ in PASSES:
         turns = {f"{side}, {layout}": call[pass_] for (side, layout), call in calls.items()}
         times = medians(in_turns(turns, options.repeats, f"{channels} channels, {kernel}², {pass_}"))
         for layout in FORMATS:

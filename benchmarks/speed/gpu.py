@@ -33,8 +33,8 @@ from torch import Tensor, nn
 import timm_contconv as tcc
 from benchmarks.common import RESULTS, arguments, infer, machine, new_parser, training_step
 from benchmarks.speed.depthwise import FORMATS, STAGES, calls_by_pass, chosen, ours, plain, useful_macs
+from timm_contconv.ops.problem import PASSES
 
-PASSES = ("output", "input", "weight")
 KERNELS = (23, 7, 51, 13, 31)
 #: Each model with the one that it is compared with, if timm has it.
 MODELS = {"convnext_tiny_dcls_gauss": "convnext_tiny", "smpconv_tiny": None, "resnet50_genv": "resnet50"}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .resolution import at_size
 
-__all__ = ["BATCH", "BLURS", "NOISES", "RESOLUTIONS", "SHIFTS", "robustness"]
+__all__ = ["BLURS", "NOISES", "RESOLUTIONS", "SHIFTS", "robustness", "top1"]
 
 SHIFTS = (1, 2, 3)
 RESOLUTIONS = (0.5, 0.75, 1.5, 2.0)
@@ -35,11 +35,11 @@ def robustness(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, fl
         can be told, see `at_size`.
     """
     model.eval()
-    plain = _top1(model, images)
+    plain = top1(model, images)
     results = {}
     for shift in SHIFTS:
         moved = [_shifted(images, dy, dx) for dy, dx in ((shift, 0), (-shift, 0), (0, shift), (0, -shift))]
-        kept = [(_top1(model, other) == plain).float().mean().item() for other in moved]
+        kept = [(top1(model, other) == plain).float().mean().item() for other in moved]
         results[f"shift {shift}"] = sum(kept) / len(kept)
     changed = {f"size {ratio}": _resized(images, ratio) for ratio in RESOLUTIONS}
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -55,10 +55,11 @@ def robustness(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, fl
 
 
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return (_top1(model, images) == labels).float().mean().item()
+    return (top1(model, images) == labels).float().mean().item()
 
 
-def _top1(model: nn.Module, images: Tensor) -> Tensor:
+def top1(model: nn.Module, images: Tensor) -> Tensor:
+    """The class of each picture that the model finds the likeliest."""
     return torch.cat([model(batch).argmax(1) for batch in images.split(BATCH)])
 
 

@@ -20,8 +20,7 @@ from timm_contconv.layers import ConvReplacement
 from .arms import ARMS, Arm
 from .data import TRAINING_PICTURES, Fashion
 from .geometry import described_change, quantities, receptive_field
-from .robustness import BATCH as EVALUATION_BATCH
-from .robustness import robustness
+from .robustness import robustness, top1
 
 __all__ = ["Schedule", "train_arm"]
 
@@ -166,8 +165,7 @@ def _mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
-    batches = zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
-    return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / len(labels)
+    return int((top1(model, images) == labels).sum()) / len(labels)
 
 
 def _layers(model: nn.Module) -> list[ConvReplacement]:

@@ -10,33 +10,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.least_squares import Geometry, fit_separately, pixels_by_energy, pixels_needed
+from ..core.least_squares import Geometry, fit_separately, pixels_by_energy
 from ..core.plain import margin
 from .formula import FACTORS, GAUSS_MIN_WIDTH, Interpolation, outer
 
-__all__ = ["INITIAL_SIGMA", "elements_needed", "fit_elements"]
+__all__ = ["INITIAL_SIGMA", "LEFT_OUT", "fit_elements"]
 
 INITIAL_SIGMA = {"triangle": 0.0, "gauss": 0.23}  # Appendix C
 SMALLEST_START_SIGMA = 0.1  # a search starts wider than 0: there an element on a pixel has no gradient
 # of an element that should reach its own pixel only: its width still has a gradient
 SMALLEST_SIGMA = {"triangle": 0.0003, "gauss": 0.003}
-# parts of the tolerance: for pixels without an element, and for what an element spreads to each neighbouring pixel
-LEFT_OUT, SPREAD = 0.1, 0.03
+# part of the tolerance for pixels without an element: few are that small, and without them a network's outputs change
+# more than its kernels
+LEFT_OUT = 0.1
+SPREAD = 0.03  # part of the tolerance for what an element spreads to each neighbouring pixel
 REACH = 3  # pixels around the old kernel that a search looks at
-CORRELATION = (
-    0.8  # of neighbouring pixels in feature maps; of 0, 0.5, 0.8 and 0.95 it changes a network's outputs least
-)
-
-
-def elements_needed(targets: Tensor, tolerance: float) -> int:
-    """The fewest elements on pixels that approximate kernels to a relative error of `tolerance`.
-
-    Args:
-        targets: (B, n, *size), as for `fit_elements`.
-        tolerance: of the norm of each of the n kernels over all problems. Pixels may miss a tenth of it: few pixels are
-            that small, and without them a network's outputs change more than its kernels.
-    """
-    return pixels_needed(targets, LEFT_OUT * tolerance)
+# of neighbouring pixels in feature maps; of 0, 0.5, 0.8 and 0.95 it changes a network's outputs least
+CORRELATION = 0.8
 
 
 def fit_elements(

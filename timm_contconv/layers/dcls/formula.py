@@ -15,12 +15,11 @@ from ..core.subnormals import bell, bell_
 
 __all__ = [
     "FACTORS",
-    "KERNEL_FUNCTIONS",
     "Factors",
     "Interpolation",
     "bilinear_kernel",
+    "dcls_kernel",
     "gauss_kernel",
-    "normalized_bilinear_kernel",
     "outer",
     "repulsion",
     "triangle_kernel",
@@ -35,6 +34,35 @@ GAUSS_MIN_WIDTH = 0.27  # sigma_0 of Eq. 10
 NORMALIZATION_EPS = 1e-7  # epsilon of Eq. 11
 
 
+def dcls_kernel(
+    weight: Tensor,
+    interpolation: Interpolation,
+    kernel_size: Sequence[int],
+    position_dims: Sequence[int] | None = None,
+    **geometry: Tensor,
+) -> Tensor:
+    """Dense DCLS kernel (Khalfaoui-Hassani et al. 2023, Algorithm 1).
+
+    Args:
+        weight: (C_out, C_in/groups, *dense sizes, m) element weights.
+        interpolation: as in `DclsSpec`.
+        kernel_size: sizes of the kernel along the D dimensions in which elements move.
+        position_dims: these dimensions; None for all. The others are treated as channels.
+        **geometry: `position` and, for "triangle" and "gauss", `sigma`: (D, *weight.shape), in pixels.
+
+    Returns:
+        (C_out, C_in/groups, *size), the size along all dimensions.
+    """
+    factors, mass = FACTORS[interpolation](**geometry, kernel_size=kernel_size)
+    *leading, last = factors
+    rows = outer([(weight if mass is None else weight / mass).unsqueeze(-1), *leading])
+    kernel = torch.bmm(rows.flatten(0, -3).transpose(1, 2), last.flatten(0, -3))
+    kernel = kernel.view(*weight.shape[:-1], *kernel_size)
+    if position_dims is None:
+        return kernel
+    return kernel.movedim(tuple(range(-len(position_dims), 0)), tuple(2 + d for d in position_dims))
+
+
 def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]) -> Tensor:
     """Dense DCLS kernel with bilinear interpolation (Khalfaoui-Hassani et al. 2023, Eq. 2, 4 and 12).
 
@@ -46,15 +74,7 @@ def bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel. Parts of elements outside the kernel are cut off.
     """
-    return _sum_of_products(weight, *bilinear_factors(position, kernel_size))
-
-
-def normalized_bilinear_kernel(weight: Tensor, position: Tensor, kernel_size: Sequence[int]) -> Tensor:
-    """Dense DCLS kernel with bilinear interpolation, normalised as in Eq. 11: version "v1" of the authors' package.
-
-    It differs from `bilinear_kernel`, whose arguments it takes, where an element lies partly outside the kernel.
-    """
-    return _sum_of_products(weight, *normalized_bilinear_factors(position, kernel_size))
+    return dcls_kernel(weight, "bilinear", kernel_size, position=position)
 
 
 def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -67,7 +87,7 @@ def triangle_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
     """
-    return _sum_of_products(weight, *triangle_factors(position, sigma, kernel_size))
+    return dcls_kernel(weight, "triangle", kernel_size, position=position, sigma=sigma)
 
 
 def gauss_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -80,7 +100,7 @@ def gauss_kernel(weight: Tensor, position: Tensor, sigma: Tensor, kernel_size: S
     Returns:
         (C_out, C_in/groups, *kernel_size) kernel; every element is normalised to a sum of 1 over the kernel.
     """
-    return _sum_of_products(weight, *gauss_factors(position, sigma, kernel_size))
+    return dcls_kernel(weight, "gauss", kernel_size, position=position, sigma=sigma)
 
 
 def repulsion(position: Tensor) -> Tensor:
@@ -104,13 +124,12 @@ def bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
 
 
 def normalized_bilinear_factors(position: Tensor, kernel_size: Sequence[int]) -> Factors:
-    """As `bilinear_factors`, with the normalisation of Eq. 11."""
+    """As `bilinear_factors`, normalised: version "v1" of the authors' package."""
     factors, _ = bilinear_factors(position, kernel_size)
     return factors, _mass([factor.sum(-1) for factor in factors])
 
 
 def triangle_factors(position: Tensor, sigma: Tensor, kernel_size: Sequence[int]) -> Factors:
-    """As `bilinear_factors`, with the normalisation of Eq. 11; also for `gauss_factors`."""
     widths = TRIANGLE_MIN_WIDTH + sigma.abs()
     factors = [
         (widths[d].unsqueeze(-1) - _distance(position[d], size).abs()).relu() for d, size in enumerate(kernel_size)
@@ -190,35 +209,11 @@ def _mass(totals: Sequence[Tensor]) -> Tensor:
     return NORMALIZATION_EPS + functools.reduce(operator.mul, totals)
 
 
-def _sum_of_products(weight: Tensor, factors: Sequence[Tensor], mass: Tensor | None) -> Tensor:
-    """Sum over the elements k of weight_k / mass_k times the outer product of its factors, as one matrix product.
-
-    Args:
-        weight: (..., m).
-        factors: D tensors (..., m, K_d).
-        mass: (..., m), or None for 1.
-
-    Returns:
-        (..., K_1, ..., K_D).
-    """
-    *leading, last = factors
-    weight = weight if mass is None else weight / mass
-    rows = outer([weight.unsqueeze(-1), *leading])
-    kernel = torch.bmm(rows.flatten(0, -3).transpose(1, 2), last.flatten(0, -3))
-    return kernel.view(weight.shape[:-1] + tuple(factor.shape[-1] for factor in factors))
-
-
 def outer(factors: Sequence[Tensor]) -> Tensor:
     """Outer products over the last axes, flattened: (..., K_1), ..., (..., K_D) to (..., K_1 * ... * K_D)."""
     return functools.reduce(lambda a, b: (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2), factors)
 
 
-KERNEL_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "bilinear": bilinear_kernel,
-    "normalized_bilinear": normalized_bilinear_kernel,
-    "triangle": triangle_kernel,
-    "gauss": gauss_kernel,
-}
 FACTORS: dict[str, Callable[..., Factors]] = {
     "bilinear": bilinear_factors,
     "normalized_bilinear": normalized_bilinear_factors,

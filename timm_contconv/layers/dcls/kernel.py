@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ..core.arguments import Int
 from ..core.kernel import Kernel
+from ..core.least_squares import pixels_needed
 from ..core.plain import PlainConv, centred, kernels_inside
 from ..core.replacement import FIT_TOLERANCE
 from ..core.shown import Elements, Form, Quantity, one_per_output
 from ..core.spec import KernelSpec
-from .fit import INITIAL_SIGMA, elements_needed, fit_elements
-from .formula import GAUSS_MIN_WIDTH, KERNEL_FUNCTIONS, TRIANGLE_MIN_WIDTH, Interpolation, repulsion
+from .fit import INITIAL_SIGMA, LEFT_OUT, fit_elements
+from .formula import GAUSS_MIN_WIDTH, TRIANGLE_MIN_WIDTH, Interpolation, dcls_kernel, repulsion
 
 __all__ = ["DclsKernel", "DclsSpec"]
 
@@ -85,11 +86,9 @@ class DclsKernel(Kernel):
         return 1 / math.sqrt(self.weight[0].numel())
 
     def function(self) -> Callable[..., Tensor]:
-        function = KERNEL_FUNCTIONS[self.interpolation]
-        if len(self.moving) == len(self.kernel_size):
-            return functools.partial(function, kernel_size=self.moving)
+        dims = None if len(self.moving) == len(self.kernel_size) else self.position_dims
         return functools.partial(
-            _partly_dense_kernel, function=function, kernel_size=self.moving, position_dims=self.position_dims
+            dcls_kernel, interpolation=self.interpolation, kernel_size=self.moving, position_dims=dims
         )
 
     def constrain_(self) -> None:
@@ -198,8 +197,7 @@ class DclsSpec(KernelSpec):
         sizes = self.sizes(len(convs[0].kernel_size))
         moving = check_position_dims(self.position_dims, len(sizes))
         problems, _ = _problems(kernels_inside(convs, sizes), sizes, moving)
-        count = elements_needed(problems, tolerance)
-        return self.model_copy(update={"kernel_count": count})
+        return self.model_copy(update={"kernel_count": pixels_needed(problems, LEFT_OUT * tolerance)})
 
     def _parameters_per_element(self, group: Sequence[PlainConv]) -> int:
         ndim = len(group[0].kernel_size)
@@ -228,14 +226,6 @@ def _problems(targets: Sequence[Tensor], kernel_size: Sequence[int], moving: Seq
     norms = norms.clamp_min(torch.finfo(norms.dtype).tiny).cpu()
     stacked = torch.stack([k.cpu() / n for k, n in zip(last, norms, strict=True)], -len(moving) - 1)
     return stacked.flatten(0, -len(moving) - 2), norms
-
-
-def _partly_dense_kernel(
-    function: Callable[..., Tensor], kernel_size: Sequence[int], position_dims: Sequence[int], **inputs: Tensor
-) -> Tensor:
-    """A kernel whose elements move along `position_dims` only; the other dimensions are treated as channels."""
-    kernel = function(**inputs, kernel_size=kernel_size)
-    return kernel.movedim(tuple(range(-len(position_dims), 0)), tuple(2 + d for d in position_dims))
 
 
 def check_position_dims(dims: Sequence[int] | None, ndim: int) -> tuple[int, ...]:

@@ -4,8 +4,8 @@
 - smoothing.py: the smoothing of images, and its gradients.
 - spec.py: the settings.
 - layer.py: the layer.
+- fit.py: the envelope and the kernel that together approximate a given kernel.
 - merge.py: the smoothing as plain convolutions, or folded into a larger kernel.
-- cost.py: multiply-adds.
 - model_wide.py: all envelopes of a model: their widths, and smaller filters.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -18,9 +17,8 @@ from ..core.geometry import GeometryOwner
 from ..core.kept import may_look
 from ..core.plain import NEGLIGIBLE, PlainConv, copy_bias_, plain_arguments, plain_conv, relative_error, require_weights
 from ..core.replacement import CONV_ATTRIBUTES, FIT_TOLERANCE, ConvReplacement
-from ..core.shown import Elements, Quantity, ShownKernels
+from ..core.shown import Elements, Quantity, ShownKernels, one_per_output
 from ..core.tracing import as_node, is_traced
-from .cost import largest_input, smoothing_multiply_adds
 from .fit import EnvelopeFit
 from .gaussian import envelope_filter, is_delta, raw_from_variance, variance_from_raw
 from .merge import dense_kernel, dense_padding, is_plain, smoothing_convs, spread_taps
@@ -65,6 +63,7 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
     """
 
     method = "genv"
+    dilates = True
     geometry_names = ("raw_sigma",)
     conv: nn.Conv2d
 
@@ -172,29 +171,28 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         if is_traced(x):
             return as_node(self, x)
         self._require_values(x)
+        variance = self.variance
         if self.spec.order == "after":
-            y = self._smooth(self.conv(x))
+            y = self._smooth(self.conv(x), variance)
             return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
-        if self._only_sigma_learns_from(x):
-            taps = self.spec.taps(self.training)
-            return smooth_and_convolve(x, self.variance, taps, self.smoothing_stride, self.conv)
-        return self.conv(self._smooth(x))
+        if variance.requires_grad and not x.requires_grad and self._can_be_fused():
+            return smooth_and_convolve(x, variance, self.spec.taps(self.training), self.smoothing_stride, self.conv)
+        return self.conv(self._smooth(x, variance))
 
-    def _smooth(self, x: Tensor) -> Tensor:
+    def _smooth(self, x: Tensor, variance: Tensor) -> Tensor:
         """The smoothed image. The CPU skips deltas, which change nothing, unless sigma needs a gradient."""
-        raw, variance = self.geometry["raw_sigma"], self.variance
-        learns = torch.is_grad_enabled() and raw.requires_grad
-        if not learns and raw.device.type == "cpu" and may_look((raw,)) and is_delta(variance):
+        may_skip = not variance.requires_grad and variance.device.type == "cpu" and may_look((variance,))
+        if may_skip and is_delta(variance):
             return x[..., :: self.smoothing_stride[0], :: self.smoothing_stride[1]]
         return smooth(x, variance, self.spec.taps(self.training), self.smoothing_stride, self.padding_mode)
 
-    def _only_sigma_learns_from(self, x: Tensor) -> bool:
-        """Whether sigma needs a gradient, the image needs none, and `smooth_and_convolve` can run `conv`."""
-        if x.requires_grad or not torch.is_grad_enabled() or not self.geometry["raw_sigma"].requires_grad:
-            return False
+    def _can_be_fused(self) -> bool:
+        """Whether `smooth_and_convolve` can run `conv`, which has no adapter then and no hook."""
         if self.padding_mode != "zeros" or isinstance(self.padding, str) or plain_only():
             return False
-        return _is_bare(self.conv)
+        conv = self.conv
+        hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+        return type(conv) is nn.Conv2d and not any(hooks) and "forward" not in conv.__dict__
 
     # ---- in place of a convolution, and back
 
@@ -229,9 +227,8 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         """
         if is_plain(self.conv) and self._has_deltas():
             return self.to_dense_conv()
-        passes = smoothing_convs(
-            self._taps(), self.smoothing_stride, self.padding_mode, self.bias if self.spec.order == "after" else None
-        )
+        bias = self.bias if self.spec.order == "after" else None
+        passes = smoothing_convs(self._taps(), self.smoothing_stride, self.padding_mode, bias)
         for smoothing in passes:
             smoothing.weight.requires_grad_(self.geometry["raw_sigma"].requires_grad)
         conv = copy.deepcopy(self.conv)
@@ -287,7 +284,13 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
         return taps.to(self.geometry["raw_sigma"].dtype).expand(self.smoothed_channels, -1)
 
     def _dense_kernel(self) -> Tensor:
-        return dense_kernel(self.conv, self._taps(), self.smoothing_distance, by_input=self.spec.order == "before")
+        return dense_kernel(self.conv, self._by_kernel(self._taps()), self.smoothing_distance)
+
+    def _by_kernel(self, values: Tensor) -> Tensor:
+        """Values of the smoothed channels, (C, ...), for every kernel: (C_out, C_in/groups, ...)."""
+        if self.spec.order == "after":
+            return values.unsqueeze(1).repeat_interleave(self.in_channels // self.groups, 1)
+        return values.unflatten(0, (self.groups, -1)).repeat_interleave(self.out_channels // self.groups, 0)
 
     # ---- reports
 
@@ -299,19 +302,12 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
     @torch.no_grad()
     def shown_kernels(self) -> ShownKernels:
         """The kernels with the envelope folded in, and the envelope's σ at their centre."""
-        shown = super().shown_kernels()
-        sigma = self.sigma.detach().expand(self.smoothed_channels)
-        if self.spec.order == "before":
-            per_group = self.in_channels // self.groups
-            outputs = torch.arange(self.out_channels, device=sigma.device)
-            group = outputs // (self.out_channels // self.groups)
-            sigma = sigma[group * per_group + outputs % per_group]  # as `one_per_output` chooses
-        distance = sigma.new_tensor(self.smoothing_distance)
-        centre = (sigma.new_tensor(shown.values.shape[1:]) - 1) / 2
-        position = centre.expand(len(sigma), 1, -1)
-        return dataclasses.replace(
-            shown, elements=Elements(position, "ellipse", sigma[:, None, None] * distance, label="envelope σ")
-        )
+        kernels = super().shown_kernels().values
+        sigma = one_per_output(self._by_kernel(self.sigma.expand(self.smoothed_channels)))
+        centre = (sigma.new_tensor(kernels.shape[1:]) - 1) / 2
+        reach = sigma[:, None, None] * sigma.new_tensor(self.smoothing_distance)
+        elements = Elements(centre.expand(len(sigma), 1, -1), "ellipse", reach, label="envelope σ")
+        return ShownKernels(kernels, elements=elements)
 
     @torch.no_grad()
     def shown_quantities(self) -> tuple[Quantity, ...]:
@@ -327,9 +323,12 @@ class GaussianEnvelopeConv2d(GeometryOwner, ConvReplacement):
 
     def _multiply_adds(self, output_size: Sequence[int], smoothing_stride: Sequence[int]) -> int:
         convolution = math.prod((*output_size, *self.kernel_size, self.out_channels, self.in_channels // self.groups))
-        before, taps = self.spec.order == "before", self.spec.taps(training=False)
-        size = largest_input(output_size, self._reach, self.stride, self.padding) if before else output_size
-        return convolution + smoothing_multiply_adds(size, self.smoothed_channels, taps, smoothing_stride)
+        size = output_size
+        if self.spec.order == "before":
+            pads = [k - 1 if isinstance(self.padding, str) else 2 * self.padding[d] for d, k in enumerate(self._reach)]
+            size = [n * s + k - 1 - p for n, s, k, p in zip(output_size, self.stride, self._reach, pads, strict=True)]
+        rows, columns = (math.ceil(n / s) for n, s in zip(size, smoothing_stride, strict=True))
+        return convolution + self.spec.taps(training=False) * self.smoothed_channels * rows * (size[1] + columns)
 
     def extra_repr(self) -> str:
         settings = self.spec.model_dump(exclude={"method"}, exclude_defaults=True)
@@ -348,9 +347,3 @@ def _smoothing_stride(
     """
     pads = (0, 0) if isinstance(padding, str) else padding  # "same" adds no padding to a single pixel
     return tuple(s if k == 1 and p == 0 else 1 for k, s, p in zip(kernel_size, stride, pads, strict=True))
-
-
-def _is_bare(conv: nn.Module) -> bool:
-    """Whether a call of the module runs `nn.Conv2d.forward` and nothing else: no adapter, no hook."""
-    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
-    return type(conv) is nn.Conv2d and not any(hooks) and "forward" not in conv.__dict__

@@ -40,14 +40,13 @@ def smoothing_convs(
 
 
 @torch.no_grad()
-def dense_kernel(conv: nn.Conv2d, taps: Tensor, distances: Sequence[int], by_input: bool) -> Tensor:
+def dense_kernel(conv: nn.Conv2d, taps: Tensor, distances: Sequence[int]) -> Tensor:
     """The kernel of a convolution with separable envelopes folded in: w = g * f (Kobayashi 2023, Eq. 1).
 
     Args:
         conv: the convolution with the kernels f.
-        taps: (C, k_g) envelopes g; C is C_in if `by_input`, else C_out.
+        taps: (C_out, C_in/groups, k_g), the envelope g of every kernel.
         distances: between taps along each axis, in pixels.
-        by_input: the input is smoothed, not the output.
 
     Returns:
         (C_out, C_in/groups, K_y + (k_g - 1) distances[0], K_x + (k_g - 1) distances[1]); K is the size of f with its
@@ -62,10 +61,6 @@ def dense_kernel(conv: nn.Conv2d, taps: Tensor, distances: Sequence[int], by_inp
             " remove the parametrisation first, or use to_conv(), which keeps the module as it is"
         )
     weight = spread_taps(conv.weight, conv.dilation)
-    if by_input:
-        taps = taps.unflatten(0, (conv.groups, -1)).repeat_interleave(weight.shape[0] // conv.groups, 0)
-    else:
-        taps = taps.unsqueeze(1).expand(-1, weight.shape[1], -1)
     kernels, filters = weight.flatten(0, 1).unsqueeze(0), taps.flatten(0, 1)[None, :, None]
     for axis, distance in enumerate(distances):
         spread = spread_taps(filters, (1, distance))[0, :, 0]

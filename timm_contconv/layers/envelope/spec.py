@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from ..core.arguments import as_int
-from ..core.plain import PlainConv
 from ..core.spec import LARGEST_KERNEL, LayerSpec
 
 __all__ = ["EnvelopeSpec"]
@@ -55,7 +54,3 @@ class EnvelopeSpec(LayerSpec):
     def taps(self, training: bool) -> int:
         """k_g in training, or outside of it."""
         return self.envelope_size if training or self.inference_size is None else self.inference_size
-
-    def refusal(self, conv: PlainConv) -> str | None:
-        """As for other methods, but any dilation is allowed, because the convolution itself stays."""
-        return None if len(conv.kernel_size) in self.layers else f"{self.method} has no {len(conv.kernel_size)}-D layer"
