@@ -1,13 +1,18 @@
-"""The geometry of a convolution by discrete Fourier transforms."""
+"""What convolutions by discrete Fourier transforms share: their geometry, and two passes that are one filter."""
 
 import itertools
 import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from ..problem import Problem, output_size
+from .algorithm import Algorithm, add_bias
 
-__all__ = ["Axis", "axes_of"]
+__all__ = ["Axis", "Fourier", "axes_of", "used_taps"]
 
 
 @lru_cache(maxsize=1024)
@@ -64,3 +69,46 @@ class Axis(NamedTuple):
 def axes_of(problem: Problem) -> list[Axis]:
     sizes = zip(problem.input_size, problem.kernel_size, problem.stride, problem.padding, strict=True)
     return [Axis.of(*axis) for axis in sizes]
+
+
+def used_taps(kernels: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """The taps that meet the image; the last dimensions are spatial."""
+    index: Any = (..., *(a.used for a in axes))
+    return kernels[index]
+
+
+class Fourier(Algorithm):
+    """Products of spectra, at lengths just large enough that what wraps around is never read."""
+
+    spreads_nan = True
+
+    def output(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        axes, kernels = axes_of(problem), weight.unflatten(0, (problem.groups, -1)).transpose(1, 2)
+        places = [a.pixels for a in axes], [a.places for a in axes]
+        return add_bias(self.filtered(problem, x, kernels, *places, conjugate=True), bias)
+
+    def input(self, problem: Problem, grad: Tensor, weight: Tensor) -> Tensor:
+        axes, kernels = axes_of(problem), weight.unflatten(0, (problem.groups, -1))
+        places = [a.places for a in axes], [a.pixels for a in axes]
+        return self.filtered(problem, grad, kernels, *places, conjugate=False)
+
+    @abstractmethod
+    def filtered(
+        self,
+        problem: Problem,
+        images: Tensor,
+        kernels: Tensor,
+        places: Sequence[range],
+        wanted: Sequence[range],
+        conjugate: bool,
+    ) -> Tensor:
+        """What stands at the `wanted` places, (N, groups * C', *sizes), after images are multiplied with kernels.
+
+        Args:
+            problem: of which it is a pass.
+            images: (N, groups * C, *sizes).
+            kernels: (groups, C, C', *kernel).
+            places: where the pixels of the images stand, by axis.
+            wanted: where those of the result stand.
+            conjugate: conjugates the kernels' spectra for a correlation, as convolutions of networks are.
+        """
