@@ -24,7 +24,7 @@ __all__ = [
     "choices",
     "choose",
     "counting",
-    "decided",
+    "decisions",
     "gains",
     "is_counting",
     "keep",
@@ -37,7 +37,8 @@ _FEWEST_MACS, _FEWEST_MACS_ON_ACCELERATORS = 200_000, 50_000_000
 _OPERATOR_SECONDS = 2e-5
 _MOST_DECISIONS = 4096
 
-_decisions: dict[Hashable, Any] = {}
+#: What was decided, until something new is measured.
+decisions: dict[Hashable, Any] = {}
 _lock = threading.Lock()
 
 #: One pass of a problem.
@@ -105,7 +106,7 @@ def binding(key: Hashable, problem: Problem, tensors: Sequence[Tensor | None]) -
 def _settle(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> tuple[Algorithm, bool]:
     """The algorithm where nothing is forced; and whether the choice holds for as long as `state()` does."""
     key = (pass_, problem, state())
-    chosen: Algorithm | None = _decisions.get(key)
+    chosen: Algorithm | None = decisions.get(key)
     if chosen is not None:
         return chosen, True
     chosen, is_final = _decide(pass_, problem, tensors)
@@ -158,16 +159,11 @@ def state() -> tuple[Hashable, ...]:
     )
 
 
-def decided(key: Hashable) -> Any:
-    """What was kept by a key; a KeyError where that is nothing, or something new was measured since."""
-    return _decisions[key]
-
-
 def keep(key: Hashable, decision: Any) -> None:
     """Keeps a decision until something new is measured."""
-    if len(_decisions) >= _MOST_DECISIONS:
-        _decisions.clear()
-    _decisions[key] = decision
+    if len(decisions) >= _MOST_DECISIONS:
+        decisions.clear()
+    decisions[key] = decision
 
 
 def _decide(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> tuple[Algorithm, bool]:
@@ -185,7 +181,7 @@ def _decide(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> t
         times, faults = measure(pass_, problem, tensors, able)
         if times or faults:
             record_of(problem.device).add(pass_, problem, times, faults)
-            _decisions.clear()
+            decisions.clear()
     finally:
         _lock.release()
     # Also where nothing could be measured, because of a NaN: do not try at every call.

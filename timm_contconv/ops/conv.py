@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import aten, operator
 from .autocast import autocast_dtype
-from .choose import binding, decided, gains, is_counting, keep, state
+from .choose import binding, decisions, gains, is_counting, keep, state
 from .forced import forced
 from .prior import is_large
 from .problem import Problem, fits, has_outputs
@@ -97,7 +97,7 @@ def _decision(
     extra = None if bias is None else (bias.shape, bias.dtype, bias.device)
     key = (images, kernels, extra, stride, padding, groups, passes, dtype, state())
     try:
-        return key, decided(key)
+        return key, decisions[key]
     except KeyError:
         problem = None
         if _may_gain(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding):
