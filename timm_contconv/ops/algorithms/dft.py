@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, compute_dtype
-from .fourier import Axis, Fourier, axes_of, used_taps
+from .fourier import Axis, Fourier, Places, axes_of, used_taps
 
 __all__ = ["DFT", "multiply_adds"]
 
@@ -44,13 +44,7 @@ class DFT(Fourier):
         return None
 
     def filtered(
-        self,
-        problem: Problem,
-        images: Tensor,
-        kernels: Tensor,
-        places: Sequence[range],
-        wanted: Sequence[range],
-        conjugate: bool,
+        self, problem: Problem, images: Tensor, kernels: Tensor, places: Places, wanted: Places, conjugate: bool
     ) -> Tensor:
         axes = rows, columns = axes_of(problem)
         n, (c_from, c_to), length = problem.batch, kernels.shape[1:3], columns.shortest

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, compute_dtype, new_tensor
-from .fourier import Axis, Fourier, axes_of, used_taps
+from .fourier import Axis, Fourier, Places, axes_of, used_taps
 
 __all__ = ["FFT"]
 
@@ -35,13 +35,7 @@ class FFT(Fourier):
         return None
 
     def filtered(
-        self,
-        problem: Problem,
-        images: Tensor,
-        kernels: Tensor,
-        places: Sequence[range],
-        wanted: Sequence[range],
-        conjugate: bool,
+        self, problem: Problem, images: Tensor, kernels: Tensor, places: Places, wanted: Places, conjugate: bool
     ) -> Tensor:
         axes, (groups, c_from, c_to) = axes_of(problem), kernels.shape[:3]
         out = new_tensor(images, (problem.batch, groups * c_to, *map(len, wanted)))
@@ -98,7 +92,7 @@ def _blocks(channels: Sequence[int], spectra: int, axes: Sequence[Axis]) -> Iter
 # ----------------------------------------------------------------------------------------------- transforms
 
 
-def _spectrum(x: Tensor, places: Sequence[range], axes: Sequence[Axis]) -> Tensor:
+def _spectrum(x: Tensor, places: Places, axes: Sequence[Axis]) -> Tensor:
     """The spectrum of what stands at these places of the axes, which are the last dimensions."""
     x, lengths = x.to(compute_dtype(x.dtype)), [a.length for a in axes]
     if any(p.start or p.step > 1 for p in places):
@@ -108,7 +102,7 @@ def _spectrum(x: Tensor, places: Sequence[range], axes: Sequence[Axis]) -> Tenso
     return torch.fft.rfftn(x, lengths, _dims(axes))
 
 
-def _values(spectrum: Tensor, wanted: Sequence[range], axes: Sequence[Axis]) -> Tensor:
+def _values(spectrum: Tensor, wanted: Places, axes: Sequence[Axis]) -> Tensor:
     """The inverse of `_spectrum`."""
     return torch.fft.irfftn(spectrum, [a.length for a in axes], _dims(axes))[_at(wanted)]
 
@@ -117,7 +111,7 @@ def _dims(axes: Sequence[Axis]) -> list[int]:
     return list(range(-len(axes), 0))
 
 
-def _at(places: Sequence[range]) -> Any:
+def _at(places: Places) -> Any:
     """Index of the last dimensions; Any, because PyTorch's stubs do not know tuples with an ellipsis."""
     return (..., *(slice(p.start, p.stop, p.step) for p in places))
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from ..problem import Problem, output_size
 from .algorithm import Algorithm, add_bias
 
-__all__ = ["Axis", "Fourier", "axes_of", "used_taps"]
+__all__ = ["Axis", "Fourier", "Places", "axes_of", "used_taps"]
+
+#: Where on each axis the pixels of an image stand.
+Places = Sequence[range]
 
 
 @lru_cache(maxsize=1024)
@@ -94,13 +97,7 @@ class Fourier(Algorithm):
 
     @abstractmethod
     def filtered(
-        self,
-        problem: Problem,
-        images: Tensor,
-        kernels: Tensor,
-        places: Sequence[range],
-        wanted: Sequence[range],
-        conjugate: bool,
+        self, problem: Problem, images: Tensor, kernels: Tensor, places: Places, wanted: Places, conjugate: bool
     ) -> Tensor:
         """What stands at the `wanted` places, (N, groups * C', *sizes), after images are multiplied with kernels.
 
