@@ -64,23 +64,23 @@ def _is_wrong_in_half_precision(x: Tensor, weight: Tensor) -> bool:
 def input_gradient(grad: Tensor, weight: Tensor, input_size: Sequence[int], *geometry: Any) -> Tensor:
     """The gradient of `convolution` for x, (N, C_in, *input_size); geometry: stride, padding and groups."""
     x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * geometry[-1], *input_size)
-    return _gradients(grad, x, weight, *geometry, (True, False, False))[0]
+    return _gradients((True, False, False), grad, x, weight, *geometry)[0]
 
 
 def weight_gradient(grad: Tensor, x: Tensor, kernel_size: Sequence[int], *geometry: Any) -> Tensor:
     """The gradient of `convolution` for its weight, (C_out, C_in/groups, *kernel_size); geometry as above."""
     weight = x.new_empty(1).expand(grad.shape[1], x.shape[1] // geometry[-1], *kernel_size)
-    return _gradients(grad, x, weight, *geometry, (False, True, False))[1]
+    return _gradients((False, True, False), grad, x, weight, *geometry)[1]
 
 
 def _gradients(
+    wanted: tuple[bool, bool, bool],
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
-    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     ones, zeros = [1] * len(stride), [0] * len(stride)
     return torch.ops.aten.convolution_backward(

@@ -157,15 +157,16 @@ class _Work(NamedTuple):
             outs = outs if pass_ == "input" else min(outs, 2)
         of_x, of_out, of_weight = slice(-groups * ins, None), slice(-groups * outs, None), slice(-ins, None)
         every = slice(None)
-        cuts, index = {
+        parts: dict[str, tuple[list[tuple[slice, ...]], tuple[slice, ...]]] = {
             "output": ([(every, of_x), (of_out, of_weight), (of_out,)], (slice(-1, None), of_out)),
             "input": ([(every, of_out), (of_out, of_weight)], (slice(-1, None), of_x)),
             "weight": ([(every, of_out), (every, of_x)], (of_out, of_weight)),
-        }[pass_]
+        }
+        cuts, index = parts[pass_]
         small = self if pass_ == "weight" else self.last_image()
         tensors = [None if t is None else t[cut].double() for t, cut in zip(small.tensors, cuts, strict=True)]
-        sizes = {"in_channels": groups * ins, "out_channels": groups * outs, "groups": groups, "dtype": torch.float64}
-        return _Work(pass_, small.problem._replace(**sizes), tensors), index
+        channels = small.problem._replace(in_channels=groups * ins, out_channels=groups * outs, groups=groups)
+        return _Work(pass_, channels._replace(dtype=torch.float64), tensors), index
 
 
 def _first(algorithm: Algorithm, work: _Work, best: float) -> tuple[float, Tensor | None]:

@@ -121,7 +121,8 @@ def _register_gradients(operator: Any, taken: tuple[str, str], given: str) -> No
         with inherited(ctx.forced):
             for i, name in enumerate(taken):
                 if ctx.needs_input_grad[i]:
-                    grads[i] = _gradient(name, tensors, *ctx.layouts[i], ctx.geometry)
+                    size, last = ctx.layouts[i]
+                    grads[i] = _gradient(name, tensors, size, last, ctx.geometry)
         if ctx.needs_input_grad[2]:  # the bias
             grads[2] = grad.sum([0, *range(2, grad.ndim)])
         return tuple(grads)
