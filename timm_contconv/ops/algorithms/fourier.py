@@ -69,9 +69,10 @@ class Axis(NamedTuple):
         return slice(self.first_tap, self.first_tap + self.taps)
 
 
-def axes_of(problem: Problem) -> list[Axis]:
+@lru_cache(maxsize=1024)
+def axes_of(problem: Problem) -> tuple[Axis, ...]:
     sizes = zip(problem.input_size, problem.kernel_size, problem.stride, problem.padding, strict=True)
-    return [Axis.of(*axis) for axis in sizes]
+    return tuple(Axis.of(*axis) for axis in sizes)
 
 
 def used_taps(kernels: Tensor, axes: Sequence[Axis]) -> Tensor:
