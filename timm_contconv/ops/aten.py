@@ -1,6 +1,7 @@
 """PyTorch's own convolution and its two gradients, in 1, 2 or 3 spatial dimensions, and when only they will do."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,14 +42,11 @@ def convolution(
     dilation: Sequence[int] | int = 1,
 ) -> Tensor:
     """The convolution of x (N, C_in, *size) with weight (C_out, C_in/groups, *kernel), plus bias (C_out,)."""
-    convolve = _CONVOLUTIONS[weight.ndim - 2]
+    convolve, geometry = _CONVOLUTIONS[weight.ndim - 2], (tuple(stride), tuple(padding), dilation, groups)
     if not _is_wrong_in_half_precision(x, weight):
-        return convolve(x, weight, bias, tuple(stride), tuple(padding), dilation, groups)
+        return convolve(x, weight, bias, *geometry)
     with torch.autocast("cpu", enabled=False):
-        wide = convolve(
-            x.float(), weight.float(), None if bias is None else bias.float(), tuple(stride), tuple(padding), dilation,
-            groups,
-        )  # fmt: skip
+        wide = convolve(x.float(), weight.float(), None if bias is None else bias.float(), *geometry)
     return wide.to(autocast_dtype(x))
 
 
@@ -63,30 +61,26 @@ def _is_wrong_in_half_precision(x: Tensor, weight: Tensor) -> bool:
     return autocast_dtype(x) in (torch.bfloat16, torch.float16)
 
 
-def input_gradient(
-    grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
-) -> Tensor:
-    """The gradient of `convolution` with respect to x, (N, C_in, *input_size)."""
-    x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *input_size)
-    return _gradients(grad, x, weight, stride, padding, groups, (True, False, False))[0]
+def input_gradient(grad: Tensor, weight: Tensor, input_size: Sequence[int], *geometry: Any) -> Tensor:
+    """The gradient of `convolution` for x, (N, C_in, *input_size); geometry: stride, padding and groups."""
+    x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * geometry[-1], *input_size)
+    return _gradients((True, False, False), grad, x, weight, *geometry)[0]
 
 
-def weight_gradient(
-    grad: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
-) -> Tensor:
-    """The gradient of `convolution` with respect to its weight, (C_out, C_in/groups, *kernel_size)."""
-    weight = x.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, *kernel_size)
-    return _gradients(grad, x, weight, stride, padding, groups, (False, True, False))[1]
+def weight_gradient(grad: Tensor, x: Tensor, kernel_size: Sequence[int], *geometry: Any) -> Tensor:
+    """The gradient of `convolution` for its weight, (C_out, C_in/groups, *kernel_size); geometry as above."""
+    weight = x.new_empty(1).expand(grad.shape[1], x.shape[1] // geometry[-1], *kernel_size)
+    return _gradients((False, True, False), grad, x, weight, *geometry)[1]
 
 
 def _gradients(
+    wanted: tuple[bool, bool, bool],
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
-    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     ones, zeros = [1] * len(stride), [0] * len(stride)
     return torch.ops.aten.convolution_backward(

@@ -33,20 +33,13 @@ def register(name: str, operator: Callable[..., Tensor]) -> None:
     `torch.library.register_autocast` would fix one dtype for good; here it is the one of the active context.
     """
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(name, _rule(device, operator), key)
 
+        def rule(*args: Any, device: str = device) -> Tensor:
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                return operator(*(a.to(dtype) if isinstance(a, Tensor) and _is_castable(a) else a for a in args))
 
-def _rule(device: str, operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def rule(*args: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return operator(*(_cast(a, dtype) for a in args))
-
-    return rule
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and _is_castable(value) else value
+        _library.impl(name, rule, key)
 
 
 def _is_castable(x: Tensor) -> bool:

@@ -20,15 +20,14 @@ from .record import record_of, records
 __all__ = [
     "Call",
     "Choice",
-    "Way",
+    "binding",
     "choices",
     "choose",
     "counting",
-    "decide",
-    "decision",
+    "decisions",
     "gains",
     "is_counting",
-    "settle",
+    "keep",
     "state",
 ]
 
@@ -38,7 +37,8 @@ _FEWEST_MACS, _FEWEST_MACS_ON_ACCELERATORS = 200_000, 50_000_000
 _OPERATOR_SECONDS = 2e-5
 _MOST_DECISIONS = 4096
 
-_decisions: dict[Hashable, Any] = {}
+#: What was decided, until something new is measured.
+decisions: dict[Hashable, Any] = {}
 _lock = threading.Lock()
 
 #: One pass of a problem.
@@ -90,18 +90,28 @@ def choose(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> Al
         return forced
     if _counts:
         _counts[-1][pass_, problem] += 1
-    return settle(pass_, problem, tensors)[0]
+    return _settle(pass_, problem, tensors)[0]
 
 
-def settle(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> tuple[Algorithm, bool]:
-    """`choose` where nothing is forced; and whether the choice holds for as long as `state()` does."""
+def binding(key: Hashable, problem: Problem, tensors: Sequence[Tensor | None]) -> Callable[..., Tensor]:
+    """What computes the output where nothing is forced, from tensors of the same strides; kept by a key."""
+    algorithm, is_final = _settle("output", problem, tensors)
+    assert tensors[0] is not None
+    run = algorithm.bound(problem, tensors[0])
+    if is_final:
+        keep(key, run)
+    return run
+
+
+def _settle(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> tuple[Algorithm, bool]:
+    """The algorithm where nothing is forced; and whether the choice holds for as long as `state()` does."""
     key = (pass_, problem, state())
-    chosen: Algorithm | None = _decisions.get(key)
+    chosen: Algorithm | None = decisions.get(key)
     if chosen is not None:
         return chosen, True
     chosen, is_final = _decide(pass_, problem, tensors)
     if is_final:
-        _keep(key, chosen)
+        keep(key, chosen)
     return chosen, is_final
 
 
@@ -131,7 +141,7 @@ def gains(passes: Sequence[str], problem: Problem) -> bool:
     for pass_ in passes:
         able = _able(pass_, problem)
         times = _times(pass_, problem, able)
-        if times is None and (_is_measurable(able) or able[0].name != "pytorch"):
+        if times is None and ((is_measuring() and len(able) > 1) or able[0].name != "pytorch"):
             return True
         if times:
             plain += times.get("pytorch", math.inf)
@@ -149,42 +159,11 @@ def state() -> tuple[Hashable, ...]:
     )
 
 
-class Way:
-    """How calls of one problem, with images of the same strides, run in inference."""
-
-    __slots__ = ("_problem", "_run")
-
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._run: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The output, in the memory format of x."""
-        if self._run is not None:
-            return self._run(x, weight, bias)
-        algorithm, is_final = settle("output", self._problem, (x, weight, bias))
-        run = algorithm.bound(self._problem, x)
-        self._run = run if is_final else None
-        return run(x, weight, bias)
-
-
-def decision(key: Hashable) -> Way | None:
-    """The way that `decide` made for a key; a KeyError where there is none, or something new was measured since."""
-    way: Way | None = _decisions[key]
-    return way
-
-
-def decide(key: Hashable, problem: Problem | None) -> Way | None:
-    """A way for a problem, or None for PyTorch's own convolution; kept until something new is measured."""
-    way = None if problem is None else Way(problem)
-    _keep(key, way)
-    return way
-
-
-def _keep(key: Hashable, decision: Any) -> None:
-    if len(_decisions) >= _MOST_DECISIONS:
-        _decisions.clear()
-    _decisions[key] = decision
+def keep(key: Hashable, decision: Any) -> None:
+    """Keeps a decision until something new is measured."""
+    if len(decisions) >= _MOST_DECISIONS:
+        decisions.clear()
+    decisions[key] = decision
 
 
 def _decide(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> tuple[Algorithm, bool]:
@@ -193,7 +172,7 @@ def _decide(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> t
     times = _times(pass_, problem, able)
     if times is not None:
         return _fastest(able, times), True
-    if not (is_measuring() and _is_worth_it(problem) and _is_measurable(able)):
+    if not (is_measuring() and _is_worth_it(problem) and len(able) > 1):
         return able[0], True
     # Another thread measures now: go on without.
     if is_recording(problem.device) or not _lock.acquire(blocking=False):
@@ -202,7 +181,7 @@ def _decide(pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> t
         times, faults = measure(pass_, problem, tensors, able)
         if times or faults:
             record_of(problem.device).add(pass_, problem, times, faults)
-            _decisions.clear()
+            decisions.clear()
     finally:
         _lock.release()
     # Also where nothing could be measured, because of a NaN: do not try at every call.
@@ -225,10 +204,6 @@ def _times(pass_: str, problem: Problem, able: Sequence[Algorithm]) -> dict[str,
 
 def _fastest(able: Sequence[Algorithm], times: dict[str, float]) -> Algorithm:
     return min(able, key=lambda a: times.get(a.name, math.inf))
-
-
-def _is_measurable(able: Sequence[Algorithm]) -> bool:
-    return is_measuring() and len(able) > 1
 
 
 def _is_worth_it(problem: Problem) -> bool:

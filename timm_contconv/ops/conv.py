@@ -1,13 +1,14 @@
 """The one entry: every layer convolves with its dense kernel through it."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import aten, operator
 from .autocast import autocast_dtype
-from .choose import Way, decide, decision, gains, is_counting, state
+from .choose import binding, decisions, gains, is_counting, keep, state
 from .forced import forced
 from .prior import is_large
 from .problem import Problem, fits, has_outputs
@@ -61,10 +62,12 @@ def conv(
         is_ours = True
     else:
         passes = _passes(x, weight, bias)
-        way = _way(passes, x, weight, bias, *geometry)
-        is_ours = way is not None
-        if way is not None and not passes and _is_unobserved(x, weight):
-            return way.run(x, weight, bias)
+        key, run = _decision(passes, x, weight, bias, *geometry)
+        is_ours = run is not None
+        if is_ours and not passes and _is_unobserved(x, weight):
+            if isinstance(run, Problem):
+                run = binding(key, run, (x, weight, bias))
+            return run(x, weight, bias)
     return (operator.conv if is_ours else aten.convolution)(x, weight, bias, *geometry)
 
 
@@ -76,7 +79,7 @@ def _passes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, ...]:
     return ("output", *of_both) if of_both or (bias is not None and bias.requires_grad) else ()
 
 
-def _way(
+def _decision(
     passes: tuple[str, ...],
     x: Tensor,
     weight: Tensor,
@@ -84,19 +87,24 @@ def _way(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     groups: int,
-) -> Way | None:
-    """How to convolve where the operator may be the faster one, and None where PyTorch's own convolution is."""
+) -> tuple[Hashable, Any]:
+    """A key, and what is kept by it: the problem where the operator may be faster than PyTorch's own, or else None.
+
+    In inference what computes it takes the place of the problem as soon as it is known.
+    """
     dtype = autocast_dtype(x)
     images, kernels = (x.shape, x.stride(), x.dtype, x.device), (weight.shape, weight.dtype, weight.device)
     extra = None if bias is None else (bias.shape, bias.dtype, bias.device)
     key = (images, kernels, extra, stride, padding, groups, passes, dtype, state())
     try:
-        return decision(key)
+        return key, decisions[key]
     except KeyError:
         problem = None
         if _may_gain(x, weight, bias, stride, padding, groups) and has_outputs(x, weight, stride, padding):
             problem = Problem.of(x.shape, weight.shape, stride, padding, groups, x)._replace(dtype=dtype)
-        return decide(key, problem if problem is not None and gains(passes or ("output",), problem) else None)
+        problem = problem if problem is not None and gains(passes or ("output",), problem) else None
+        keep(key, problem)
+        return key, problem
 
 
 def _is_unobserved(x: Tensor, weight: Tensor) -> bool:
@@ -114,6 +122,4 @@ def _may_gain(
     if not fits(x, weight, bias, stride, padding, groups):
         return False
     is_depthwise = 1 < groups == x.shape[1] == weight.shape[0]
-    if x.device.type != "cpu":
-        return is_depthwise and is_large(weight.shape[2:], is_depthwise)
-    return is_large(weight.shape[2:], is_depthwise)
+    return is_large(weight.shape[2:], is_depthwise) and (is_depthwise or x.device.type == "cpu")

@@ -1,7 +1,7 @@
 """Forcing an algorithm, for tests and comparisons."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 from .algorithms import ALGORITHMS, Algorithm
@@ -42,20 +42,21 @@ def algorithm(name: str, passes: Sequence[str] = PASSES) -> Iterator[None]:
     unknown = [p for p in passes if p not in PASSES]
     if unknown:
         raise ValueError(f"passes={tuple(passes)!r}: {unknown[0]!r} is not one of {', '.join(PASSES)}")
-    token = _forced.set({**_forced.get(), **dict.fromkeys(passes, name)})
-    try:
+    with _forcing({**forced(), **dict.fromkeys(passes, name)}):
         yield
-    finally:
-        _forced.reset(token)
 
 
-@contextmanager
-def inherited(names: dict[str, str]) -> Iterator[None]:
+def inherited(names: dict[str, str]) -> AbstractContextManager[None]:
     """Forces `names`, as they were around a forward, for the passes that nothing is forced for now.
 
     The backward of a CUDA tensor runs in a thread of its own, which does not see the caller's context.
     """
-    token = _forced.set({**names, **_forced.get()})
+    return _forcing({**names, **forced()})
+
+
+@contextmanager
+def _forcing(names: dict[str, str]) -> Iterator[None]:
+    token = _forced.set(names)
     try:
         yield
     finally:
@@ -68,7 +69,7 @@ def forced_algorithm(pass_: str, problem: Problem) -> Algorithm | None:
     Raises:
         ValueError: if it does not apply to the problem.
     """
-    name = _forced.get().get(pass_)
+    name = forced().get(pass_)
     if name is None:
         return None
     refusal = ALGORITHMS[name].refusal(pass_, problem)

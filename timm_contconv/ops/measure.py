@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,12 +86,13 @@ def measure(
         Seconds by name, inf where memory did not suffice; and by name, why a candidate must not be used. Both are empty
         where the tensors hold NaN or Inf, so that results can't be checked.
     """
-    check = _Check(pass_, problem, tensors)
+    work = _Work(pass_, problem, tensors)
+    check = _Check(work)
     times: dict[str, float] = {}
     faults: dict[str, str] = {}
     for algorithm in algorithms if check.is_possible else ():
         try:
-            seconds, result = _first(algorithm, pass_, problem, tensors, min(times.values(), default=math.inf))
+            seconds, result = _first(algorithm, work, min(times.values(), default=math.inf))
         except torch.OutOfMemoryError:
             times[algorithm.name] = math.inf
             continue
@@ -103,40 +105,90 @@ def measure(
             times[algorithm.name] = seconds
         else:
             faults[algorithm.name] = fault
-    _repeat([a for a in algorithms if a.name in times], pass_, problem, tensors, times)
+    _repeat([a for a in algorithms if a.name in times], work, times)
     return {name: float(f"{t:.3g}") for name, t in times.items()}, faults
 
 
-def _first(
-    algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None], best: float
-) -> tuple[float, Tensor | None]:
+class _Work(NamedTuple):
+    """One pass of a problem, and the tensors that the algorithms' method for it takes."""
+
+    pass_: str
+    problem: Problem
+    tensors: Sequence[Tensor | None]
+
+    def timed(self, algorithm: Algorithm) -> tuple[float, Tensor]:
+        """Seconds of one run, and its result; of runs in a stream on CUDA."""
+        if self.problem.device.type == "cuda":
+            return self._timed_on_cuda(algorithm)
+        start = time.perf_counter()
+        result = algorithm.run(self.pass_, self.problem, *self.tensors)
+        return time.perf_counter() - start, result
+
+    def _timed_on_cuda(self, algorithm: Algorithm) -> tuple[float, Tensor]:
+        """By the device's clock: its own time per run, or the host's where that is longer."""
+        with torch.cuda.device(self.problem.device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # Compiles, and keeps the device busy while the others are launched.
+            result = algorithm.run(self.pass_, self.problem, *self.tensors)
+            start.record()
+            for _ in range(_CALLS):
+                result = algorithm.run(self.pass_, self.problem, *self.tensors)
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1000 / _CALLS, result
+
+    def last_image(self) -> "_Work":
+        """The work for the last image only."""
+        images = 2 if self.pass_ == "weight" else 1
+        tensors = [t[-1:] if i < images and t is not None else t for i, t in enumerate(self.tensors)]
+        return self._replace(problem=self.problem._replace(batch=1), tensors=tensors)
+
+    def corner(self) -> tuple["_Work", tuple[slice, ...]]:
+        """Small work in float64 whose result is a corner of this one's result, and the corner.
+
+        Of the output, or of the gradient for the input, it is the last image. It is the last two groups of channels,
+        or the last two channels where there is one group.
+        """
+        pass_, problem = self.pass_, self.problem
+        groups = min(problem.groups, 2)
+        ins, outs = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+        if groups == 1:
+            ins = ins if pass_ == "output" else min(ins, 2)
+            outs = outs if pass_ == "input" else min(outs, 2)
+        of_x, of_out, of_weight = slice(-groups * ins, None), slice(-groups * outs, None), slice(-ins, None)
+        every = slice(None)
+        parts: dict[str, tuple[list[tuple[slice, ...]], tuple[slice, ...]]] = {
+            "output": ([(every, of_x), (of_out, of_weight), (of_out,)], (slice(-1, None), of_out)),
+            "input": ([(every, of_out), (of_out, of_weight)], (slice(-1, None), of_x)),
+            "weight": ([(every, of_out), (every, of_x)], (of_out, of_weight)),
+        }
+        cuts, index = parts[pass_]
+        small = self if pass_ == "weight" else self.last_image()
+        tensors = [None if t is None else t[cut].double() for t, cut in zip(small.tensors, cuts, strict=True)]
+        channels = small.problem._replace(in_channels=groups * ins, out_channels=groups * outs, groups=groups)
+        return _Work(pass_, channels._replace(dtype=torch.float64), tensors), index
+
+
+def _first(algorithm: Algorithm, work: _Work, best: float) -> tuple[float, Tensor | None]:
     """Seconds and result of a first run; no result where one image shows, on the CPU, that there is no hope."""
-    if problem.batch > 1 and problem.device.type == "cpu":
-        one, images = problem._replace(batch=1), _last_image(pass_, tensors)
-        seconds = problem.batch * min(_tries(algorithm, pass_, one, images, _HOPELESS * best / problem.batch))
+    batch = work.problem.batch
+    if batch > 1 and work.problem.device.type == "cpu":
+        seconds = batch * min(_tries(algorithm, work.last_image(), _HOPELESS * best / batch))
         if seconds > _HOPELESS * best:
             return seconds, None
-    return _timed(algorithm, pass_, problem, tensors)
+    return work.timed(algorithm)
 
 
-def _tries(
-    algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None], enough: float
-) -> Iterator[float]:
+def _tries(algorithm: Algorithm, work: _Work, enough: float) -> Iterator[float]:
     """Seconds of one run; of a few where the first was too slow by less than a hiccup of the machine."""
     for _ in range(3):
-        seconds = _timed(algorithm, pass_, problem, tensors)[0]
+        seconds = work.timed(algorithm)[0]
         yield seconds
         if seconds <= enough or seconds > enough + _HICCUP:
             return
 
 
-def _repeat(
-    algorithms: Sequence[Algorithm],
-    pass_: str,
-    problem: Problem,
-    tensors: Sequence[Tensor | None],
-    times: dict[str, float],
-) -> None:
+def _repeat(algorithms: Sequence[Algorithm], work: _Work, times: dict[str, float]) -> None:
     """Brings `times` down to the least of several runs in turn, for those that may win."""
     start = time.perf_counter()
     for round_ in range(_MOST_ROUNDS):
@@ -148,41 +200,7 @@ def _repeat(
         if len(close) < 2:
             return
         for algorithm in close:
-            times[algorithm.name] = min(times[algorithm.name], _timed(algorithm, pass_, problem, tensors)[0])
-
-
-def _timed(
-    algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None]
-) -> tuple[float, Tensor]:
-    """Seconds of one run, and its result."""
-    if problem.device.type == "cuda":
-        return _timed_on_cuda(algorithm, pass_, problem, tensors)
-    start = time.perf_counter()
-    result = algorithm.run(pass_, problem, *tensors)
-    return time.perf_counter() - start, result
-
-
-def _timed_on_cuda(
-    algorithm: Algorithm, pass_: str, problem: Problem, tensors: Sequence[Tensor | None]
-) -> tuple[float, Tensor]:
-    """Seconds per run in a stream of runs, by the device's clock: its own time, or the host's where that is longer."""
-    with torch.cuda.device(problem.device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        result = algorithm.run(
-            pass_, problem, *tensors
-        )  # compiles; keeps the device busy while the others are launched
-        start.record()
-        for _ in range(_CALLS):
-            result = algorithm.run(pass_, problem, *tensors)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / _CALLS, result
-
-
-def _last_image(pass_: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The tensors of a pass, with the last image only."""
-    images = 2 if pass_ == "weight" else 1
-    return [t[-1:] if i < images and t is not None else t for i, t in enumerate(tensors)]
+            times[algorithm.name] = min(times[algorithm.name], work.timed(algorithm)[0])
 
 
 class _Check:
@@ -192,15 +210,14 @@ class _Check:
     what the tensors' norms allow: Fourier transforms spread it over the whole image.
     """
 
-    def __init__(self, pass_: str, problem: Problem, tensors: Sequence[Tensor | None]) -> None:
-        corner, tensors, self._index = _corner(pass_, problem, tensors)
-        doubles = [None if t is None else t.double() for t in tensors]
-        self._exact = PyTorch().run(pass_, corner, *doubles)
-        sums = PyTorch().run(pass_, corner, *(None if t is None else t.abs() for t in doubles))
-        norms = math.prod(t.norm().item() for t in doubles[:2] if t is not None)
+    def __init__(self, work: _Work) -> None:
+        corner, self._index = work.corner()
+        self._exact = PyTorch().run(corner.pass_, corner.problem, *corner.tensors)
+        sums = PyTorch().run(corner.pass_, corner.problem, *(None if t is None else t.abs() for t in corner.tensors))
+        norms = math.prod(t.norm().item() for t in corner.tensors[:2] if t is not None)
         self._scale = max(sums.max().item(), _PART_OF_NORMS * norms)
-        self._dtype = problem.dtype
-        self.is_possible = self._scale <= torch.finfo(problem.dtype).max
+        self._dtype = work.problem.dtype
+        self.is_possible = self._scale <= torch.finfo(self._dtype).max
 
     def fault(self, result: Tensor) -> str | None:
         """What is wrong with a result; None where it is as exact as its dtype allows."""
@@ -208,31 +225,3 @@ class _Check:
         if error <= _TOLERANCE[self._dtype] * self._scale + torch.finfo(torch.float32).tiny:
             return None
         return f"was off by {error:.1e}, where the terms' sizes sum up to {self._scale:.1e}"
-
-
-def _corner(
-    pass_: str, problem: Problem, tensors: Sequence[Tensor | None]
-) -> tuple[Problem, list[Tensor | None], tuple[slice, ...]]:
-    """A small problem whose result is a corner of a pass's result, its tensors, and the corner.
-
-    Of the output, or of the gradient for the input, it is the last image. It is the last two groups of channels, or the
-    last two channels where there is one group.
-    """
-    groups = min(problem.groups, 2)
-    ins, outs = problem.in_channels // problem.groups, problem.out_channels // problem.groups
-    if groups == 1:
-        ins = ins if pass_ == "output" else min(ins, 2)
-        outs = outs if pass_ == "input" else min(outs, 2)
-    of_x, of_out, of_weight = slice(-groups * ins, None), slice(-groups * outs, None), slice(-ins, None)
-    first, second, *rest = tensors if pass_ == "weight" else _last_image(pass_, tensors)
-    assert first is not None
-    assert second is not None
-    if pass_ == "weight":
-        cut: list[Tensor | None] = [first[:, of_out], second[:, of_x]]
-        index = (of_out, of_weight)
-    else:
-        cut = [first[:, of_x if pass_ == "output" else of_out], second[of_out, of_weight]]
-        index = (slice(-1, None), of_out if pass_ == "output" else of_x)
-    small = problem._replace(in_channels=groups * ins, out_channels=groups * outs, groups=groups, dtype=torch.float64)
-    small = small if pass_ == "weight" else small._replace(batch=1)
-    return small, [*cut, *(None if b is None else b[of_out] for b in rest)], index

@@ -88,94 +88,63 @@ def _format(channels_last: bool, ndim: int) -> torch.memory_format:
 
 
 # ------------------------------------------------------------------------------------------------- gradients
-# A backward may run under a transform that its forward was not under.
 
 
-def _to_output(x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-    return (aten.convolution if aten.plain_only() else conv)(x, weight, None, *geometry)
+def _gradient(name: str, tensors: dict[str, Tensor], size: Sequence[int], last: bool, geometry: Any) -> Tensor:
+    """The pass that gives one of "x", "weight" and "grad" of the other two; the others are not read.
+
+    `size` is the spatial one of the result. A backward may run under a transform that its forward was not under.
+    """
+    is_plain = aten.plain_only()
+    if name == "grad":
+        return (aten.convolution if is_plain else conv)(tensors["x"], tensors["weight"], None, *geometry)
+    if name == "weight":
+        return (aten.weight_gradient if is_plain else weight_gradient)(tensors["grad"], tensors["x"], size, *geometry)
+    if is_plain:
+        return aten.input_gradient(tensors["grad"], tensors["weight"], size, *geometry)
+    return input_gradient(tensors["grad"], tensors["weight"], size, last, *geometry)
 
 
-def _to_x(grad: Tensor, weight: Tensor, size: Sequence[int], last: bool, geometry: tuple[Any, ...]) -> Tensor:
-    if aten.plain_only():
-        return aten.input_gradient(grad, weight, size, *geometry)
-    return input_gradient(grad, weight, size, last, *geometry)
+def _register_gradients(operator: Any, taken: tuple[str, str], given: str) -> None:
+    """Registers the gradients of an operator that takes two of "x", "weight" and "grad" first, and gives the third."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        first, second = inputs[:2]
+        # An image that only a weight's gradient would read is not kept for a frozen weight.
+        ctx.save_for_backward(first if ctx.needs_input_grad[1] else None, second if ctx.needs_input_grad[0] else None)
+        ctx.layouts = [(t.shape[2:], memory_format(t) is not torch.contiguous_format) for t in (first, second)]
+        ctx.geometry, ctx.forced = inputs[-3:], forced()
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = dict(zip((*taken, given), (*ctx.saved_tensors, grad), strict=True))
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        with inherited(ctx.forced):
+            for i, name in enumerate(taken):
+                if ctx.needs_input_grad[i]:
+                    size, last = ctx.layouts[i]
+                    grads[i] = _gradient(name, tensors, size, last, ctx.geometry)
+        if ctx.needs_input_grad[2]:  # the bias
+            grads[2] = grad.sum([0, *range(2, grad.ndim)])
+        return tuple(grads)
+
+    operator.register_autograd(backward, setup_context=save)
 
 
-def _to_weight(grad: Tensor, x: Tensor, size: Sequence[int], geometry: tuple[Any, ...]) -> Tensor:
-    return (aten.weight_gradient if aten.plain_only() else weight_gradient)(grad, x, size, *geometry)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight = inputs[:2]
-    # An image that only a weight's gradient would read is not kept for a frozen weight.
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-    ctx.geometry, ctx.forced = inputs[-3:], forced()
-    ctx.input_size, ctx.kernel_size, ctx.channels_last = x.shape[2:], weight.shape[2:], _is_last(x)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 6
-    with inherited(ctx.forced):
-        if ctx.needs_input_grad[0]:
-            grads[0] = _to_x(grad, weight, ctx.input_size, ctx.channels_last, ctx.geometry)
-        if ctx.needs_input_grad[1]:
-            grads[1] = _to_weight(grad, x, ctx.kernel_size, ctx.geometry)
-    if ctx.needs_input_grad[2]:
-        grads[2] = grad.sum([0, *range(2, grad.ndim)])
-    return tuple(grads)
-
-
-def _save_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.geometry, ctx.forced = inputs[-3:], forced()
-
-
-def _input_backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
-    grad, weight = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 7
-    with inherited(ctx.forced):
-        if ctx.needs_input_grad[0]:
-            grads[0] = _to_output(x, weight, ctx.geometry)
-        if ctx.needs_input_grad[1]:
-            grads[1] = _to_weight(grad, x, weight.shape[2:], ctx.geometry)
-    return tuple(grads)
-
-
-def _weight_backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-    grad, x = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 6
-    with inherited(ctx.forced):
-        if ctx.needs_input_grad[0]:
-            grads[0] = _to_output(x, weight, ctx.geometry)
-        if ctx.needs_input_grad[1]:
-            grads[1] = _to_x(grad, weight, x.shape[2:], _is_last(x), ctx.geometry)
-    return tuple(grads)
-
-
-def _is_last(x: Tensor) -> bool:
-    return memory_format(x) is not torch.contiguous_format
-
-
-conv.register_autograd(_backward, setup_context=_save)
-input_gradient.register_autograd(_input_backward, setup_context=_save_both)
-weight_gradient.register_autograd(_weight_backward, setup_context=_save_both)
+_register_gradients(conv, ("x", "weight"), "grad")
+_register_gradients(input_gradient, ("grad", "weight"), "x")
+_register_gradients(weight_gradient, ("grad", "x"), "weight")
 
 autocast.register("conv", conv)
 
 # ----------------------------------------------------------------------------------------------- FLOP counts
 
 
-@register_flop_formula(torch.ops.timm_contconv.conv)
-def _(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 2 * math.prod(out_shape) * math.prod(weight[1:])
-
-
-@register_flop_formula(torch.ops.timm_contconv.conv_input_gradient)
-def _(grad: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+def _flops(grad: Sequence[int], weight: Sequence[int]) -> int:
+    """Of each pass, by the shapes of the output, or its gradient, and of the weight."""
     return 2 * math.prod(grad) * math.prod(weight[1:])
 
 
-@register_flop_formula(torch.ops.timm_contconv.conv_weight_gradient)
-def _(grad: Any, x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 2 * math.prod(grad) * math.prod(out_shape[1:])
+_passes = torch.ops.timm_contconv
+register_flop_formula(_passes.conv)(lambda x, weight, *_, out_shape, **__: _flops(out_shape, weight))
+register_flop_formula(_passes.conv_input_gradient)(lambda grad, weight, *_, **__: _flops(grad, weight))
+register_flop_formula(_passes.conv_weight_gradient)(lambda grad, x, *_, out_shape, **__: _flops(grad, out_shape))

@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 
 from .algorithms import ALGORITHMS, TRITON, Algorithm
-from .algorithms.axis import axes_of
 from .algorithms.dft import multiply_adds
+from .algorithms.fourier import axes_of
 from .problem import Problem, output_size
 
 __all__ = ["candidates", "is_large"]

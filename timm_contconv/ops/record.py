@@ -56,7 +56,7 @@ class Record:
         self._warned = False
         try:
             self.path = cache_folder() / f"measured-{key}.json"
-            self._merge(self._read(self.path))
+            self._read(self.path)
         except FileNotFoundError as error:
             self._warn(f"measurements are not kept for the next process ({error})")
         except (OSError, ValueError) as error:
@@ -105,27 +105,25 @@ class Record:
         """For how many of the measured passes each algorithm is the fastest."""
         return Counter(min(times, key=times.__getitem__) for times in self._stored.values() if times)
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Path) -> None:
+        """Adds what stands in the file, if there is one."""
         if not path.exists():
-            return {"fingerprint": self.fingerprint, "dropped": {}, "seconds": {}}
+            return
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict) or raw.get("fingerprint") != self.fingerprint:
             raise ValueError("it holds those of another machine")
-        times = [t for row in _mapping(raw, "seconds").values() for t in _mapping({"row": row}, "row").values()]
-        if not all(isinstance(t, float) and t > 0 for t in times):
-            raise ValueError("its times are not seconds")
-        if not all(isinstance(reason, str) for reason in _mapping(raw, "dropped").values()):
-            raise ValueError("its reasons are not text")
-        return raw
-
-    def _merge(self, raw: dict[str, Any]) -> None:
-        self._stored = {**raw["seconds"], **self._stored}
-        self.dropped = {**raw["dropped"], **self.dropped}
+        seconds, dropped = raw.get("seconds"), raw.get("dropped")
+        if not (isinstance(seconds, dict) and all(map(_is_seconds, seconds.values()))):
+            raise ValueError("its times are not seconds by algorithm")
+        if not (isinstance(dropped, dict) and all(isinstance(reason, str) for reason in dropped.values())):
+            raise ValueError("its reasons are not text by algorithm")
+        self._stored = {**seconds, **self._stored}
+        self.dropped = {**dropped, **self.dropped}
 
     def _write(self, path: Path) -> None:
         """Adds to what other processes have written in the meantime; readers see the old file or the new one."""
         with contextlib.suppress(ValueError):  # a damaged file: it was said when it was read first
-            self._merge(self._read(path))
+            self._read(path)
         content = {"fingerprint": self.fingerprint, "dropped": self.dropped, "seconds": self._stored}
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -139,11 +137,8 @@ class Record:
         self._warned = True
 
 
-def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    value = raw.get(key)
-    if not isinstance(value, dict):
-        raise ValueError(f"its {key!r} is no object")
-    return value
+def _is_seconds(row: Any) -> bool:
+    return isinstance(row, dict) and all(isinstance(t, float) and t > 0 for t in row.values())
 
 
 def _key(pass_: str, problem: Problem) -> str:

@@ -1,9 +1,9 @@
 """The algorithms of the convolution engine, one file each.
 
 algorithm.py: what an algorithm is. pytorch.py: PyTorch's own, as it stands or on channels-last copies. direct.py:
-compiled loops over channels (direct.cpp, tiles.h, built by library.py). fft.py, dft.py: discrete Fourier transforms, by
-FFT or by matrix products; axis.py is their geometry. triton.py: tensor cores on CUDA (triton_kernels.py), in tiles of
-several shapes.
+compiled loops over channels (direct.cpp, tiles.h, built by library.py). fft.py, dft.py: discrete Fourier transforms,
+by FFT or by matrix products; fourier.py is what they share. triton.py: tensor cores on CUDA (triton_kernels.py), in
+tiles of several shapes.
 """
 
 from .algorithm import Algorithm

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, compute_dtype
-from .algorithm import Algorithm, add_bias
-from .axis import Axis, axes_of
+from .fourier import Axis, Fourier, Places, axes_of, used_taps
 
 __all__ = ["DFT", "multiply_adds"]
 
@@ -28,11 +27,10 @@ _LONGEST_LINE = 192
 _matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
-class DFT(Algorithm):
+class DFT(Fourier):
     """Transforms by matrix products, on the CPU, in two dimensions, between all channels."""
 
     name = "dft"
-    spreads_nan = True
 
     def refusal(self, pass_: str, problem: Problem) -> str | None:
         if problem.device.type != "cpu":
@@ -45,14 +43,28 @@ class DFT(Algorithm):
             return f"float32 matrix products are rounded to {_matmul.fp32_precision} (torch.backends)"
         return None
 
-    def output(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        axes = axes_of(problem)
-        pixels, places = [a.pixels for a in axes], [a.places for a in axes]
-        return add_bias(_filtered(x, weight.transpose(0, 1), axes, pixels, places, conjugate=True), bias)
-
-    def input(self, problem: Problem, grad: Tensor, weight: Tensor) -> Tensor:
-        axes = axes_of(problem)
-        return _filtered(grad, weight, axes, [a.places for a in axes], [a.pixels for a in axes], conjugate=False)
+    def filtered(
+        self, problem: Problem, images: Tensor, kernels: Tensor, places: Places, wanted: Places, conjugate: bool
+    ) -> Tensor:
+        axes = rows, columns = axes_of(problem)
+        n, (c_from, c_to), length = problem.batch, kernels.shape[1:3], columns.shortest
+        image_lines = _row_spectrum(_channels_last(images), places[0], rows)
+        taps = used_taps(kernels[0], axes).permute(2, 3, 0, 1).reshape(1, rows.taps, columns.taps, -1)
+        tap_lines = _row_spectrum(taps.to(image_lines.dtype), range(rows.taps), rows)
+        lines = image_lines.new_empty(_half(rows), n, 2 * len(wanted[1]), c_to)
+        to_pixels = _from_spectrum(wanted[1], length, lines.dtype)
+        for band in _bands(axes, c_from * c_to + n * (c_from + 3 * c_to), lines):
+            spectra = _column_spectrum(image_lines[:, band], places[1], columns).transpose(0, 1)
+            filters = _column_spectrum(tap_lines[:, band], range(columns.taps), columns).unflatten(-1, (c_from, c_to))
+            by_real, by_imaginary = ((spectra @ part).view(-1, length, 2, n, c_to) for part in filters)
+            products = lines.new_empty(2, len(by_real), n, length, c_to)
+            sign = 1 if conjugate else -1
+            for part, other in ((0, 1), (1, 0)):
+                into = products[part].transpose(1, 2)
+                torch.add(by_real[:, :, part], by_imaginary[:, :, other], alpha=sign if part == 0 else -sign, out=into)
+            real, imaginary = products.flatten(1, 2)
+            _column_values(real, imaginary, to_pixels, out=lines[band].flatten(0, 1))
+        return _row_values(lines.transpose(0, 1), wanted[0], rows).permute(0, 3, 1, 2)
 
     def weight(self, problem: Problem, grad: Tensor, x: Tensor) -> Tensor:
         axes = rows, columns = axes_of(problem)
@@ -70,7 +82,7 @@ class DFT(Algorithm):
             _column_values(real, imaginary, to_taps, out=lines[band])
         taps = _row_values(lines[None], range(rows.taps), rows).view(rows.taps, columns.taps, c_out, c_in)
         out = x.new_zeros(problem.weight_shape)
-        _used(out, axes).copy_(taps.permute(2, 3, 0, 1))
+        used_taps(out, axes).copy_(taps.permute(2, 3, 0, 1))
         return out
 
 
@@ -86,39 +98,6 @@ def multiply_adds(problem: Problem) -> int:
     images = c_in * transform(rows.size, columns.size) + c_out * transform(rows.outputs, columns.outputs)
     kernels = c_in * c_out * transform(rows.taps, columns.taps)
     return problem.batch * (images + 4 * c_in * c_out * half * length) + kernels
-
-
-def _filtered(
-    images: Tensor,
-    weight: Tensor,
-    axes: list[Axis],
-    places: Sequence[range],
-    wanted: Sequence[range],
-    conjugate: bool,
-) -> Tensor:
-    """Images (N, C, H, W) that stand at `places` times kernels (C, C', K_h, K_w): what stands at the `wanted` places.
-
-    The kernels' spectra are conjugated for a correlation, as convolutions of networks are.
-    """
-    rows, columns = axes
-    (n, c_from), c_to, length = images.shape[:2], weight.shape[1], columns.shortest
-    image_lines = _row_spectrum(_channels_last(images), places[0], rows)
-    taps = _used(weight, axes).permute(2, 3, 0, 1).reshape(1, rows.taps, columns.taps, -1)
-    tap_lines = _row_spectrum(taps.to(image_lines.dtype), range(rows.taps), rows)
-    lines = image_lines.new_empty(_half(rows), n, 2 * len(wanted[1]), c_to)
-    to_pixels = _from_spectrum(wanted[1], length, lines.dtype)
-    for band in _bands(axes, c_from * c_to + n * (c_from + 3 * c_to), lines):
-        spectra = _column_spectrum(image_lines[:, band], places[1], columns).transpose(0, 1)
-        kernels = _column_spectrum(tap_lines[:, band], range(columns.taps), columns).unflatten(-1, (c_from, c_to))
-        by_real, by_imaginary = ((spectra @ part).view(-1, length, 2, n, c_to) for part in kernels)
-        products = lines.new_empty(2, len(by_real), n, length, c_to)
-        sign = 1 if conjugate else -1
-        for part, other in ((0, 1), (1, 0)):
-            into = products[part].transpose(1, 2)
-            torch.add(by_real[:, :, part], by_imaginary[:, :, other], alpha=sign if part == 0 else -sign, out=into)
-        real, imaginary = products.flatten(1, 2)
-        _column_values(real, imaginary, to_pixels, out=lines[band].flatten(0, 1))
-    return _row_values(lines.transpose(0, 1), wanted[0], rows).permute(0, 3, 1, 2)
 
 
 # ------------------------------------------------------------------------------------------------ transforms
@@ -195,12 +174,6 @@ def _from_spectrum(places: range, length: int, dtype: torch.dtype) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- geometry
-
-
-def _used(weight: Tensor, axes: Sequence[Axis]) -> Tensor:
-    """The taps that meet the image."""
-    rows, columns = (a.used for a in axes)
-    return weight[..., rows, columns]
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import Problem, compute_dtype, new_tensor
-from .algorithm import Algorithm, add_bias
-from .axis import Axis, axes_of
+from .fourier import Axis, Fourier, Places, axes_of, used_taps
 
 __all__ = ["FFT"]
 
@@ -24,53 +22,41 @@ __all__ = ["FFT"]
 _LEAST_BYTES, _MOST_BYTES, _SHARE = 1 << 19, 1 << 23, 8
 
 
-class FFT(Algorithm):
-    """Products of spectra, at lengths just large enough that what wraps around is never read.
+class FFT(Fourier):
+    """Transforms by PyTorch's FFT.
 
     Spectra are conjugated physically: a lazy conjugate is not resolved inside a custom operator, below the
     dispatch key that would do it.
     """
 
     name = "fft"
-    spreads_nan = True
 
     def refusal(self, pass_: str, problem: Problem) -> str | None:
         return None
 
-    def output(self, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        axes = axes_of(problem)
-        out = new_tensor(x, problem.output_shape)
-        images, kernels, outputs = _grouped(x, problem), _kernels(weight, problem, axes), _grouped(out, problem)
-        wanted = [slice(0, (a.outputs - 1) * a.stride + 1, a.stride) for a in axes]
-        for group, blocks in _blocks(kernels.shape[:2], kernels.shape[2] + problem.batch, axes):
-            spectra = _image_spectrum(images[group], axes)
+    def filtered(
+        self, problem: Problem, images: Tensor, kernels: Tensor, places: Places, wanted: Places, conjugate: bool
+    ) -> Tensor:
+        axes, (groups, c_from, c_to) = axes_of(problem), kernels.shape[:3]
+        out = new_tensor(images, (problem.batch, groups * c_to, *map(len, wanted)))
+        sources, targets, taps = _grouped(images, problem), _grouped(out, problem), used_taps(kernels, axes)
+        for group, blocks in _blocks((groups, c_to), c_from + problem.batch, axes):
+            spectra = _spectrum(sources[group], places, axes)
             for block in blocks:
-                filters = _transform(kernels[group, block], axes).conj_physical_()
-                outputs[group, :, block] = _inverse(_product(spectra, filters.transpose(1, 2)), axes, wanted)
-        return add_bias(out, bias)
-
-    def input(self, problem: Problem, grad: Tensor, weight: Tensor) -> Tensor:
-        axes = axes_of(problem)
-        out = new_tensor(grad, problem.input_shape)
-        grads, kernels, inputs = _grouped(grad, problem), _kernels(weight, problem, axes), _grouped(out, problem)
-        wanted = [slice(a.left, a.left + a.size) for a in axes]
-        for group, blocks in _blocks((problem.groups, kernels.shape[2]), kernels.shape[1] + problem.batch, axes):
-            spectra = _gradient_spectrum(grads[group], axes)
-            for block in blocks:
-                filters = _transform(kernels[group, :, block], axes)
-                inputs[group, :, block] = _inverse(_product(spectra, filters), axes, wanted)
+                filters = _spectrum(taps[group, :, block], _taps(axes), axes)
+                filters = filters.conj_physical_() if conjugate else filters
+                targets[group, :, block] = _values(_product(spectra, filters), wanted, axes)
         return out
 
     def weight(self, problem: Problem, grad: Tensor, x: Tensor) -> Tensor:
-        axes = axes_of(problem)
-        out = x.new_zeros(problem.weight_shape)
-        grads, images, kernels = _grouped(grad, problem), _grouped(x, problem), _kernels(out, problem, axes)
-        wanted = [slice(0, a.taps) for a in axes]
-        for group, blocks in _blocks(kernels.shape[:2], kernels.shape[2] + problem.batch, axes):
-            spectra = _image_spectrum(images[group], axes)
+        axes, out = axes_of(problem), x.new_zeros(problem.weight_shape)
+        grads, images = _grouped(grad, problem), _grouped(x, problem)
+        taps = used_taps(out.unflatten(0, (problem.groups, -1)), axes)
+        for group, blocks in _blocks(taps.shape[:2], taps.shape[2] + problem.batch, axes):
+            spectra = _spectrum(images[group], [a.pixels for a in axes], axes)
             for block in blocks:
-                factors = _gradient_spectrum(grads[group, :, block], axes).conj_physical_()
-                kernels[group, block] = _inverse(_product(factors.transpose(1, 2), spectra), axes, wanted)
+                factors = _spectrum(grads[group, :, block], [a.places for a in axes], axes).conj_physical_()
+                taps[group, block] = _values(_product(factors.transpose(1, 2), spectra), _taps(axes), axes)
         return out
 
 
@@ -82,9 +68,9 @@ def _grouped(images: Tensor, problem: Problem) -> Tensor:
     return images.unflatten(1, (problem.groups, -1)).transpose(0, 1)
 
 
-def _kernels(weight: Tensor, problem: Problem, axes: Sequence[Axis]) -> Tensor:
-    """The taps that meet the image, (groups, C_out/groups, C_in/groups, *taps)."""
-    return weight[_spatial([a.used for a in axes])].unflatten(0, (problem.groups, -1))
+def _taps(axes: Sequence[Axis]) -> list[range]:
+    """Where the taps of kernels stand."""
+    return [range(a.taps) for a in axes]
 
 
 def _blocks(channels: Sequence[int], spectra: int, axes: Sequence[Axis]) -> Iterator[tuple[slice, list[slice]]]:
@@ -106,34 +92,28 @@ def _blocks(channels: Sequence[int], spectra: int, axes: Sequence[Axis]) -> Iter
 # ----------------------------------------------------------------------------------------------- transforms
 
 
-def _spatial(slices: Sequence[slice]) -> Any:
-    """Index of the last dimensions; Any, because PyTorch's stubs do not know tuples with an ellipsis."""
-    return (..., *slices)
+def _spectrum(x: Tensor, places: Places, axes: Sequence[Axis]) -> Tensor:
+    """The spectrum of what stands at these places of the axes, which are the last dimensions."""
+    x, lengths = x.to(compute_dtype(x.dtype)), [a.length for a in axes]
+    if any(p.start or p.step > 1 for p in places):
+        line = x.new_zeros((*x.shape[: -len(axes)], *lengths))
+        line[_at(places)] = x
+        x = line
+    return torch.fft.rfftn(x, lengths, _dims(axes))
+
+
+def _values(spectrum: Tensor, wanted: Places, axes: Sequence[Axis]) -> Tensor:
+    """The inverse of `_spectrum`."""
+    return torch.fft.irfftn(spectrum, [a.length for a in axes], _dims(axes))[_at(wanted)]
 
 
 def _dims(axes: Sequence[Axis]) -> list[int]:
     return list(range(-len(axes), 0))
 
 
-def _transform(x: Tensor, axes: Sequence[Axis]) -> Tensor:
-    return torch.fft.rfftn(x.to(compute_dtype(x.dtype)), [a.length for a in axes], _dims(axes))
-
-
-def _inverse(spectrum: Tensor, axes: Sequence[Axis], wanted: Sequence[slice]) -> Tensor:
-    return torch.fft.irfftn(spectrum, [a.length for a in axes], _dims(axes))[_spatial(wanted)]
-
-
-def _image_spectrum(x: Tensor, axes: Sequence[Axis]) -> Tensor:
-    pad = [side for a in reversed(axes) for side in (a.left, a.length - a.left - a.size)]
-    return _transform(F.pad(x.to(compute_dtype(x.dtype)), pad), axes)
-
-
-def _gradient_spectrum(grad: Tensor, axes: Sequence[Axis]) -> Tensor:
-    if any(a.stride > 1 for a in axes):
-        spread = grad.new_zeros((*grad.shape[: -len(axes)], *((a.outputs - 1) * a.stride + 1 for a in axes)))
-        spread[_spatial([slice(None, None, a.stride) for a in axes])] = grad
-        grad = spread
-    return _transform(grad, axes)
+def _at(places: Places) -> Any:
+    """Index of the last dimensions; Any, because PyTorch's stubs do not know tuples with an ellipsis."""
+    return (..., *(slice(p.start, p.stop, p.step) for p in places))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -142,12 +142,11 @@ def _compile(command: list[str], target: Path) -> None:
     Raises:
         subprocess.CalledProcessError: none works; its stderr is that of the fewest flags.
     """
-    for number, optional in enumerate(_OPTIONAL_FLAGS, start=1):
+    for optional in _OPTIONAL_FLAGS:
         arguments = (*command, *_FLAGS, *optional, str(_FOLDER / _SOURCES[0]), "-o", str(target))
         result = subprocess.run(
             arguments, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=_BUILD_SECONDS, check=False
         )
         if result.returncode == 0:
             return
-        if number == len(_OPTIONAL_FLAGS):
-            result.check_returncode()
+    result.check_returncode()

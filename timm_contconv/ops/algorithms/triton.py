@@ -141,10 +141,9 @@ class Triton(Algorithm):
         return products + self._band_numbers(g, depth) * _PRODUCTS_PER_BAND_NUMBER
 
     def _geometry(self, pass_: str, problem: Problem) -> tuple[Geometry, int]:
-        axes = _axes(problem)
-        return Geometry.of(
-            problem.in_channels, _turned(axes) if pass_ == "input" else axes, self.tile, _vector(problem.dtype)
-        )
+        rows, columns = _axes(problem)
+        axes = (rows.turned(), columns.turned()) if pass_ == "input" else (rows, columns)
+        return Geometry.of(problem.in_channels, axes, self.tile, _vector(problem.dtype))
 
     def _band_numbers(self, g: Geometry, depth: int) -> int:
         """Numbers of the bands, and of the sums along whose diagonals a weight's gradient is found."""
@@ -202,10 +201,6 @@ def _axes(problem: Problem) -> tuple[_Axis, _Axis]:
     sizes = problem.input_size, problem.kernel_size, problem.stride, problem.padding, problem.output_size
     columns = _Axis(*(s[-1] for s in sizes))
     return (_Axis(*(s[0] for s in sizes)) if problem.ndim == 2 else _Axis(1, 1, 1, 0, 1)), columns
-
-
-def _turned(axes: tuple[_Axis, _Axis]) -> tuple[_Axis, _Axis]:
-    return axes[0].turned(), axes[1].turned()
 
 
 def _vector(dtype: torch.dtype) -> int:
