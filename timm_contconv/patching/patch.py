@@ -234,7 +234,7 @@ def _record(
         replaced={name: copy_without_hooks(conv).to("meta") for name, conv in plan.convs.items()},
         refused=plan.refused,
         homes=plan.homes,
-        rewired=tuple(change.without_after() for change in plan.rewired),
+        rewired=tuple(dataclasses.replace(change, after=None) for change in plan.rewired),  # the model holds it
         unfoldable=tuple(plan.unfoldable),
         fit_errors=errors,
         fit_tolerance=tolerance,
