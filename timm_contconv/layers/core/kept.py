@@ -49,10 +49,7 @@ class Kept(Generic[Value]):
         """Free the memory of the kept value."""
         self._entry = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Kept[Value]:
-        return Kept()
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles are empty
         return Kept, ()
 
 
