@@ -81,10 +81,10 @@ class PatchSpec(BaseModel):
     @field_validator("by_stage", "by_name")
     @classmethod
     def _check_tables(cls, tables: Any, info: ValidationInfo) -> Any:
-        keys = tables if isinstance(tables, dict) else range(len(tables))
-        for key in keys if "layer" in info.data else ():  # otherwise the layer's own error is reported
-            place = f"by_name[{key!r}]" if isinstance(key, str) else f"stage {key + 1}"
-            _with_settings(info.data["layer"], tables[key], place)
+        if "layer" in info.data:  # otherwise the layer's own error is reported
+            for key in tables if isinstance(tables, dict) else range(len(tables)):
+                place = f"by_name[{key!r}]" if isinstance(key, str) else f"stage {key + 1}"
+                _with_settings(info.data["layer"], tables[key], place)
         return tables
 
     def layer_at(self, stage: int, name: str | None = None) -> LayerSpec:
