@@ -171,7 +171,8 @@ def with_fit_settings(plan: PatchPlan, tolerance: float) -> PatchPlan:
     for group in plan.groups:
         before = plan.layer_of(group[0])
         after = before.for_fit([plan.convs[name] for name in group], tolerance)
-        chosen |= dict.fromkeys(group, _differences(before, after))
+        changed = {key: value for key, value in after if value != getattr(before, key)}
+        chosen |= dict.fromkeys(group, changed)
     common = _most_common(chosen.values())
     spec = plan.spec.model_copy(update={"layer": plan.spec.layer.model_copy(update=common)})
     by_name = dict(spec.by_name)
@@ -180,11 +181,6 @@ def with_fit_settings(plan: PatchPlan, tolerance: float) -> PatchPlan:
         if rest := {key: value for key, value in settings.items() if getattr(now, key) != value}:
             by_name[glob.escape(name)] = {**by_name.get(glob.escape(name), {}), **rest}
     return dataclasses.replace(plan, spec=spec.model_copy(update={"by_name": by_name}))
-
-
-def _differences(before: LayerSpec, after: LayerSpec) -> dict[str, Any]:
-    """The fields of `after` that differ."""
-    return {key: getattr(after, key) for key in type(after).model_fields if getattr(after, key) != getattr(before, key)}
 
 
 def _most_common(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
