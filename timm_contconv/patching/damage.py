@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ConvReplacement
-from .originals import original_convs, run
+from .originals import in_eval_mode, original_convs, run
 from .record import require_record
 
 __all__ = ["Damage", "distance", "measure_damage"]
@@ -56,53 +56,39 @@ def measure_damage(model: nn.Module, original: nn.Module, images: Tensor) -> Dam
     record = require_record(model)
     convs = original_convs(record, original)
     rewired = {change.name.removesuffix(".stride") for change in record.rewired}
-    modes = {module: module.training for whole in (model, original) for module in whole.modules()}
-    try:
-        model.eval()
-        original.eval()
+    with in_eval_mode(model, original):
         expected = run(original, images, "images")
-        outputs = {}
-        for name, conv in convs.items():
-            if name not in rewired:
-                outputs[name] = _with_layer(original, conv, model.get_submodule(name), images)
+        layers = {
+            name: distance(original, expected, _with_layer(original, conv, model.get_submodule(name), images))
+            for name, conv in convs.items()
+            if name not in rewired
+        }
         whole = run(model, images, "images")
         logits = _gives_logits(original, expected)
         return Damage(
             measure="KL" if logits else "relative",
-            layers={name: distance(original, expected, output) for name, output in outputs.items()},
+            layers=layers,
             whole=distance(original, expected, whole),
             kept=(expected.argmax(1) == whole.argmax(1)).double().mean().item() if logits else None,
         )
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _with_layer(original: nn.Module, conv: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
     """The original's output with another layer in the place of a convolution."""
     assert isinstance(layer, ConvReplacement)
-    handle = conv.register_forward_hook(lambda _, inputs, __: layer(*inputs))
-    try:
+    with conv.register_forward_hook(lambda _, inputs, __: layer(*inputs)):
         return run(original, images, "images")
-    finally:
-        handle.remove()
 
 
 def distance(original: nn.Module, expected: Tensor, output: Tensor) -> float:
     """How far outputs are from those of the original: see `Damage.measure`."""
-    return _divergence(expected, output) if _gives_logits(original, expected) else _relative(expected, output)
+    if _gives_logits(original, expected):
+        new, old = (values.double().log_softmax(1) for values in (output, expected))
+        return nn.functional.kl_div(new, old, reduction="batchmean", log_target=True).item()
+    size = torch.linalg.vector_norm(expected.double()).clamp_min(torch.finfo(torch.float64).tiny)
+    return (torch.linalg.vector_norm((output - expected).double()) / size).item()
 
 
 def _gives_logits(original: nn.Module, output: Tensor) -> bool:
     """Whether the output is (N, classes); a timm model without classes gives features."""
     return output.ndim == 2 and output.shape[1] > 1 and getattr(original, "num_classes", None) != 0
-
-
-def _divergence(expected: Tensor, output: Tensor) -> float:
-    new, old = (values.double().log_softmax(1) for values in (output, expected))
-    return nn.functional.kl_div(new, old, reduction="batchmean", log_target=True).item()
-
-
-def _relative(expected: Tensor, output: Tensor) -> float:
-    size = torch.linalg.vector_norm(expected.double()).clamp_min(torch.finfo(torch.float64).tiny)
-    return (torch.linalg.vector_norm((output - expected).double()) / size).item()

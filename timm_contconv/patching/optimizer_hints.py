@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import ConvReplacement
+from ..layers.core.replacement import undecayed_names
 from .plan import PatchPlan
 
 __all__ = ["optimizer_hints"]
@@ -32,8 +33,7 @@ def optimizer_hints(
 def _without_decay(model: nn.Module, plan: PatchPlan, layers: Mapping[str, ConvReplacement]) -> Callable[[], set[str]]:
     names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     for name, layer in layers.items():
-        exempt = {id(parameter) for parameter in layer.undecayed}
-        names.update(f"{name}.{key}" for key, parameter in layer.named_parameters() if id(parameter) in exempt)
+        names.update(f"{name}.{key}" for key in undecayed_names(layer))
     for group, home in zip(plan.shared_groups, plan.homes, strict=True):
         names.update(f"{'.'.join(home)}.{key}" for key in layers[group[0]].geometry)
     return functools.partial(set, frozenset(names))

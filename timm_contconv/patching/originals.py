@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..layers import ConvReplacement
 from ..layers.core.plain import PlainConv
 from .record import PatchRecord
 
-__all__ = ["first_images", "first_tensor", "original_convs", "run"]
+__all__ = ["first_images", "first_tensor", "in_eval_mode", "original_convs", "run"]
 
 
 def original_convs(record: PatchRecord, original: nn.Module) -> dict[str, PlainConv]:
@@ -75,6 +76,19 @@ def first_images(batches: Tensor | Iterable[Any], count: int, like: Tensor, name
     if not sum(map(len, found)):
         raise ValueError(f"{name}: no images; expected at least one")
     return torch.cat(found).to(like.device)
+
+
+@contextlib.contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode, whose modules get their own modes back."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def run(model: nn.Module, images: Tensor, name: str) -> Tensor:

@@ -216,31 +216,22 @@ def _apply(
         for method, refuse in refusing_fold(block, size).items():
             changes.set(block, method, refuse)
     changes.remove(model, MERGED)
-    changes.set(model, RECORD, _record(model, plan, layers, errors, tolerance))
-    for name, hint in optimizer_hints(model, plan, layers).items():
-        changes.set(model, name, hint)
-    changes.apply()
-
-
-def _record(
-    model: nn.Module,
-    plan: PatchPlan,
-    layers: Mapping[str, ConvReplacement],
-    errors: dict[str, float],
-    tolerance: float | None,
-) -> PatchRecord:
-    return PatchRecord(
+    record = PatchRecord(
         spec=plan.spec,
         replaced={name: copy_without_hooks(conv).to("meta") for name, conv in plan.convs.items()},
         refused=plan.refused,
         homes=plan.homes,
-        rewired=tuple(change.without_after() for change in plan.rewired),
+        rewired=tuple(dataclasses.replace(change, after=None) for change in plan.rewired),  # the model holds it
         unfoldable=tuple(plan.unfoldable),
         fit_errors=errors,
         fit_tolerance=tolerance,
         starts=_starts(plan, layers) if errors else {},
         overridden={name: model.__dict__[name] for name in OVERRIDDEN if name in model.__dict__},
     )
+    changes.set(model, RECORD, record)
+    for name, hint in optimizer_hints(model, plan, layers).items():
+        changes.set(model, name, hint)
+    changes.apply()
 
 
 def _starts(plan: PatchPlan, layers: Mapping[str, ConvReplacement]) -> dict[str, Start]:

@@ -146,9 +146,10 @@ def _plan(model: nn.Module, spec: PatchSpec, selectors: Sequence[Selector], as_i
     rewired = plan_stem_pool(model) if spec.stem_pool == "to_stage" else ()
     convolutions = with_changes(find_convolutions(model), rewired)
     selected = select_convolutions(convolutions, selectors, spec.min_kernel_size)
-    stage_of = dict(zip(selected, stages(model, list(selected)), strict=True))
-    convs, refused = _split(model, spec, selected, stage_of)
-    groups = _groups(spec, convs, stage_of)
+    stage_of = stages(model, selected)
+    layers = {name: spec.layer_at(stage, name) for name, stage in stage_of.items()}
+    convs, refused = _split(model, spec.layer.method, selected, layers)
+    groups = _groups(spec.share, convs, stage_of, layers)
     layer = spec.layer.resolve([[convs[name] for name in group] for group in groups]) if as_in_papers else spec.layer
     homes = _homes(model, [group for group in groups if len(group) > 1], layer.method)
     resolved = {"layer": layer, "select": _recordable(selectors, convs), "models": ()}
@@ -160,7 +161,7 @@ def _plan(model: nn.Module, spec: PatchSpec, selectors: Sequence[Selector], as_i
         homes=homes,
         refused=refused,
         rewired=rewired,
-        unfoldable=folds_of_one_size(model, _kernel_sizes(spec, convs, stage_of)),
+        unfoldable=folds_of_one_size(model, _kernel_sizes(convs, layers)),
     )
 
 
@@ -170,7 +171,8 @@ def with_fit_settings(plan: PatchPlan, tolerance: float) -> PatchPlan:
     for group in plan.groups:
         before = plan.layer_of(group[0])
         after = before.for_fit([plan.convs[name] for name in group], tolerance)
-        chosen |= dict.fromkeys(group, _differences(before, after))
+        changed = {key: value for key, value in after if value != getattr(before, key)}
+        chosen |= dict.fromkeys(group, changed)
     common = _most_common(chosen.values())
     spec = plan.spec.model_copy(update={"layer": plan.spec.layer.model_copy(update=common)})
     by_name = dict(spec.by_name)
@@ -179,11 +181,6 @@ def with_fit_settings(plan: PatchPlan, tolerance: float) -> PatchPlan:
         if rest := {key: value for key, value in settings.items() if getattr(now, key) != value}:
             by_name[glob.escape(name)] = {**by_name.get(glob.escape(name), {}), **rest}
     return dataclasses.replace(plan, spec=spec.model_copy(update={"by_name": by_name}))
-
-
-def _differences(before: LayerSpec, after: LayerSpec) -> dict[str, Any]:
-    """The fields of `after` that differ."""
-    return {key: getattr(after, key) for key in type(after).model_fields if getattr(after, key) != getattr(before, key)}
 
 
 def _most_common(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -195,20 +192,17 @@ def _most_common(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: values.most_common(1)[0][0] for key, values in counts.items()}
 
 
-def _kernel_sizes(
-    spec: PatchSpec, convs: Mapping[str, PlainConv], stage_of: Mapping[str, int]
-) -> dict[str, tuple[int, ...]]:
+def _kernel_sizes(convs: Mapping[str, PlainConv], layers: Mapping[str, LayerSpec]) -> dict[str, tuple[int, ...]]:
     """Sizes of the dense kernels, by name; empty for a method that constructs no kernel."""
-    layers = {name: spec.layer_at(stage_of[name], name) for name in convs}
     return {
-        name: layer.sizes(len(convs[name].kernel_size))
-        for name, layer in layers.items()
-        if isinstance(layer, KernelSpec)
+        name: layer.sizes(len(conv.kernel_size))
+        for name, conv in convs.items()
+        if isinstance(layer := layers[name], KernelSpec)
     }
 
 
 def _split(
-    model: nn.Module, spec: PatchSpec, selected: Mapping[str, _ConvNd], stage_of: Mapping[str, int]
+    model: nn.Module, method: str, selected: Mapping[str, _ConvNd], layers: Mapping[str, LayerSpec]
 ) -> tuple[dict[str, PlainConv], dict[str, str]]:
     """The convolutions that can be replaced, and the refusals of the others."""
     in_use = shared_refusals(model, selected)
@@ -216,7 +210,7 @@ def _split(
     refused: dict[str, str] = {}
     for name, conv in selected.items():
         plain = cast(PlainConv, conv)  # else `refusal` gives a reason
-        layer = spec.layer_at(stage_of[name], name)
+        layer = layers[name]
         reason = refusal(conv, layer.replaces_transposed) or in_use.get(name) or layer.refusal(plain)
         if reason is None:
             convs[name] = plain
@@ -224,7 +218,7 @@ def _split(
             refused[name] = reason
     if not convs:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
-        raise ValueError(f"{spec.layer.method} can replace none of the selected convolutions:\n{reasons}")
+        raise ValueError(f"{method} can replace none of the selected convolutions:\n{reasons}")
     return convs, refused
 
 
@@ -258,15 +252,14 @@ def _recordable(selectors: Sequence[Selector], chosen: Iterable[str]) -> tuple[s
 
 
 def _groups(
-    spec: PatchSpec, convs: Mapping[str, PlainConv], stage_of: Mapping[str, int]
+    share: Share, convs: Mapping[str, PlainConv], stage_of: Mapping[str, int], layers: Mapping[str, LayerSpec]
 ) -> tuple[tuple[str, ...], ...]:
     """Names of convolutions that will share their geometry, group by group."""
-    if spec.share is None:
+    if share is None:
         return tuple((name,) for name in convs)
     groups: dict[Any, tuple[str, ...]] = {}
     for name, conv in convs.items():
-        settings = spec.layer_at(stage_of[name], name)
-        key = (stage_of[name], conv.weight.shape, conv.weight.device, conv.weight.dtype, settings)
+        key = (stage_of[name], conv.weight.shape, conv.weight.device, conv.weight.dtype, layers[name])
         groups[key] = (*groups.get(key, ()), name)
     return tuple(groups.values())
 

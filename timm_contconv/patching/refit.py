@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..layers import ConvReplacement
 from ..progress import progress_bar
 from .damage import distance
-from .originals import first_images, original_convs, run
+from .originals import first_images, in_eval_mode, original_convs, run
 from .record import require_record
 
 __all__ = ["can_refit", "refit_"]
@@ -69,7 +69,7 @@ def refit_(
         raise ValueError("model: nothing to refit: no new layer has a bias, and no batch norm has running statistics")
     sample = first_images(batches, images, next(model.parameters()), "batches")
     with (
-        _in_eval_mode(model, original),
+        in_eval_mode(model, original),
         _restored_unless_kept(model) as keep,
         progress_bar("refitting", len(layers) + len(norms), progress) as advance,
     ):
@@ -99,18 +99,6 @@ def _norms(model: nn.Module) -> dict[str, BatchNorm]:
     """Batch norms with running statistics, by name."""
     modules = model.named_modules()
     return {name: norm for name, norm in modules if isinstance(norm, BatchNorm) and norm.running_mean is not None}
-
-
-@contextlib.contextmanager
-def _in_eval_mode(*models: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def _input_size(model: nn.Module, input_size: Sequence[int] | None) -> tuple[int
 
 
 def _count_original(
-    shadow: nn.Module, input_size: tuple[int, ...] | None, names: Iterable[str]
+    shadow: nn.Module, input_size: tuple[int, ...] | None, names: Container[str]
 ) -> tuple[int | None, dict[str, tuple[int, ...]]]:
     try:
         return count_multiply_adds(shadow, input_size, names)
@@ -119,15 +119,15 @@ def _as_built(shadow: nn.Module) -> nn.Module:
 
 
 def count_multiply_adds(
-    shadow: nn.Module, input_size: Sequence[int] | None, names: Iterable[str]
+    shadow: nn.Module, input_size: Sequence[int] | None, names: Container[str]
 ) -> tuple[int | None, dict[str, tuple[int, ...]]]:
     """Multiply-adds of a model on the meta device, and output sizes of the named modules."""
     if input_size is None:
         return None, {}
     outputs: dict[str, tuple[int, ...]] = {}
-    for name in set(names) & dict(shadow.named_modules()).keys():
-        module = shadow.get_submodule(name)
-        module.register_forward_hook(lambda _, __, y, name=name: outputs.__setitem__(name, tuple(y.shape[2:])))
+    for name, module in shadow.named_modules():
+        if name in names:
+            module.register_forward_hook(lambda _, __, y, name=name: outputs.__setitem__(name, tuple(y.shape[2:])))
     sample = torch.empty(1, *input_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shadow.requires_grad_(False).eval().float()(sample)  # recorded convolutions may have another dtype

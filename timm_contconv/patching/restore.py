@@ -22,9 +22,8 @@ __all__ = ["merge", "original_architecture", "outermost_layers", "unpatch"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-WIDE = (
-    11  # pixels along the last axis from which PyTorch's depthwise convolution on the CPU is slow unless channels-last
-)
+#: pixels along the last axis from which PyTorch's depthwise convolution on the CPU is slow unless channels-last
+WIDE = 11
 
 
 def merge(model: Model, inplace: bool = False, dense: bool = False) -> Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from timm.layers import Conv2dSame
@@ -29,17 +29,9 @@ Selector = str | Callable[[str, nn.Module], bool]
 PLAIN_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, nn.ConvTranspose2d)
 
 
-def _is_depthwise(conv: _ConvNd) -> bool:
-    return conv.groups == conv.in_channels > 1 and max(conv.kernel_size) > 1
-
-
-def _is_strided(conv: _ConvNd) -> bool:
-    return max(conv.stride) > 1 and not conv.transposed
-
-
 PRESETS: dict[str, Callable[[_ConvNd], bool]] = {
-    "depthwise": _is_depthwise,
-    "strided": _is_strided,
+    "depthwise": lambda conv: conv.groups == conv.in_channels > 1 and max(conv.kernel_size) > 1,
+    "strided": lambda conv: max(conv.stride) > 1 and not conv.transposed,
     "transposed": lambda conv: conv.transposed,
     "all": lambda conv: True,
 }
@@ -153,8 +145,8 @@ def _references(module: nn.Module) -> Iterator[tuple[str, Any]]:
         yield from ((key, item) for item in items if isinstance(item, _ConvNd))
 
 
-def stages(model: nn.Module, names: Sequence[str]) -> list[int]:
-    """The stage of each named module.
+def stages(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """The stage of each named module, counted from 0.
 
     A stage ends with a module of timm's `feature_info`; a model without it is one stage. timm's feature extractors
     write "_" for "." in the names.
@@ -164,7 +156,7 @@ def stages(model: nn.Module, names: Sequence[str]) -> list[int]:
     named = [(item["module"], item["module"].replace(".", "_")) for item in info if item.get("module")]
     features = [name if name in order else flat for name, flat in named if name in order or flat in order]
     ends = [max(i for name, i in order.items() if f"{name}.".startswith(f"{feature}.")) for feature in features]
-    return [sum(end < order[_known(name, order)] for end in ends) for name in names]
+    return {name: sum(end < order[_known(name, order)] for end in ends) for name in names}
 
 
 def _known(name: str, order: Mapping[str, int]) -> str:

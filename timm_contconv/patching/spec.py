@@ -78,20 +78,13 @@ class PatchSpec(BaseModel):
     description: _Text = ""
     models: _Names = ()
 
-    @field_validator("by_stage")
+    @field_validator("by_stage", "by_name")
     @classmethod
-    def _check_stages(cls, tables: tuple[dict[str, Any], ...], info: ValidationInfo) -> tuple[dict[str, Any], ...]:
+    def _check_tables(cls, tables: Any, info: ValidationInfo) -> Any:
         if "layer" in info.data:  # otherwise the layer's own error is reported
-            for number, table in enumerate(tables, start=1):
-                _with_settings(info.data["layer"], table, f"stage {number}")
-        return tables
-
-    @field_validator("by_name")
-    @classmethod
-    def _check_names(cls, tables: dict[str, dict[str, Any]], info: ValidationInfo) -> dict[str, dict[str, Any]]:
-        if "layer" in info.data:
-            for name, table in tables.items():
-                _with_settings(info.data["layer"], table, f"by_name[{name!r}]")
+            for key in tables if isinstance(tables, dict) else range(len(tables)):
+                place = f"by_name[{key!r}]" if isinstance(key, str) else f"stage {key + 1}"
+                _with_settings(info.data["layer"], tables[key], place)
         return tables
 
     def layer_at(self, stage: int, name: str | None = None) -> LayerSpec:

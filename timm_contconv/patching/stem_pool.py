@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,10 +38,6 @@ class Rewired:
     def is_module(self) -> bool:
         """Whether a module is exchanged, added or removed."""
         return self.before is None or isinstance(self.before, nn.Module)
-
-    def without_after(self) -> Rewired:
-        """A copy for a record: the model itself holds the value after the change."""
-        return replace(self, after=None)
 
 
 def plan_stem_pool(model: nn.Module) -> tuple[Rewired, ...]:

@@ -44,9 +44,10 @@ def test_elements_and_quantities_fit_the_kernels(make):
         DclsConv2d(4, 4, (13, 15), groups=4, kernel_count=1),
         DclsConv2d(4, 4, (13, 15), groups=4, kernel_count=1, interpolation="triangle"),
         DclsConv2d(4, 4, (13, 15), groups=4, kernel_count=1, interpolation="bilinear"),
+        DclsConv2d(4, 4, (13, 15), groups=4, kernel_count=1, interpolation="normalized_bilinear"),
         SmpConv2d(4, 4, (13, 15), groups=4, kernel_count=1, initial_radius=0.4),
     ],
-    ids=["gauss", "triangle", "bilinear", "smp"],
+    ids=["gauss", "triangle", "bilinear", "normalized_bilinear", "smp"],
 )
 def test_an_element_is_where_its_kernel_has_its_mass(layer):
     torch.manual_seed(0)
@@ -57,6 +58,14 @@ def test_an_element_is_where_its_kernel_has_its_mass(layer):
     shown = layer.shown_kernels()
     for kernel, position in zip(shown.values, shown.elements.position, strict=True):
         torch.testing.assert_close(centre_of_mass(kernel.abs()), position[0], atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "normalized_bilinear"])
+def test_elements_without_widths_show_their_positions_alone(interpolation):
+    layer = DclsConv2d(2, 2, 5, kernel_count=3, interpolation=interpolation)
+    (quantity,) = layer.shown_quantities()
+    assert quantity.values.shape == (2 * 2 * 3, 2)
+    assert (layer.shown_kernels().elements.reach == 1).all()
 
 
 def test_a_mask_is_where_a_constant_kernel_has_its_mass():

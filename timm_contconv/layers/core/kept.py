@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -16,13 +15,6 @@ __all__ = ["Kept", "may_look"]
 Value = TypeVar("Value")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry(Generic[Value]):
-    key: Hashable
-    inputs: tuple[Tensor, ...]
-    value: Value
-
-
 class Kept(Generic[Value]):
     """The last computed value, with copies of the parameters that it was computed from.
 
@@ -33,7 +25,7 @@ class Kept(Generic[Value]):
     """
 
     def __init__(self) -> None:
-        self._entry: _Entry[Value] | None = None
+        self._entry: tuple[Hashable, Sequence[Tensor], Value] | None = None  # key, copies of inputs, value
 
     def get(self, inputs: Sequence[Tensor], compute: Callable[[], Value], key: Hashable = None) -> Value:
         """The kept value if inputs and key are those it was computed from; otherwise a new one, kept where allowed.
@@ -46,21 +38,18 @@ class Kept(Generic[Value]):
         if not _may_keep(inputs):
             return compute()
         entry = self._entry
-        if entry is None or entry.key != key or not _are_equal(entry.inputs, inputs):
+        if entry is None or entry[0] != key or not _are_equal(entry[1], inputs):
             with torch.inference_mode(False), torch.no_grad():  # later calls may need the input's gradient
                 # copies first: if another thread changes a parameter meanwhile, the next call computes again
-                copies = tuple(tensor.detach().clone() for tensor in inputs)
-                self._entry = entry = _Entry(key, copies, compute())
-        return entry.value
+                copies = [tensor.detach().clone() for tensor in inputs]
+                self._entry = entry = (key, copies, compute())
+        return entry[2]
 
     def drop(self) -> None:
         """Free the memory of the kept value."""
         self._entry = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Kept[Value]:
-        return Kept()
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles are empty
         return Kept, ()
 
 

@@ -7,7 +7,6 @@ Pereyra 1973, "The differentiation of pseudo-inverses and nonlinear least square
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from .plain import margin
 
-__all__ = ["Geometry", "NormalEquations", "fit_separately", "pixels_by_energy", "pixels_needed", "refine", "solve"]
+__all__ = ["Geometry", "NormalEquations", "fit_separately", "pixels_by_energy", "pixels_needed", "solve"]
 
 Geometry = Mapping[str, Tensor]
-#: geometry -> Gram matrices of the elements (B, m, m), and their products with the n targets (B, m, n); more dimensions
-#: after B are more problems with the same geometry
-NormalEquations = Callable[[Geometry], tuple[Tensor, Tensor]]
+#: (targets (B, n, ...), geometry) -> Gram matrices of the elements (B, m, m), and their products with the targets
+#: (B, m, n); more dimensions after B are more problems with the same geometry
+NormalEquations = Callable[[Tensor, Geometry], tuple[Tensor, Tensor]]
 
 STEPS = 60
 LARGEST_STEP = 0.15  # pixels
@@ -46,15 +45,15 @@ def solve(gram: Tensor, products: Tensor) -> Tensor:
 
 
 def fit_separately(
-    equations: Callable[[Tensor, Geometry], tuple[Tensor, Tensor]],
+    equations: NormalEquations,
     targets: Tensor,
     on_pixels: Geometry,
     start: Geometry,
     units: Mapping[str, float],
     numbers: int,
     tolerance: float,
-    plain: Callable[[Tensor, Geometry], tuple[Tensor, Tensor]] | None = None,
-    search: Callable[[Tensor, Geometry], tuple[Tensor, Tensor]] | None = None,
+    plain: NormalEquations | None = None,
+    search: NormalEquations | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Geometry and weights of B separate problems, solved in parts that fit into memory.
 
@@ -62,11 +61,11 @@ def fit_separately(
     float32, which is twice as fast.
 
     Args:
-        equations: (targets of some problems, their geometry) -> their normal equations.
+        equations: the normal equations of some of the problems.
         targets: (B, n, ...), float64.
         on_pixels: geometry with elements that hardly reach beyond their own pixels, (B, m, ...) each.
         start: geometry to begin the search with, (B, m, ...) each.
-        units: as in `refine`.
+        units: by name, the change of a value that corresponds to a pixel.
         numbers: size of the largest tensor of one problem.
         tolerance: relative error that each of the n targets, over all problems of a part, may have.
         plain: normal equations of the plain squared error, which the tolerance is about, if `equations` weigh errors.
@@ -81,41 +80,30 @@ def fit_separately(
         for first in range(0, targets.shape[0], at_once):
             part = slice(first, first + at_once)
             wanted = targets[part].clone()
-            own = functools.partial(equations, wanted)
             geometry = {k: v[part] for k, v in on_pixels.items()}
-            weights = solve(*own(geometry))
+            weights = solve(*equations(wanted, geometry))
             energy = wanted.square().transpose(0, 1).flatten(1).sum(1)
             left = energy + _loss(*(plain or equations)(wanted, geometry), weights).sum((0, 1))
             if (left > tolerance**2 * energy).any():
-                searched = functools.partial(search or equations, wanted.float())
-                found = refine(searched, {k: v[part].float() for k, v in start.items()}, units)
+                begin = {k: v[part].float() for k, v in start.items()}
+                found = _refined(search or equations, wanted.float(), begin, units)
                 geometry = {k: v.double() for k, v in found.items()}
-                weights = solve(*own(geometry))
+                weights = solve(*equations(wanted, geometry))
             pieces.append((geometry, weights))
     geometry = {name: torch.cat([g[name] for g, _ in pieces]) for name in start}
     return geometry, torch.cat([weight for _, weight in pieces])
 
 
-def refine(equations: NormalEquations, start: Geometry, units: Mapping[str, float], steps: int = STEPS) -> Geometry:
-    """Improve a geometry with Adam. Every step solves for the weights again.
-
-    Args:
-        equations: the normal equations at a geometry.
-        start: where to begin, (B, ...) each.
-        units: by name, the change of a value that corresponds to a pixel.
-        steps: of Adam.
-
-    Returns:
-        The best geometry found, shaped like start.
-    """
+def _refined(equations: NormalEquations, targets: Tensor, start: Geometry, units: Mapping[str, float]) -> Geometry:
+    """The best geometry that Adam finds from start, (B, ...) each. Every step solves for the weights again."""
     variables = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.Adam([{"params": [v], "lr": LARGEST_STEP * units[k]} for k, v in variables.items()])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     best = dict(start)
     least = variables[next(iter(variables))].new_tensor(torch.inf)
-    for _ in range(steps + 1):
+    for _ in range(STEPS + 1):
         with torch.enable_grad():
-            gram, products = equations(variables)
+            gram, products = equations(targets, variables)
             weights = solve(gram.detach(), products.detach())
             losses = _loss(gram, products, weights).flatten(1).sum(1)
             loss = losses.sum()

@@ -87,13 +87,10 @@ def plain_arguments(conv: PlainConv, kernel_size: Sequence[int]) -> dict[str, An
     Raises:
         ValueError: a kernel of this size can't have the centre of the old one.
     """
-    padding: str | tuple[int, ...]
-    if has_same_padding(conv):
-        padding = "same"
-    else:
-        old: Sequence[int] = (0,) * len(kernel_size) if isinstance(conv.padding, str) else conv.padding
+    padding: str | tuple[int, ...] = "same"
+    if not has_same_padding(conv):
         growth = [new - now for new, now in zip(kernel_size, conv.kernel_size, strict=True)]
-        padding = tuple(p + g // 2 * d for p, g, d in zip(old, growth, conv.dilation, strict=True))
+        padding = tuple(p + g // 2 * d for p, g, d in zip(_padding(conv), growth, conv.dilation, strict=True))
         if any(g % 2 for g in growth) or min(padding) < 0:
             raise ValueError(
                 f"kernel_size={tuple(kernel_size)} can't be centred on a {conv.kernel_size} kernel with"
@@ -175,10 +172,9 @@ def without_zero_borders(conv: PlainConv) -> PlainConv:
     if not any(cut):
         return conv
     size = [k - 2 * c for k, c in zip(conv.kernel_size, cut, strict=True)]
-    same = has_same_padding(conv)
     cropped = plain_conv(
         centred(conv.weight.detach(), size), conv.bias, stride=conv.stride,
-        padding="same" if same else [p - c for p, c in zip(_padding(conv), cut, strict=True)],
+        padding="same" if has_same_padding(conv) else [p - c for p, c in zip(_padding(conv), cut, strict=True)],
         groups=conv.groups, padding_mode=conv.padding_mode,
     )  # fmt: skip
     cropped.weight.requires_grad_(conv.weight.requires_grad)

@@ -6,7 +6,7 @@ A layer describes this as plain tensors. `inspect/` draws it, for every method i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -85,14 +85,6 @@ def one_per_output(kernels: Tensor) -> Tensor:
     return kernels[channels, channels % kernels.shape[1]]
 
 
-def parameter_quantities(geometry: Mapping[str, Tensor], components_first: Sequence[str] = ()) -> tuple[Quantity, ...]:
-    """One quantity for each geometry parameter, as its values are.
-
-    Args:
-        geometry: parameters by name.
-        components_first: parameters whose first dimension holds the components of vectors.
-    """
-    return tuple(
-        Quantity(name, "", value.detach().flatten(1).mT if name in components_first else value.detach().reshape(-1, 1))
-        for name, value in geometry.items()
-    )
+def parameter_quantities(geometry: Mapping[str, Tensor]) -> tuple[Quantity, ...]:
+    """One quantity for each geometry parameter, as its values are."""
+    return tuple(Quantity(name, "", value.detach().reshape(-1, 1)) for name, value in geometry.items())

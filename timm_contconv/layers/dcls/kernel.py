@@ -25,7 +25,7 @@ __all__ = ["DclsKernel", "DclsSpec"]
 
 INITIAL_POSITION_STD = 0.5  # Appendix C
 #: effective width of an element whose sigma is 0, in pixels
-MIN_WIDTH = {"bilinear": 1.0, "triangle": TRIANGLE_MIN_WIDTH, "gauss": GAUSS_MIN_WIDTH}
+MIN_WIDTH = {"bilinear": 1.0, "normalized_bilinear": 1.0, "triangle": TRIANGLE_MIN_WIDTH, "gauss": GAUSS_MIN_WIDTH}
 
 
 class DclsKernel(Kernel):
@@ -135,7 +135,7 @@ class DclsKernel(Kernel):
     @torch.no_grad()
     def shown_quantities(self) -> tuple[Quantity, ...]:
         position = Quantity("distance of elements from the centre", "pixels", self._position().flatten(1).mT)
-        if self.interpolation == "bilinear":
+        if self.interpolation not in INITIAL_SIGMA:
             return (position,)
         return (position, Quantity("width σ of elements", "pixels", self._width().reshape(-1, 1)))
 
