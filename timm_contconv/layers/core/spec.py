@@ -62,7 +62,7 @@ class LayerSpec(BaseModel):
             ValueError: a setting is unknown or out of range; the message names it, its value and what is allowed.
         """
         try:
-            return cls.model_validate({"method": cls.model_fields["method"].default, **settings})
+            return cls.model_validate(settings)
         except ValidationError as error:
             raise ValueError("\n".join(explain(item) for item in error.errors())) from None
 
