@@ -17,7 +17,7 @@ from ..core.arguments import check_choice, check_counts, per_dimension
 from ..core.compilation import CompileMode, check_compile_mode
 from ..core.geometry import GeometryOwner
 from ..core.kept import Kept
-from ..core.plain import copy_bias_, require_weights
+from ..core.plain import PlainConv, copy_bias_, require_weights
 from ..core.replacement import FIT_TOLERANCE, ConvReplacement
 from ..core.shown import Elements, Quantity, ShownKernels
 from ..core.tracing import as_node, is_traced
@@ -282,7 +282,7 @@ class ContinuousConv2d(ConvReplacement):
         )  # fmt: skip
 
     @classmethod
-    def fit_(cls, layers: Sequence[Self], convs: Sequence[Conv], tolerance: float = FIT_TOLERANCE) -> None:
+    def fit_(cls, layers: Sequence[Self], convs: Sequence[PlainConv], tolerance: float = FIT_TOLERANCE) -> None:
         """Solve the last layers of the internal nets by least squares, so that the kernels are those of `convs`.
 
         The fit covers all distances that occur at the layers' scale. It is exact if the support holds the pixels that a

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -220,10 +221,11 @@ def _transposed_conv(
     """One with copies of a kernel, (C_in, C_out/groups, *K), and a bias, whose output is stride times as large."""
     size = weight.shape[2:]
     more = [2 * p + s - k for p, s, k in zip(padding, stride, size, strict=True)]
-    conv = nn.ConvTranspose2d(
-        weight.shape[0], weight.shape[1] * groups, tuple(size), tuple(stride), tuple(padding), tuple(more), groups,
-        bias=False, device="meta",
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "kernel_size": tuple(size), "stride": tuple(stride), "padding": tuple(padding), "output_padding": tuple(more),
+        "groups": groups, "bias": False, "device": "meta",
+    }  # fmt: skip
+    conv = nn.ConvTranspose2d(weight.shape[0], weight.shape[1] * groups, **settings)
     conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     if bias is not None:
         conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
@@ -290,12 +292,11 @@ def _taps(axis: ResizedAxis, transposed: bool) -> tuple[Tensor, Tensor]:
 def _taps_of(conv: Conv, dim: int, axis: ResizedAxis) -> tuple[Tensor, Tensor]:
     """(D,) distances, and the index in a convolution's kernel of the tap at each; -1 if it has none there."""
     where, taps = _taps(axis, _is_transposed(conv))
-    if has_same_padding(conv):
-        padding = max((axis.out_size - 1) * conv.stride[dim] + conv.kernel_size[dim] - axis.size, 0) // 2
-    else:
-        padding = _padding(conv, dim)
+    size, padding = conv.kernel_size[dim], _padding(conv, dim)
+    if isinstance(conv, PlainConv) and has_same_padding(conv):
+        padding = max((axis.out_size - 1) * conv.stride[dim] + size - axis.size, 0) // 2
     index = taps + padding
-    return where, index.where((index >= 0) & (index < conv.kernel_size[dim]), -1)
+    return where, index.where((index >= 0) & (index < size), -1)
 
 
 def _all_taps_of(conv: Conv, dim: int, support: int, rounding: Rounding) -> tuple[Tensor, Tensor]:
