@@ -26,7 +26,6 @@ __all__ = [
     "output_size",
     "phase_plateaus",
     "plateaus",
-    "projected_grid",
     "ratios",
     "resized_axes",
     "scale_of",
@@ -92,35 +91,26 @@ class ResizedAxis(NamedTuple):
         return -self.first(0), self.support - 1 - last
 
 
-def projected_grid(axis: ResizedAxis) -> Tensor:
-    """Sub-pixel positions of the output pixels in the input (Eq. 2).
-
-    Returns:
-        (out_size,) in float64; pixel centres of the input are the integers from 0.
-    """
-    return _positions(axis, torch.arange(axis.out_size)).double() / (2 * axis.numerator)
-
-
 def neighbours(axis: ResizedAxis, start: int, stop: int, device: torch.device | None = None) -> Tensor:
     """Neighbours of output pixels start..stop-1 (Block 2).
 
     Returns:
         (stop - start, support) indices of input pixels; negative or too large beyond the borders.
     """
-    position = _positions(axis, torch.arange(start, stop, device=device))
+    position = _positions(axis, start, stop, device)
     first = -torch.div(axis.numerator * axis.support - position, 2 * axis.numerator, rounding_mode="floor")
     return first.unsqueeze(1) + torch.arange(axis.support, device=device)
 
 
 def distances(axis: ResizedAxis, start: int, stop: int, device: torch.device | None = None) -> Tensor:
     """Distances g - m of output pixels start..stop-1 from their neighbours, (stop - start, support), in float64."""
-    position, unit = _positions(axis, torch.arange(start, stop, device=device)), 2 * axis.numerator
+    position, unit = _positions(axis, start, stop, device), 2 * axis.numerator
     return (position.unsqueeze(1) - unit * neighbours(axis, start, stop, device)).double() / unit
 
 
-def _positions(axis: ResizedAxis, n: Tensor) -> Tensor:
-    """`ResizedAxis.position` of several output pixels."""
-    return 2 * axis.denominator * n + axis.start
+def _positions(axis: ResizedAxis, start: int, stop: int, device: torch.device | None) -> Tensor:
+    """`ResizedAxis.position` of output pixels start..stop-1."""
+    return 2 * axis.denominator * torch.arange(start, stop, device=device) + axis.start
 
 
 def resized_axes(scale: Ratio, support: int, rounding: Rounding) -> list[ResizedAxis]:
