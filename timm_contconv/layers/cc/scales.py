@@ -146,7 +146,7 @@ class LayerSizes(NamedTuple):
 def _recording(model: nn.Module, sizes: list[LayerSizes]) -> Iterator[None]:
     """Append the sizes of all CC layers that run, in their order of execution."""
 
-    names = {layer: name for name, layer in _layers(model).items()}
+    names: dict[nn.Module, str] = {layer: name for name, layer in _layers(model).items()}
 
     def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         x = args[0] if args else kwargs["x"]
