@@ -11,8 +11,7 @@ the projected grid, its neighbours, the weights at their distances, and the weig
 - interpolation.py: the start of an internal net: linear interpolation between the pixels of a kernel.
 - phases.py: step 4 at scales with few phases: ordinary convolutions.
 - features_first.py: step 4 at any scale.
-- merge.py: from plain convolutions, and back.
-- transposed.py: from transposed convolutions, and back.
+- merge.py: from plain convolutions, strided or transposed, and back.
 - scales.py: other scales for all layers of a model: for a while, or several averaged.
 """
 

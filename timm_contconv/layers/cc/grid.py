@@ -21,15 +21,15 @@ __all__ = [
     "Scale",
     "distances",
     "initial_scale",
+    "is_upscaling",
     "neighbours",
     "output_size",
+    "phase_plateaus",
     "plateaus",
-    "projected_grid",
     "ratios",
-    "reference_axes",
+    "resized_axes",
     "scale_of",
     "scale_text",
-    "strided_axes",
 ]
 
 Scale = float | Fraction | Sequence[float | Fraction]
@@ -41,8 +41,8 @@ Ratio = tuple[int, int]
 LARGEST_DENOMINATOR = 10**6
 #: bounds on a scale
 SMALLEST_SCALE, LARGEST_SCALE = Fraction(1, 256), Fraction(256)
-#: size of the images in `strided_axes`, in strides; only the remainder of size / stride matters
-STRIDES = 4
+#: size of the images in `resized_axes`, in denominators; only the remainder of size · scale matters
+MULTIPLE = 4
 
 
 class ResizedAxis(NamedTuple):
@@ -91,51 +91,38 @@ class ResizedAxis(NamedTuple):
         return -self.first(0), self.support - 1 - last
 
 
-def projected_grid(axis: ResizedAxis) -> Tensor:
-    """Sub-pixel positions of the output pixels in the input (Eq. 2).
-
-    Returns:
-        (out_size,) in float64; pixel centres of the input are the integers from 0.
-    """
-    return _positions(axis, torch.arange(axis.out_size)).double() / (2 * axis.numerator)
-
-
 def neighbours(axis: ResizedAxis, start: int, stop: int, device: torch.device | None = None) -> Tensor:
     """Neighbours of output pixels start..stop-1 (Block 2).
 
     Returns:
         (stop - start, support) indices of input pixels; negative or too large beyond the borders.
     """
-    position = _positions(axis, torch.arange(start, stop, device=device))
+    position = _positions(axis, start, stop, device)
     first = -torch.div(axis.numerator * axis.support - position, 2 * axis.numerator, rounding_mode="floor")
     return first.unsqueeze(1) + torch.arange(axis.support, device=device)
 
 
 def distances(axis: ResizedAxis, start: int, stop: int, device: torch.device | None = None) -> Tensor:
     """Distances g - m of output pixels start..stop-1 from their neighbours, (stop - start, support), in float64."""
-    position, unit = _positions(axis, torch.arange(start, stop, device=device)), 2 * axis.numerator
+    position, unit = _positions(axis, start, stop, device), 2 * axis.numerator
     return (position.unsqueeze(1) - unit * neighbours(axis, start, stop, device)).double() / unit
 
 
-def _positions(axis: ResizedAxis, n: Tensor) -> Tensor:
-    """`ResizedAxis.position` of several output pixels."""
-    return 2 * axis.denominator * n + axis.start
+def _positions(axis: ResizedAxis, start: int, stop: int, device: torch.device | None) -> Tensor:
+    """`ResizedAxis.position` of output pixels start..stop-1."""
+    return 2 * axis.denominator * torch.arange(start, stop, device=device) + axis.start
 
 
-def reference_axes(scale: Sequence[Ratio], support: Sequence[int]) -> tuple[ResizedAxis, ResizedAxis]:
-    """Rows and columns of the smallest image for which size · scale is an integer."""
-    rows, columns = (ResizedAxis.of(q, p, (p, q), size) for (p, q), size in zip(scale, support, strict=True))
-    return rows, columns
+def resized_axes(scale: Ratio, support: int, rounding: Rounding) -> list[ResizedAxis]:
+    """Axes at a scale p/q: a size that is a multiple of q, and, of scale 1/q, a neighbouring one with another parity.
 
-
-def strided_axes(stride: int, support: int, rounding: Rounding) -> list[ResizedAxis]:
-    """Axes at scale 1/stride: a size that is a multiple of the stride, and a neighbouring one with another parity.
-
-    These two have all distances that occur at any size.
+    At scales 1/q and p they have all distances that occur at any size.
     """
+    numerator, denominator = scale
     beside = 1 if rounding == "floor" else -1
-    sizes = [STRIDES * stride] if stride == 1 else [STRIDES * stride, STRIDES * stride + beside]
-    scale = (1, stride)
+    sizes = [MULTIPLE * denominator]
+    if numerator == 1 < denominator:
+        sizes.append(MULTIPLE * denominator + beside)
     return [ResizedAxis.of(size, output_size(size, scale, rounding), scale, support) for size in sizes]
 
 
@@ -144,12 +131,18 @@ def plateaus(scale: Ratio, support: int, rounding: Rounding) -> list[tuple[float
 
     At scales 1/k these are the distances that occur; at other scales the pixels have a distance of one.
     """
-    numerator, denominator = scale
-    if numerator > 1:
+    if scale[0] > 1:
         return [((support - 1) / 2 - pixel,) * 2 for pixel in range(support)]
-    axes = strided_axes(denominator, support, rounding)
+    axes = resized_axes(scale, support, rounding)
     rows = [distances(axis, 0, 1, torch.device("cpu"))[0].tolist() for axis in axes]
     return [(min(ends), max(ends)) for ends in zip(*rows, strict=True)]
+
+
+def phase_plateaus(scale: Ratio, support: int, rounding: Rounding) -> list[tuple[float, float]]:
+    """At an integer scale, all distances that occur as plateaus of their own, falling."""
+    (axis,) = resized_axes(scale, support, rounding)
+    found = distances(axis, 0, axis.numerator, torch.device("cpu")).flatten().tolist()
+    return [(distance, distance) for distance in sorted(found, reverse=True)]
 
 
 def output_size(size: int, ratio: Ratio, rounding: Rounding) -> int:
@@ -202,6 +195,11 @@ def initial_scale(stride: tuple[int, ...], scale: Scale | None) -> tuple[Ratio, 
     if max(stride) > 1:
         raise ValueError(f"stride={stride}, scale={scale!r}: expected one of them; a scale is 1/stride")
     return ratios("scale", scale)
+
+
+def is_upscaling(scale: Sequence[Ratio]) -> bool:
+    """Whether a scale is an integer along both axes, and more than 1 along one."""
+    return all(denominator == 1 for _, denominator in scale) and max(p for p, _ in scale) > 1
 
 
 def scale_of(size: Sequence[int], scale: Scale | None, out_size: Sequence[int] | None) -> tuple[Ratio, Ratio] | None:

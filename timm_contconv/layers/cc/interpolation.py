@@ -50,10 +50,8 @@ def interpolating_net(plateaus: Sequence[Sequence[tuple[float, float]]]) -> dict
 
 def _warp(plateaus: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
     """Hinges (positions and slopes) of w + 1: 0 far left, i + 1 on the plateau of the i-th pixel from the right."""
-    rising = list(reversed(plateaus))
-    low = torch.tensor([ends[0] for ends in rising], dtype=torch.float64)
-    high = torch.tensor([ends[1] for ends in rising], dtype=torch.float64)
-    gap = float(low[1] - high[0]) if len(rising) > 1 else 1 - float(high[0] - low[0])
+    low, high = torch.tensor(plateaus, dtype=torch.float64).flip(0).unbind(1)  # rising
+    gap = float(low[1] - high[0]) if len(low) > 1 else 1 - float(high[0] - low[0])
     starts = torch.cat([low[:1] - gap, high])  # w rises from a start to a stop
     stops = torch.cat([low, high[-1:] + gap])
     slopes = 1 / (stops - starts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -29,37 +28,29 @@ from .grid import (
     Scale,
     distances,
     initial_scale,
+    is_upscaling,
+    phase_plateaus,
     plateaus,
     ratios,
-    reference_axes,
+    resized_axes,
     scale_of,
     scale_text,
-    strided_axes,
 )
 from .merge import (
+    Conv,
     common_plateaus,
     covering_support,
     distance_from,
     fit_last_layer,
     kernel_like,
     merged_conv,
-    require_strides,
+    require_scale,
     rounding_of,
 )
 from .net import InternalNet
 from .phases import apply_kernels
 from .plan import Plan, resize_plan
 from .spec import CcSpec
-from .transposed import (
-    check_upscaling,
-    fit_upscaling,
-    is_upscaling,
-    phase_distances,
-    transposed_conv,
-    transposed_error,
-    transposed_like,
-    upscaling_support,
-)
 
 __all__ = ["ContinuousConv2d"]
 
@@ -138,9 +129,10 @@ class ContinuousConv2d(ConvReplacement):
         self._ratios = self._built_ratios = initial_scale(self.stride, scale)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         spec = CcSpec.of(kernel_size=self.kernel_size, hidden=hidden)
-        pixels = [plateaus(*dim, rounding) for dim in zip(self._ratios, self.kernel_size, strict=True)]
-        if per_phase:
-            pixels = self._distances_as_plateaus()
+        if per_phase and not is_upscaling(self._ratios):
+            raise ValueError(f"per_phase=True, scale={scale_text(self._ratios)}: expected an integer scale above 1")
+        start = phase_plateaus if per_phase else plateaus
+        pixels = [start(*dim, rounding) for dim in zip(self._ratios, self.kernel_size, strict=True)]
         self.net = InternalNet(out_channels, in_channels // groups, pixels, spec.hidden, device, dtype)
         self.compile_construction(compile)
         self._kept: Kept[Tensor] = Kept()
@@ -152,15 +144,6 @@ class ContinuousConv2d(ConvReplacement):
         self.net.reset_parameters()
         if self.bias is not None:
             nn.init.uniform_(self.bias, -self.net.bound, self.net.bound)
-
-    def _distances_as_plateaus(self) -> list[list[tuple[float, float]]]:
-        if not is_upscaling(self._ratios):
-            raise ValueError(f"per_phase=True, scale={scale_text(self._ratios)}: expected an integer scale above 1")
-        return [[(d, d) for d in axis.flip(0).tolist()] for axis in self._phase_distances()]
-
-    def _phase_distances(self) -> list[Tensor]:
-        """The distances that occur at an integer scale, for rows and columns, ascending."""
-        return [phase_distances(p, size) for (p, _), size in zip(self._ratios, self.kernel_size, strict=True)]
 
     @property
     def scale(self) -> tuple[Fraction, Fraction]:
@@ -274,32 +257,28 @@ class ContinuousConv2d(ConvReplacement):
         return rows, columns
 
     @property
-    def _reference_axes(self) -> tuple[ResizedAxis, ResizedAxis]:
-        return reference_axes(self._ratios, self.kernel_size)
+    def _reference_axes(self) -> list[ResizedAxis]:
+        """Rows and columns of an image for which size · scale is an integer."""
+        both = zip(self._ratios, self.kernel_size, strict=True)
+        return [resized_axes(ratio, size, self.rounding)[0] for ratio, size in both]
 
     # ---- in place of a convolution, and back
 
     @classmethod
-    def in_place_of(cls, conv: PlainConv | nn.ConvTranspose2d, spec: CcSpec) -> Self:
+    def in_place_of(cls, conv: Conv, spec: CcSpec) -> Self:
         """A CC layer with scale 1/stride in place of `conv`; of a transposed convolution, with scale stride.
 
         Raises:
             ValueError: no rounding gives the output size of `conv` for every input.
         """
-        if isinstance(conv, nn.ConvTranspose2d):
-            check_upscaling(conv)
-            size = spec.kernel_size or tuple(upscaling_support(conv, dim) for dim in (0, 1))
-            return cls(
-                conv.in_channels, conv.out_channels, size, scale=conv.stride, groups=conv.groups,
-                bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype, hidden=spec.hidden,
-                per_phase=spec.hidden is None,
-            )  # fmt: skip
-        rounding = rounding_of(conv)
-        size = spec.kernel_size or tuple(covering_support(conv, dim, rounding) for dim in (0, 1))
+        rounding, transposed = rounding_of(conv), isinstance(conv, nn.ConvTranspose2d)
+        scale: dict[str, Any] = {"scale" if transposed else "stride": conv.stride}
         return cls(
-            conv.in_channels, conv.out_channels, size, conv.stride, groups=conv.groups,
-            bias=conv.bias is not None, padding_mode=conv.padding_mode,
+            conv.in_channels, conv.out_channels,
+            spec.kernel_size or tuple(covering_support(conv, dim, rounding) for dim in (0, 1)),
+            groups=conv.groups, bias=conv.bias is not None, padding_mode=conv.padding_mode,
             device=conv.weight.device, dtype=conv.weight.dtype, rounding=rounding, hidden=spec.hidden,
+            per_phase=transposed and spec.hidden is None, **scale,
         )  # fmt: skip
 
     @classmethod
@@ -311,25 +290,16 @@ class ContinuousConv2d(ConvReplacement):
         """
         require_weights(convs)
         for layer, conv in zip(layers, convs, strict=True):
-            if isinstance(conv, nn.ConvTranspose2d):
-                fit_upscaling(layer.net.weight, layer.net.features, conv, layer.kernel_size)
-            else:
+            if layer.net.hidden is None and not isinstance(conv, nn.ConvTranspose2d):  # whose plateaus are the taps
                 rows, columns = (common_plateaus(convs, d, layer.kernel_size[d], layer.rounding) for d in (0, 1))
-                if layer.net.hidden is None and rows is not None and columns is not None:
+                if rows is not None and columns is not None:
                     layer.net.interpolate_((rows, columns))
-                fit_last_layer(layer.net.weight, layer.net.features, conv, layer.kernel_size, layer.rounding)
+            fit_last_layer(layer.net.weight, layer.net.features, conv, layer.kernel_size, layer.rounding)
             copy_bias_(layer.bias, conv)
 
-    def fit_error(self, conv: PlainConv | nn.ConvTranspose2d) -> float:
+    def fit_error(self, conv: Conv) -> float:
         """||kernel - kernel of conv|| / ||kernel of conv||, the largest for any size of the input."""
-        if isinstance(conv, nn.ConvTranspose2d):
-            return transposed_error(conv, self.kernel_at(*self._phase_distances()), self.kernel_size)
-        strided = [strided_axes(self.stride[d], self.kernel_size[d], self.rounding) for d in (0, 1)]
-        errors = []
-        for axes in itertools.product(*strided):
-            rows, columns = (distances(axis, 0, 1, torch.device("cpu"))[0] for axis in axes)
-            errors.append(distance_from(conv, self.kernel_at(rows, columns).detach(), axes))
-        return max(errors)
+        return distance_from(conv, self.kernel_at, self.kernel_size, self.rounding)
 
     def to_conv(self) -> nn.Module:
         """The strided convolution with the same output, for input sizes that are multiples of the stride.
@@ -340,12 +310,11 @@ class ContinuousConv2d(ConvReplacement):
         Raises:
             ValueError: the scale is neither 1/k nor an integer, or the padding of an upscaling layer is not of zeros.
         """
-        if is_upscaling(self._ratios) and self.padding_mode == "zeros":
-            kernel, scale = self.kernel_at(*self._phase_distances()), [p for p, _ in self._ratios]
-            return _trained_as(self, transposed_conv(kernel, self.bias, scale, self.kernel_size, self.groups))
-        require_strides(self._ratios)
-        kernel, axes = self.construct(), self._reference_axes
-        return _trained_as(self, merged_conv(kernel, self.bias, axes, self.rounding, self.padding_mode, self.groups))
+        transposed = is_upscaling(self._ratios) and self.padding_mode == "zeros"
+        if not transposed:
+            require_scale(self._ratios)
+        settings = self._reference_axes, self.rounding, self.padding_mode, self.groups, transposed
+        return self._trained_as_this(merged_conv(self.kernel_at, self.bias, *settings))
 
     def to_conv_like(self, conv: Any) -> Any:
         """A copy of `conv`, which this layer stands in for, with this layer's kernel at the pixels that both read.
@@ -355,19 +324,19 @@ class ContinuousConv2d(ConvReplacement):
         Raises:
             ValueError: the scale is not 1/stride, or that of a transposed convolution.
         """
-        if isinstance(conv, nn.ConvTranspose2d):
-            if [(s, 1) for s in conv.stride] != list(self._ratios):
-                raise ValueError(f"scale={scale_text(self._ratios)}: expected {tuple(conv.stride)}, the stride")
-            kernel = transposed_like(conv, self.kernel_at(*self._phase_distances()).detach(), self.kernel_size)
-        else:
-            require_strides(self._ratios, conv.stride)
-            kernel = kernel_like(conv, self.construct().detach(), self._reference_axes)
+        require_scale(self._ratios, conv)
+        kernel = kernel_like(conv, self.kernel_at, self._reference_axes)
         if kernel is None:
             return None
         plain = copy.deepcopy(conv)
         plain.weight = nn.Parameter(kernel)
         plain.bias = copy.deepcopy(self.bias)
-        return _trained_as(self, plain)
+        return self._trained_as_this(plain)
+
+    def _trained_as_this(self, conv: Any) -> Any:
+        """`conv` with this layer's training mode; its weight needs a gradient if the net does."""
+        conv.weight.requires_grad_(any(value.requires_grad for value in self.net.inputs().values()))
+        return conv.train(self.training)
 
     # ---- reports, saving, modes
 
@@ -432,9 +401,3 @@ def _fixed(size: Sequence[int]) -> list[int]:
     As symbols they would grow from layer to layer: nested fractions that take minutes to simplify.
     """
     return [operator.index(pixels) for pixels in size]
-
-
-def _trained_as(layer: ContinuousConv2d, conv: Any) -> Any:
-    """`conv` with the layer's training mode; its weight needs a gradient if the layer's net does."""
-    conv.weight.requires_grad_(any(value.requires_grad for value in layer.net.inputs().values()))
-    return conv.train(layer.training)

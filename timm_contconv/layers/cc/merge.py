@@ -1,35 +1,49 @@
-"""CC layers from plain strided convolutions, and back: the pixels that both read, and the kernels of each."""
+"""CC layers from plain convolutions, strided or transposed, and back: the taps that both have, and the kernels of each.
+
+With tap t of its kernel, output pixel n of a strided convolution reads input pixel m = n s + t - padding. In a
+transposed one, output pixel n = m s + t - padding does. So every tap is the continuous kernel at one of the distances
+between m and n that occur (Shocher et al. 2020, Eq. 2).
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.plain import NEGLIGIBLE, PlainConv, has_same_padding, plain_conv
-from .grid import Ratio, ResizedAxis, Rounding, distances, scale_text, strided_axes
+from .grid import Ratio, ResizedAxis, Rounding, distances, neighbours, resized_axes, scale_text
 
 __all__ = [
+    "Conv",
     "common_plateaus",
     "covering_support",
     "distance_from",
     "fit_last_layer",
     "kernel_like",
     "merged_conv",
-    "require_strides",
+    "require_scale",
     "rounding_of",
 ]
 
+Conv = PlainConv | nn.ConvTranspose2d
+#: vertical (A,) and horizontal (B,) distances -> the continuous kernel, (C_out, C_in/groups, A, B)
+KernelAt = Callable[[Tensor, Tensor], Tensor]
 
-def rounding_of(conv: PlainConv) -> Rounding:
-    """The rounding of size / stride in the output size of a convolution.
+
+def rounding_of(conv: Conv) -> Rounding:
+    """The rounding of size · scale in the output size of a convolution; of a transposed one any does.
 
     Raises:
-        ValueError: it is neither ceil nor floor for all sizes.
+        ValueError: it is neither ceil nor floor for all sizes; or a transposed convolution can't be replaced.
     """
+    if isinstance(conv, nn.ConvTranspose2d):
+        _check_upscaling(conv)
+        return "ceil"
     for rounding in ("ceil", "floor"):
         if all(_rounds(conv, dim, rounding) for dim in range(2)):
             return rounding
@@ -47,11 +61,27 @@ def _rounds(conv: PlainConv, dim: int, rounding: Rounding) -> bool:
     return margin == (stride - 1 if rounding == "ceil" else 0)
 
 
-def require_strides(scale: Sequence[Ratio], stride: Sequence[int] | None = None) -> None:
-    """Raise a ValueError if the scale is not 1/stride, or, for stride=None, not 1/k for any integer k."""
-    wanted = [(1, denominator) for _, denominator in scale] if stride is None else [(1, s) for s in stride]
+def _check_upscaling(conv: nn.ConvTranspose2d) -> None:
+    if max(conv.dilation) > 1:
+        raise ValueError(f"dilation={tuple(conv.dilation)}: expected 1")
+    if max(conv.stride) == 1:
+        raise ValueError("stride=(1, 1): expected more, because the layer's scale is the stride")
+    for dim, (size, stride, more) in enumerate(zip(conv.kernel_size, conv.stride, conv.output_padding, strict=True)):
+        if size - 2 * _padding(conv, dim) + more != stride:
+            raise ValueError(
+                f"kernel_size={tuple(conv.kernel_size)}, stride={tuple(conv.stride)}, padding={conv.padding},"
+                f" output_padding={tuple(conv.output_padding)}: its output is not stride times as large as its input"
+            )
+
+
+def require_scale(scale: Sequence[Ratio], conv: Conv | None = None) -> None:
+    """Raise a ValueError if the scale is not that of `conv`, or, without one, not 1/k for any integer k."""
+    if conv is None:
+        wanted, expected = [(1, denominator) for _, denominator in scale], "1/k, k an integer"
+    else:
+        wanted, stride = [_scale(conv, dim) for dim in (0, 1)], tuple(conv.stride)
+        expected = f"{stride}, the stride" if _is_transposed(conv) else f"1/stride, stride {stride}"
     if list(scale) != wanted:
-        expected = "1/k, k an integer" if stride is None else f"1/stride, stride {tuple(stride)}"
         raise ValueError(
             f"scale={scale_text(scale)}: expected {expected}; set `layer.scale` before merging, or leave the model"
             " unmerged: tcc.export(..., merge=False)"
@@ -61,13 +91,10 @@ def require_strides(scale: Sequence[Ratio], stride: Sequence[int] | None = None)
 # ---- from a convolution
 
 
-def covering_support(conv: PlainConv, dim: int, rounding: Rounding) -> int:
-    """The smallest support, at least the kernel's size, that holds all pixels that the convolution reads."""
-    size = support = conv.kernel_size[dim]
-    while any(
-        len(range(*_overlap(conv, dim, axis)[1].indices(size))) < size
-        for axis in strided_axes(conv.stride[dim], support, rounding)
-    ):
+def covering_support(conv: Conv, dim: int, rounding: Rounding) -> int:
+    """The smallest support whose neighbours hold all pixels that the convolution reads."""
+    support, taps = 1, set(range(conv.kernel_size[dim]))
+    while any(taps - set(_taps_of(conv, dim, axis)[1].tolist()) for axis in _axes(conv, dim, support, rounding)):
         support += 1
     return support
 
@@ -75,10 +102,10 @@ def covering_support(conv: PlainConv, dim: int, rounding: Rounding) -> int:
 def common_plateaus(
     convs: Sequence[PlainConv], dim: int, support: int, rounding: Rounding
 ) -> list[tuple[float, float]] | None:
-    """Plateaus on each of which convolutions read one pixel, at all distances of `strided_axes`; None if impossible.
+    """Plateaus on each of which convolutions read one pixel, at all distances of `resized_axes`; None if impossible.
 
     Args:
-        convs: the convolutions.
+        convs: the convolutions, strided ones.
         dim: 0 for rows, 1 for columns.
         support: number of plateaus.
         rounding: of the layer.
@@ -92,7 +119,7 @@ def common_plateaus(
 
 
 def _plateaus_of(conv: PlainConv, dim: int, support: int, rounding: Rounding) -> list[tuple[float, float]] | None:
-    where, taps = _distances_and_taps(conv, dim, support, rounding, torch.device("cpu"))
+    where, taps = _all_taps_of(conv, dim, support, rounding)
     pairs = sorted(zip(where.tolist(), taps.tolist(), strict=True), reverse=True)
     runs = [(tap, [d for d, _ in run]) for tap, run in itertools.groupby(pairs, key=lambda pair: pair[1])]
     if len({tap for tap, _ in runs if tap >= 0}) < sum(tap >= 0 for tap, _ in runs):
@@ -109,14 +136,15 @@ def _plateaus_of(conv: PlainConv, dim: int, support: int, rounding: Rounding) ->
 def fit_last_layer(
     weight: Tensor,
     features: Callable[[Tensor, Tensor], Tensor],
-    conv: PlainConv,
+    conv: Conv,
     support: Sequence[int],
     rounding: Rounding,
 ) -> None:
-    """Set the last layer of an internal net, in place, so that the kernel is that of a strided convolution.
+    """Set the last layer of an internal net, in place, so that the kernel is that of a convolution.
 
-    Least squares over the distances of `strided_axes`. The layer's bias, the last feature, is used only if the other
-    features are not exact.
+    Least squares over all distances that occur; exact if the hidden layers suffice. The layer's bias, the last feature,
+    is used only if the other features are not exact, and never for a transposed convolution: it would act far outside
+    of the kernel.
 
     Args:
         weight: (C_out, C_in/groups, F + 1), changed.
@@ -125,28 +153,15 @@ def fit_last_layer(
         support: of the continuous kernel, in pixels.
         rounding: of the layer.
     """
-    found = [_distances_and_taps(conv, dim, support[dim], rounding, weight.device) for dim in (0, 1)]
-    (rows, row_taps), (columns, column_taps) = found
-    phi = features(rows, columns).double().flatten(0, 1)
-    kernel = F.pad(conv.weight.double(), (0, 1, 0, 1))  # index -1 finds a zero
+    (rows, row_taps), (columns, column_taps) = (_all_taps_of(conv, dim, support[dim], rounding) for dim in (0, 1))
+    phi = features(rows.to(weight.device), columns.to(weight.device)).double().flatten(0, 1)
+    kernel = F.pad(_kernel(conv).double(), (0, 1, 0, 1))  # index -1 finds a zero
     target = kernel[:, :, row_taps][..., column_taps].flatten(2).flatten(0, 1).T
     solution = _least_squares(phi[:, :-1], target)
     left = target - phi[:, :-1] @ solution
-    needs_bias = left.norm() > 1e-9 * target.norm()
+    needs_bias = not _is_transposed(conv) and left.norm() > 1e-9 * target.norm()
     solution = _least_squares(phi, target) if needs_bias else F.pad(solution, (0, 0, 0, 1))
     weight.copy_(solution.T.view(weight.shape))
-
-
-def _distances_and_taps(
-    conv: PlainConv, dim: int, support: int, rounding: Rounding, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(D,) distances that occur, and the index of the kernel's pixel at each; -1 if the convolution reads none."""
-    axes = strided_axes(conv.stride[dim], support, rounding)
-    taps = torch.full((len(axes), support), -1, device=device)
-    for row, axis in zip(taps, axes, strict=True):
-        own, its = _overlap(conv, dim, axis)
-        row[own] = torch.arange(its.start, its.stop, device=device)
-    return torch.cat([distances(axis, 0, 1, device)[0] for axis in axes]), taps.flatten()
 
 
 def _least_squares(a: Tensor, b: Tensor) -> Tensor:
@@ -158,20 +173,32 @@ def _least_squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 def merged_conv(
-    kernel: Tensor, bias: Tensor | None, axes: Sequence[ResizedAxis], rounding: Rounding, padding_mode: str, groups: int
-) -> PlainConv:
-    """The convolution with a CC layer's kernel at scale 1/stride.
+    kernel_at: KernelAt,
+    bias: Tensor | None,
+    axes: Sequence[ResizedAxis],
+    rounding: Rounding,
+    padding_mode: str,
+    groups: int,
+    transposed: bool,
+) -> Conv:
+    """The convolution with a CC layer's kernel at scale 1/stride; or, transposed, at scale stride.
 
     Args:
-        kernel: (C_out, C_in/groups, height, width).
+        kernel_at: the continuous kernel.
         bias: (C_out,) or None.
         axes: rows and columns of an image whose size is a multiple of the stride.
         rounding, padding_mode, groups: of the layer.
+        transposed: only with zeros as padding.
     """
-    first, stride = [axis.first(0) for axis in axes], [axis.denominator for axis in axes]
-    kernel = F.pad(kernel, [n for dim in (1, 0) for n in _zeros_around(kernel.shape[2 + dim], first[dim])])
-    pads = [max(-index, 0) for index in first]
+    (rows, row_taps), (columns, column_taps) = (_taps(axis, transposed) for axis in axes)
+    first, stride = (int(row_taps[0]), int(column_taps[0])), [axis.numerator * axis.denominator for axis in axes]
+    kernel = kernel_at(rows, columns)
+    around = [_zeros_around(kernel.shape[2 + dim], first[dim], stride[dim]) for dim in (0, 1)]
+    kernel = F.pad(kernel, [*around[1], *around[0]])
+    pads = [before - index for (before, _), index in zip(around, first, strict=True)]
     size = kernel.shape[2:]
+    if transposed:
+        return _transposed_conv(_output_first(kernel, groups), bias, stride, pads, groups)
     short = any(2 * p - k != -1 for p, k in zip(pads, size, strict=True))  # fewer than ceil(size / stride) outputs
     even = all((k - s) % 2 == 0 for k, s in zip(size, stride, strict=True))
     same = rounding != "floor" and short and even and padding_mode == "zeros"
@@ -179,68 +206,127 @@ def merged_conv(
     return plain_conv(kernel, bias, stride=stride, padding=padding, groups=groups, padding_mode=padding_mode)
 
 
-def _zeros_around(size: int, first: int) -> tuple[int, int]:
-    """Zeros before and after a kernel that starts at pixel `first`, so that one padding fits both sides.
+def _zeros_around(size: int, first: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after a kernel whose taps are first, first + 1, ..., so that one padding fits both sides.
 
     A kernel smaller than the stride may start inside the image. A kernel that ends before the padding does, as an even
-    one with stride 1, would give one output too many.
+    one with stride 1, would give one output too many. A transposed one that ends too far behind it gives one too few.
     """
-    inside = max(first, 0)
-    return inside, max(inside, -2 * first + 1 - size)
+    return max(first, size + 2 * first - stride, 0), max(first, 1 - 2 * first - size, 0)
 
 
-def kernel_like(conv: PlainConv, kernel: Tensor, axes: Sequence[ResizedAxis]) -> Tensor | None:
+def _transposed_conv(
+    weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> nn.ConvTranspose2d:
+    """One with copies of a kernel, (C_in, C_out/groups, *K), and a bias, whose output is stride times as large."""
+    size = weight.shape[2:]
+    more = [2 * p + s - k for p, s, k in zip(padding, stride, size, strict=True)]
+    settings: dict[str, Any] = {
+        "kernel_size": tuple(size), "stride": tuple(stride), "padding": tuple(padding), "output_padding": tuple(more),
+        "groups": groups, "bias": False, "device": "meta",
+    }  # fmt: skip
+    conv = nn.ConvTranspose2d(weight.shape[0], weight.shape[1] * groups, **settings)
+    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return conv
+
+
+@torch.no_grad()
+def kernel_like(conv: Conv, kernel_at: KernelAt, axes: Sequence[ResizedAxis]) -> Tensor | None:
     """The kernel that gives a convolution like `conv` the output of a continuous kernel.
 
     Args:
         conv: the convolution; it may be on the meta device.
-        kernel: (C_out, C_in/groups, S_y, S_x), at `axes`.
+        kernel_at: the continuous kernel.
         axes: rows and columns of an image whose size is a multiple of the stride.
 
     Returns:
-        (C_out, C_in/groups, *size of conv's kernel); None if more than 1e-5 of the mass would be lost.
+        In the shape of conv's kernel; None if more than 1e-5 of the mass would be lost.
     """
-    placed = _in_place_of(conv, kernel, axes)
+    kernel, placed = _in_place_of(conv, kernel_at, axes)
     mass = kernel.abs().sum(dtype=torch.float64)
     lost = mass - placed.abs().sum(dtype=torch.float64)
-    return placed if lost <= NEGLIGIBLE * mass else None
+    if lost > NEGLIGIBLE * mass:
+        return None
+    return (_output_first(placed, conv.groups) if _is_transposed(conv) else placed).contiguous()
 
 
 @torch.no_grad()
-def distance_from(conv: PlainConv, kernel: Tensor, axes: Sequence[ResizedAxis]) -> float:
-    """||kernel - kernel of conv|| / ||kernel of conv||, for the sizes of `axes`; arguments as for `kernel_like`."""
-    kernel, wanted = kernel.double(), conv.weight.double()
-    placed = _in_place_of(conv, kernel, axes)
-    elsewhere = (kernel.square().sum() - placed.square().sum()).clamp_min(0)
-    distance = ((placed - wanted).square().sum() + elsewhere).sqrt()
-    return float(distance / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny))
+def distance_from(conv: Conv, kernel_at: KernelAt, support: Sequence[int], rounding: Rounding) -> float:
+    """||kernel - kernel of conv|| / ||kernel of conv||, the largest for any size of the image."""
+    wanted = _kernel(conv).double()
+    errors = []
+    for axes in itertools.product(*(_axes(conv, dim, support[dim], rounding) for dim in (0, 1))):
+        kernel, placed = (values.double() for values in _in_place_of(conv, kernel_at, axes))
+        elsewhere = (kernel.square().sum() - placed.square().sum()).clamp_min(0)
+        distance = ((placed - wanted).square().sum() + elsewhere).sqrt()
+        errors.append(float(distance / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny)))
+    return max(errors)
 
 
-# ---- pixels that both read
+def _in_place_of(conv: Conv, kernel_at: KernelAt, axes: Sequence[ResizedAxis]) -> tuple[Tensor, Tensor]:
+    """A continuous kernel's values at all distances, and those at the taps of a convolution's kernel; else 0.
+
+    Both have the output channels first: (C_out, C_in/groups, ...).
+    """
+    (rows, row_taps), (columns, column_taps) = (_taps_of(conv, dim, axis) for dim, axis in enumerate(axes))
+    kernel = kernel_at(rows, columns)
+    placed = kernel.new_zeros(*kernel.shape[:2], *(size + 1 for size in conv.kernel_size))  # the last, -1, is for none
+    placed[:, :, row_taps.unsqueeze(1), column_taps] = kernel
+    return kernel, placed[..., :-1, :-1]
 
 
-def _in_place_of(conv: PlainConv, kernel: Tensor, axes: Sequence[ResizedAxis]) -> Tensor:
-    """A continuous kernel's pixels, moved to the pixels of a convolution's kernel that read the same input; else 0."""
-    (own_rows, its_rows), (own_columns, its_columns) = (_overlap(conv, dim, axis) for dim, axis in enumerate(axes))
-    placed = kernel.new_zeros(conv.weight.shape)
-    placed[..., its_rows, its_columns] = kernel[..., own_rows, own_columns]
-    return placed
+# ---- taps
 
 
-def _overlap(conv: PlainConv, dim: int, axis: ResizedAxis) -> tuple[slice, slice]:
-    """Indices of the neighbours and of a convolution's kernel, along one dimension, that read the same pixels."""
-    ahead = axis.first(0) + _padding_before(conv, dim, axis)  # index in the convolution of the first neighbour
-    start = max(-ahead, 0)
-    stop = max(min(axis.support, conv.kernel_size[dim] - ahead), start)
-    return slice(start, stop), slice(start + ahead, stop + ahead)
+def _taps(axis: ResizedAxis, transposed: bool) -> tuple[Tensor, Tensor]:
+    """(D,) distances at scale 1/s, or s, and the tap at each in a convolution without padding; taps rise by one."""
+    cpu, periods = torch.device("cpu"), axis.numerator
+    read = periods * neighbours(axis, 0, periods, cpu)
+    taps = read - axis.denominator * torch.arange(periods, device=cpu).unsqueeze(1)
+    taps, order = (-taps if transposed else taps).flatten().sort()
+    return distances(axis, 0, periods, cpu).flatten()[order], taps
 
 
-def _padding_before(conv: PlainConv, dim: int, axis: ResizedAxis) -> int:
-    if not has_same_padding(conv):
-        return _padding(conv, dim)
-    total = (axis.out_size - 1) * conv.stride[dim] + conv.kernel_size[dim] - axis.size
-    return max(total, 0) // 2
+def _taps_of(conv: Conv, dim: int, axis: ResizedAxis) -> tuple[Tensor, Tensor]:
+    """(D,) distances, and the index in a convolution's kernel of the tap at each; -1 if it has none there."""
+    where, taps = _taps(axis, _is_transposed(conv))
+    size, padding = conv.kernel_size[dim], _padding(conv, dim)
+    if isinstance(conv, PlainConv) and has_same_padding(conv):
+        padding = max((axis.out_size - 1) * conv.stride[dim] + size - axis.size, 0) // 2
+    index = taps + padding
+    return where, index.where((index >= 0) & (index < size), -1)
 
 
-def _padding(conv: PlainConv, dim: int) -> int:
+def _all_taps_of(conv: Conv, dim: int, support: int, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """`_taps_of` for images of any size."""
+    found = [_taps_of(conv, dim, axis) for axis in _axes(conv, dim, support, rounding)]
+    where, taps = zip(*found, strict=True)
+    return torch.cat(where), torch.cat(taps)
+
+
+def _axes(conv: Conv, dim: int, support: int, rounding: Rounding) -> list[ResizedAxis]:
+    return resized_axes(_scale(conv, dim), support, rounding)
+
+
+def _scale(conv: Conv, dim: int) -> Ratio:
+    return (conv.stride[dim], 1) if _is_transposed(conv) else (1, conv.stride[dim])
+
+
+def _is_transposed(conv: Conv) -> bool:
+    return isinstance(conv, nn.ConvTranspose2d)
+
+
+def _padding(conv: Conv, dim: int) -> int:
     return 0 if isinstance(conv.padding, str) else conv.padding[dim]
+
+
+def _kernel(conv: Conv) -> Tensor:
+    """(C_out, C_in/groups, *K)."""
+    return _output_first(conv.weight, conv.groups) if _is_transposed(conv) else conv.weight
+
+
+def _output_first(weight: Tensor, groups: int) -> Tensor:
+    """(C_in, C_out/groups, *K) to (C_out, C_in/groups, *K), and back."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)

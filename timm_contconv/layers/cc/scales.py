@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -146,14 +146,13 @@ class LayerSizes(NamedTuple):
 def _recording(model: nn.Module, sizes: list[LayerSizes]) -> Iterator[None]:
     """Append the sizes of all CC layers that run, in their order of execution."""
 
-    def record(name: str) -> Callable[[nn.Module, Any, Any, Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-            x = args[0] if args else kwargs["x"]
-            sizes.append(LayerSizes(name, tuple(x.shape[-2:]), tuple(y.shape[-2:])))
+    names: dict[nn.Module, str] = {layer: name for name, layer in _layers(model).items()}
 
-        return hook
+    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        x = args[0] if args else kwargs["x"]
+        sizes.append(LayerSizes(names[layer], tuple(x.shape[-2:]), tuple(y.shape[-2:])))
 
-    handles = [layer.register_forward_hook(record(name), with_kwargs=True) for name, layer in _layers(model).items()]
+    handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in names]
     try:
         yield
     finally:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
-from torch import nn
 
 from ..core.arguments import Int
-from ..core.plain import PlainConv
 from ..core.spec import KernelSize, LayerSpec
-from .merge import rounding_of
-from .transposed import check_upscaling
+from .merge import Conv, rounding_of
 
 __all__ = ["CcSpec"]
 
@@ -51,8 +48,5 @@ class CcSpec(LayerSpec):
             raise ValueError(f"expected at most {LARGEST_SUPPORT} pixels, one int or one each for rows and columns")
         return size
 
-    def check_conv(self, conv: PlainConv | nn.ConvTranspose2d) -> None:
-        if isinstance(conv, nn.ConvTranspose2d):
-            check_upscaling(conv)
-        else:
-            rounding_of(conv)
+    def check_conv(self, conv: Conv) -> None:
+        rounding_of(conv)

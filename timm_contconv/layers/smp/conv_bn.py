@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..core.compilation import CompileMode
 from ..core.geometry import GeometryOwner
-from ..core.plain import PlainConv, plain_conv
+from ..core.plain import PlainConv
 from ..core.replacement import CONV_ATTRIBUTES, FIT_TOLERANCE, ConvReplacement
 from ..core.shown import Quantity, ShownKernels
 from ..core.subnormals import without_subnormals
@@ -44,8 +44,9 @@ class SmpConvBn(ConvReplacement):
 
     method = "smp"
     bias = None
-    #: the SMP convolution and the norm of these dimensions
+    #: the SMP convolution, the small one and the norm of these dimensions
     conv_class: ClassVar[type[SmpConv1d | SmpConv2d]]
+    plain_class: ClassVar[Callable[..., PlainConv]]
     norm_class: ClassVar[type[BatchNorm]]
 
     def __init__(
@@ -64,8 +65,14 @@ class SmpConvBn(ConvReplacement):
         self.conv = conv
         self.bn = self.norm_class(conv.out_channels, **like)
         sizes = small_kernel_sizes(small_kernel, conv.kernel_size, conv.kernel.causal)
-        self.small_conv = None if sizes is None else _small_conv(conv, sizes, small_bias, **like)
-        self.small_bn = None if sizes is None else self.norm_class(conv.out_channels, **like)
+        self.small_conv: PlainConv | None = None
+        self.small_bn: BatchNorm | None = None
+        if sizes is not None:
+            self.small_conv = self.plain_class(
+                conv.in_channels, conv.out_channels, sizes, conv.stride, _small_padding(conv, sizes),
+                groups=conv.groups, bias=small_bias, padding_mode=conv.padding_mode, **like,
+            )  # fmt: skip
+            self.small_bn = self.norm_class(conv.out_channels, **like)
         for name in CONV_ATTRIBUTES:
             setattr(self, name, getattr(conv, name))
 
@@ -138,27 +145,16 @@ class SmpConvBn(ConvReplacement):
 
 class SmpConvBn1d(SmpConvBn):
     __doc__ = SmpConvBn.__doc__
-    ndim, conv_class, norm_class = 1, SmpConv1d, nn.BatchNorm1d
+    ndim, conv_class, plain_class, norm_class = 1, SmpConv1d, nn.Conv1d, nn.BatchNorm1d
 
 
 class SmpConvBn2d(SmpConvBn):
     __doc__ = SmpConvBn.__doc__
-    conv_class, norm_class = SmpConv2d, nn.BatchNorm2d
-
-
-def _small_conv(conv: SmpConv1d | SmpConv2d, sizes: Sequence[int], bias: bool, **like: Any) -> PlainConv:
-    """A convolution whose small kernel has the centre of `conv`'s kernel; with causal padding, one without padding."""
-    weight = torch.empty(conv.out_channels, conv.in_channels // conv.groups, *sizes, **like)
-    small = plain_conv(
-        weight, torch.empty(conv.out_channels, **like) if bias else None, stride=conv.stride,
-        padding=_small_padding(conv, sizes), groups=conv.groups, padding_mode=conv.padding_mode,
-    )  # fmt: skip
-    small.requires_grad_(True)
-    small.reset_parameters()
-    return small
+    conv_class, plain_class, norm_class = SmpConv2d, nn.Conv2d, nn.BatchNorm2d
 
 
 def _small_padding(conv: SmpConv1d | SmpConv2d, sizes: Sequence[int]) -> tuple[int, ...]:
+    """With it a small kernel has the centre of `conv`'s kernel; none with causal padding, which `forward` adds."""
     if conv.padding == "causal":
         return (0,)
     if conv.padding == "same":
