@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.subnormals import bell
 from .nets import NETS
 
-__all__ = ["SMALLEST_SIGMA", "flex_kernel", "gaussian_mask"]
+__all__ = ["SMALLEST_SIGMA", "flex_kernel", "gaussian_mask", "with_constant"]
 
 SMALLEST_SIGMA = 1e-4  # narrower masks are taken as this wide, so that nothing is divided by zero
 
@@ -79,10 +79,14 @@ def flex_kernel(
         (C_out, C_in/groups, *K).
     """
     axes = [inputs.pop(name) for name in sorted(inputs) if name.startswith("coordinate_")]
-    features = NETS[net].features(inputs, axes, speed)
-    features = torch.cat((features, torch.ones_like(features[:1])))
+    features = with_constant(NETS[net].features(inputs, axes, speed))
     if mask_mean is not None and mask_sigma is not None:
         features = features * gaussian_mask(mask_mean, mask_sigma, axes, threshold, mask_angle)
     weights = torch.cat((output_weight.flatten(0, 1), output_bias.reshape(-1, 1)), 1)
     kernel = (weights * scale) @ features
     return kernel.reshape(*output_bias.shape, *(len(axis) for axis in axes))
+
+
+def with_constant(features: Tensor) -> Tensor:
+    """Channels (H, prod(K)) and one of ones, for the bias of a linear layer: (H + 1, prod(K))."""
+    return torch.cat((features, torch.ones_like(features[:1])))
