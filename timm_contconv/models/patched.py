@@ -31,7 +31,7 @@ from ..hub.skeleton import LARGEST_ENTRIES, counted, without_memory
 from ..hub.weights import packaged_cfgs
 from ..patching import PatchSpec, load_patch, merge, patch
 from ..patching.record import set_architecture
-from .checkpoint import check_keys, renamed, unwrap
+from .checkpoint import native_keys, renamed
 
 __all__ = ["contconv"]
 
@@ -177,10 +177,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     Raises:
         ValueError: keys are missing or left over, or blocks of a stage have different positions.
     """
-    native = unwrap(state_dict)
-    if any(key.endswith(".dwconv.P") for key in native):
-        native = _convnext_dcls_keys(native, model)
-    return check_keys(native, model)
+    return native_keys(state_dict, model, ".dwconv.P", _convnext_dcls_keys)
 
 
 def _convnext_dcls_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -12,10 +12,9 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..hub.build import build_model_with_cfg
 from ..layers.smp import SmpConv2d, SmpConvBn2d, SmpSpec
-from .checkpoint import check_kernel_size, check_keys, classifier_name, renamed, unwrap
-from .full_resolution import CIFAR10_MEAN, CIFAR10_STD, FullResolutionNet, checked_settings, full_kernel_size
+from .checkpoint import check_kernel_size, classifier_name, native_keys, renamed
+from .full_resolution import FullResolutionNet, checked_settings, cifar10_cfg, create, full_kernel_size
 
 __all__ = ["SmpNet", "checkpoint_filter_fn", "smpnet7"]
 
@@ -101,10 +100,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: keys are missing or left over, or the checkpoint's kernels have another size than the model's.
     """
-    native = unwrap(state_dict)
-    if any(key.endswith(".Kernel.weight_coord") for key in native):
-        native = _of_release(native, model)
-    return check_keys(native, model)
+    return native_keys(state_dict, model, ".Kernel.weight_coord", _of_release)
 
 
 def _of_release(released: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -128,32 +124,16 @@ def _in_our_shape(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value.reshape(shape) if squeezed else value
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    """The released files are on Google Drive: load one with pretrained_cfg_overlay={"file": path}."""
-    return {
-        "num_classes": 10, "input_size": (3, 32, 32), "pool_size": None,
-        "crop_pct": 1.0, "interpolation": "bilinear",
-        "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
-        "first_conv": "stem.conv", "classifier": "head.fc",
-        "paper_ids": "arXiv:2304.02330", "origin_url": "https://github.com/sangnekim/SMPConv",
-        "paper_name": "SMPConv: Self-moving Point Representations for Continuous Convolution",
-        **kwargs,
-    }  # fmt: skip
-
-
-default_cfgs = generate_default_cfgs({"smpnet7": _cfg()})
+# the released files are on Google Drive: load one with pretrained_cfg_overlay={"file": path}
+CONFIG = cifar10_cfg(
+    paper_ids="arXiv:2304.02330", origin_url="https://github.com/sangnekim/SMPConv",
+    paper_name="SMPConv: Self-moving Point Representations for Continuous Convolution",
+)  # fmt: skip
+default_cfgs = generate_default_cfgs({"smpnet7": CONFIG})
 
 
 @register_model
 def smpnet7(pretrained: bool = False, **kwargs: Any) -> SmpNet:
     """SMPConv's CIFAR-10 network: 489,646 parameters, 93.0 % in the paper (Table 4)."""
-    arguments: dict[str, Any] = {"dim": 24, "width_factors": (1, 1, 1.5, 1.5, 1.5, 2, 2), **kwargs}
-    out_indices = arguments.pop("out_indices", tuple(range(len(arguments["width_factors"]))))
-    return build_model_with_cfg(
-        SmpNet,
-        "smpnet7",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "flatten_sequential": True},
-        **arguments,
-    )
+    arguments = {"dim": 24, "width_factors": (1, 1, 1.5, 1.5, 1.5, 2, 2), **kwargs}
+    return create(SmpNet, "smpnet7", pretrained, checkpoint_filter_fn, **arguments)
