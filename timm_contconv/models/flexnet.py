@@ -40,16 +40,10 @@ class FlexNet(FullResolutionNet):
     """FlexNet (Romero et al. 2022, appendix D.1).
 
     Args:
-        in_chans: channels of the images.
-        num_classes: outputs of the head; 0 for none.
-        global_pool: pooling before the head, as in timm; "" for none.
+        in_chans, num_classes, global_pool, dim, width_factors, dropout, drop_rate, drop_path_rate: as for
+            `FullResolutionNet`.
         img_size: pixels of the training images, an int or (height, width). Kernels have this size, plus one if it is
             even. Other image sizes work too; `tcc.at_resolution` samples the kernels at another resolution.
-        dim: channels of the stem.
-        width_factors: channels of the blocks relative to the stem's.
-        dropout: probability in the blocks.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         flex_args: settings of the FlexConvs by name, as in `FlexSpec` without kernel_size, and "compile".
         device, dtype: of the parameters.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import sys
 from collections import deque
@@ -48,24 +47,6 @@ _CONVNEXT_KEYS = (
 )
 
 
-def _build_base(
-    base: str,
-    spec: PatchSpec,
-    name: str,
-    base_args: Mapping[str, Any],
-    merged: Mapping[str, Any] | None,
-    **kwargs: Any,
-) -> nn.Module:
-    """The base architecture without weights, patched, and merged if `merged` describes the convolutions."""
-    model = model_entrypoint(base)(pretrained=False, **{**base_args, **kwargs})
-    patch(model, spec, init="random")
-    set_architecture(model, name)
-    if merged is not None:
-        merge(model, inplace=True)
-        rebuild_merged(model, merged)
-    return model
-
-
 def _build(
     name: str,
     base: str,
@@ -76,14 +57,19 @@ def _build(
     **kwargs: Any,
 ) -> nn.Module:
     """Build with timm's builder, which resolves the configuration, loads weights and wraps feature extractors."""
+
+    def patched_base(**arguments: Any) -> nn.Module:
+        """The base architecture without weights, patched, and merged if `merged` describes the convolutions."""
+        model = model_entrypoint(base)(pretrained=False, **{**base_args, **arguments})
+        patch(model, spec, init="random")
+        set_architecture(model, name)
+        if merged is not None:
+            merge(model, inplace=True)
+            rebuild_merged(model, merged)
+        return model
+
     kwargs.setdefault("feature_cfg", _feature_cfg(base, base_args) if kwargs.get("features_only") else {})
-    model = build_model_with_cfg(
-        functools.partial(_build_base, base, spec, name, base_args, merged),
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **kwargs,
-    )
+    model = build_model_with_cfg(patched_base, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
     if not kwargs.get("features_only"):
         _name_first_conv(model)
     return model

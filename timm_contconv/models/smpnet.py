@@ -5,6 +5,7 @@ Beside every SMP convolution stands a small one. Each has a batch norm, and thei
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,16 +40,10 @@ class SmpNet(FullResolutionNet):
     """SMPConv's network for small images (Kim and Park 2023, section 4.3).
 
     Args:
-        in_chans: channels of the images.
-        num_classes: outputs of the head; 0 for none.
-        global_pool: pooling before the head, as in timm; "" for none.
+        in_chans, num_classes, global_pool, dim, width_factors, dropout, drop_rate, drop_path_rate: as for
+            `FullResolutionNet`.
         img_size: pixels of the images, an int or (height, width). Kernels have this size, plus one if it is even.
-        dim: channels of the stem.
-        width_factors: channels of the blocks relative to the stem's.
         small_kernel: size of the small kernels, odd; None for no small convolutions.
-        dropout: probability in the blocks.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         smp_args: settings of the SMP convolutions by name, as in `SmpSpec` without kernel_size and small_kernel, and
             "compile". Defaults: 16 points per filter, initial_radius 0.12.
         device, dtype: of the parameters.
@@ -82,12 +77,9 @@ class SmpNet(FullResolutionNet):
         def conv(in_chs: int, out_chs: int, small_bias: bool = False) -> SmpConvBn2d:
             return SmpConvBn2d(SmpConv2d(in_chs, out_chs, kernel_size, **settings), small_kernel, small_bias)
 
-        def stem_conv(in_chs: int, out_chs: int) -> SmpConvBn2d:
-            return conv(in_chs, out_chs, small_bias=True)
-
         super().__init__(
-            in_chans, num_classes, global_pool, stem_conv, conv, nn.Identity, dim, width_factors, dropout, drop_rate,
-            drop_path_rate, **dd,
+            in_chans, num_classes, global_pool, functools.partial(conv, small_bias=True), conv, nn.Identity, dim,
+            width_factors, dropout, drop_rate, drop_path_rate, **dd,
         )  # fmt: skip
 
 

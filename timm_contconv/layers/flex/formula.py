@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -31,15 +32,14 @@ def gaussian_mask(
         (prod(K),).
     """
     offsets = [axis - mean[d] for d, axis in enumerate(coordinates)]
+    if len(offsets) == 2:
+        offsets[0] = offsets[0][:, None]  # broadcasts with the columns to the grid
     if angle is not None:
-        rows, columns = torch.meshgrid(*offsets, indexing="ij")
+        rows, columns = offsets
         cosine, sine = angle.cos(), angle.sin()
-        turned = (cosine * rows + sine * columns, cosine * columns - sine * rows)
-        return (_axis_mask(turned[0], sigma[0], threshold) * _axis_mask(turned[1], sigma[1], threshold)).flatten()
-    mask = torch.ones_like(mean[:1])
-    for d, offset in enumerate(offsets):
-        mask = (mask[:, None] * _axis_mask(offset, sigma[d], threshold)).flatten()
-    return mask
+        offsets = [cosine * rows + sine * columns, cosine * columns - sine * rows]
+    factors = [_axis_mask(offset, sigma[d], threshold) for d, offset in enumerate(offsets)]
+    return functools.reduce(torch.mul, factors).flatten()
 
 
 def _axis_mask(offset: Tensor, sigma: Tensor, threshold: float) -> Tensor:
