@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d, to_2tuple
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..hub.build import build_model_with_cfg
 from ..layers import ContinuousConv2d
 from .classifier import Classifier
-from .full_resolution import CIFAR10_MEAN, CIFAR10_STD
+from .full_resolution import cifar10_cfg
 
 __all__ = ["CcNet", "CcNetHead", "CcNetLayer", "ccnet", "ccnet_baseline"]
 
@@ -116,7 +116,7 @@ class CcNetHead(nn.Module):
 
 
 class CcNet(Classifier):
-    """Eight convolutions, plain or CC, and three fully connected layers.
+    """Eight convolutions, plain or CC, and three fully connected layers. Features are (N, dims[-1], H/4, W/4).
 
     Args:
         in_chans: channels of the images.
@@ -136,6 +136,8 @@ class CcNet(Classifier):
     Raises:
         ValueError: img_size is no multiple of 4, drop_path_rate is not 0, or the layers' settings differ in number.
     """
+
+    sequence = "layers"
 
     def __init__(
         self,
@@ -167,7 +169,6 @@ class CcNet(Classifier):
             )
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.grad_checkpointing = False
         self.layers = nn.Sequential(
             *(
                 CcNetLayer(ins, outs, kernel_size, scale, stride, **dd)
@@ -192,11 +193,8 @@ class CcNet(Classifier):
         super().reset_classifier(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) to (N, dims[-1], H/4, W/4)."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.layers, x)
-        return self.layers(x)
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return x
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -210,17 +208,11 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(bias)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 10, "input_size": (3, 32, 32), "pool_size": (8, 8), "fixed_input_size": True,
-        "crop_pct": 1.0, "interpolation": "bicubic", "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
-        "first_conv": "layers.0.conv", "classifier": "head.fc",
-        "paper_ids": "arXiv:2006.11120", "paper_name": "From Discrete to Continuous Convolution Layers",
-        **kwargs,
-    }  # fmt: skip
-
-
-default_cfgs = generate_default_cfgs({"ccnet": _cfg(), "ccnet_baseline": _cfg()})
+CONFIG = cifar10_cfg(
+    pool_size=(8, 8), fixed_input_size=True, interpolation="bicubic", first_conv="layers.0.conv",
+    paper_ids="arXiv:2006.11120", paper_name="From Discrete to Continuous Convolution Layers",
+)  # fmt: skip
+default_cfgs = generate_default_cfgs({"ccnet": CONFIG, "ccnet_baseline": CONFIG})
 
 
 def _create_ccnet(variant: str, pretrained: bool, **kwargs: Any) -> CcNet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,30 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..layers import ConvReplacement
 
-__all__ = ["check_kernel_size", "check_keys", "classifier_name", "own_format", "renamed", "unwrap"]
+__all__ = ["check_kernel_size", "check_keys", "classifier_name", "native_keys", "renamed"]
 
 
-def own_format(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A filter function for timm's pretrained loading: a checkpoint that has the model's own keys.
+def native_keys(
+    state_dict: Mapping[str, Tensor],
+    model: nn.Module,
+    mark: str,
+    convert: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """A checkpoint of this package, or one of the authors, with the model's keys.
+
+    Args:
+        state_dict: the checkpoint.
+        model: to be loaded.
+        mark: how keys end that only the authors' checkpoints have.
+        convert: gives the authors' tensors the model's keys.
 
     Raises:
-        ValueError: as `check_keys`.
+        ValueError: as `check_keys`, and what `convert` raises.
     """
-    return check_keys(unwrap(state_dict), model)
+    native = unwrap(state_dict)
+    if any(key.endswith(mark) for key in native):
+        native = convert(native, model)
+    return check_keys(native, model)
 
 
 def unwrap(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

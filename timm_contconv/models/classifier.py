@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from timm.layers import get_device_dtype
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -17,15 +18,19 @@ __all__ = ["Classifier"]
 class Classifier(nn.Module):
     """A network with features, (N, in_chans, H, W) to (N, num_features, H', W'), and a head on them.
 
-    A subclass defines `forward_features`. It sets `num_classes` and `head`, a module with a last linear layer `fc`,
-    `reset(num_classes, global_pool, ...)` and `forward(x, pre_logits)`. `feature_info` names modules of one
-    `nn.Sequential`, such as "blocks.3"; `forward_stem` comes before it, `forward_norm` after it.
+    A subclass sets `num_classes` and `head`, a module with a last linear layer `fc`, `reset(num_classes, global_pool,
+    ...)` and `forward(x, pre_logits)`. `sequence` names its `nn.Sequential` that gives features, and `feature_info`
+    modules of that, such as "blocks.3". `forward_stem` comes before it, `forward_norm` after it.
     """
+
+    sequence: ClassVar[str] = "blocks"
 
     num_classes: int
     num_features: int
     head_hidden_size: int
+    stem: nn.Module
     head: Any
+    grad_checkpointing = False
     feature_info: list[dict[str, Any]]
 
     @torch.jit.ignore
@@ -51,11 +56,12 @@ class Classifier(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, num_features, H', W')."""
-        raise NotImplementedError
+        x, modules = self.forward_stem(x), getattr(self, self.sequence)
+        return self.forward_norm(checkpoint_seq(modules, x) if self.grad_checkpointing else modules(x))
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """What runs before the modules that give features."""
-        return x
+        return self.stem(x)
 
     def forward_norm(self, x: Tensor) -> Tensor:
         """What runs after the modules that give features."""
@@ -89,9 +95,8 @@ class Classifier(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW'")
         take, last_taken = feature_take_indices(len(self.feature_info), indices)
-        wanted = {self._feature_module(index)[1] for index in take}
-        name, last = self._feature_module(last_taken)
-        modules = cast(nn.Sequential, getattr(self, name))
+        wanted, last = {self._position(index) for index in take}, self._position(last_taken)
+        modules = cast(nn.Sequential, getattr(self, self.sequence))
         intermediates, index = [], 0
         x = self.forward_stem(x)
         for index, module in enumerate(modules[: last + 1] if stop_early else modules):
@@ -107,20 +112,18 @@ class Classifier(nn.Module):
     ) -> list[int]:
         """Remove the modules that the given features do not need; returns the indices of the features."""
         take, last_taken = feature_take_indices(len(self.feature_info), indices)
-        name, last = self._feature_module(last_taken)
-        modules = cast(nn.Sequential, getattr(self, name))
+        modules, last = cast(nn.Sequential, getattr(self, self.sequence)), self._position(last_taken)
         shortened = last < len(modules) - 1
-        setattr(self, name, modules[: last + 1])
+        setattr(self, self.sequence, modules[: last + 1])
         if shortened:
             self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take
 
-    def _feature_module(self, index: int) -> tuple[str, int]:
-        """The `nn.Sequential`'s name and the index in it of the module that gives a feature."""
-        name, position = self.feature_info[index]["module"].split(".")
-        return name, int(position)
+    def _position(self, index: int) -> int:
+        """The index in the sequence of the module that gives a feature."""
+        return int(self.feature_info[index]["module"].rpartition(".")[2])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling and classifier, (N, num_features, H', W') to (N, num_classes); `pre_logits`: without classifier."""

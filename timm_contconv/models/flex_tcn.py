@@ -23,12 +23,8 @@ class FlexTCN(TCN):
     authors loads with `model.load_state_dict(checkpoint_filter_fn(torch.load(path), model))`.
 
     Args:
-        in_channels: channels of the sequences.
-        num_classes: outputs.
+        in_channels, num_classes, channels, blocks, dropout: as for `TCN`.
         length: samples of a sequence, and taps of the kernels before their masks.
-        channels: width of the blocks.
-        blocks: number of blocks.
-        dropout: probability in the blocks.
         flex_args: settings of the FlexConvs, as in `FlexSpec`; {"mask": False} makes it CKTCN.
         device, dtype: of the parameters.
 

@@ -13,10 +13,9 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..hub.build import build_model_with_cfg
 from ..layers.flex import FlexConv2d, FlexSpec
-from .checkpoint import check_kernel_size, check_keys, classifier_name, renamed, unwrap
-from .full_resolution import CIFAR10_MEAN, CIFAR10_STD, FullResolutionNet, checked_settings, full_kernel_size
+from .checkpoint import check_kernel_size, classifier_name, native_keys, renamed
+from .full_resolution import FullResolutionNet, checked_settings, cifar10_cfg, create, full_kernel_size
 
 __all__ = ["FlexNet", "checkpoint_filter_fn", "flexnet3", "flexnet5", "flexnet7"]
 
@@ -41,16 +40,10 @@ class FlexNet(FullResolutionNet):
     """FlexNet (Romero et al. 2022, appendix D.1).
 
     Args:
-        in_chans: channels of the images.
-        num_classes: outputs of the head; 0 for none.
-        global_pool: pooling before the head, as in timm; "" for none.
+        in_chans, num_classes, global_pool, dim, width_factors, dropout, drop_rate, drop_path_rate: as for
+            `FullResolutionNet`.
         img_size: pixels of the training images, an int or (height, width). Kernels have this size, plus one if it is
             even. Other image sizes work too; `tcc.at_resolution` samples the kernels at another resolution.
-        dim: channels of the stem.
-        width_factors: channels of the blocks relative to the stem's.
-        dropout: probability in the blocks.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         flex_args: settings of the FlexConvs by name, as in `FlexSpec` without kernel_size, and "compile".
         device, dtype: of the parameters.
 
@@ -94,10 +87,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: keys are missing or left over, or the checkpoint's kernels have another resolution than the model's.
     """
-    native = unwrap(state_dict)
-    if any(key.endswith(".mask_params") for key in native):
-        native = _of_release(native, model)
-    return check_keys(native, model)
+    return native_keys(state_dict, model, ".mask_params", _of_release)
 
 
 def _of_release(released: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -127,50 +117,30 @@ def _in_our_shape(name: str, value: Tensor, model: nn.Module) -> Tensor:
     return value
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    """The authors' repository holds the checkpoints: load one with pretrained_cfg_overlay={"file": path}."""
-    return {
-        "num_classes": 10, "input_size": (3, 32, 32), "pool_size": None,
-        "crop_pct": 1.0, "interpolation": "bilinear",
-        "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
-        "first_conv": "stem.conv", "classifier": "head.fc",
-        "paper_ids": "arXiv:2110.08059", "origin_url": "https://github.com/rjbruin/flexconv",
-        "paper_name": "FlexConv: Continuous Kernel Convolutions with Differentiable Kernel Sizes",
-        **kwargs,
-    }  # fmt: skip
-
-
-default_cfgs = generate_default_cfgs({"flexnet3": _cfg(), "flexnet5": _cfg(), "flexnet7": _cfg()})
-
-
-def _create_flexnet(variant: str, pretrained: bool, **kwargs: Any) -> FlexNet:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["width_factors"]))))
-    return build_model_with_cfg(
-        FlexNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "flatten_sequential": True},
-        **kwargs,
-    )
+# the authors' repository holds the checkpoints: load one with pretrained_cfg_overlay={"file": path}
+CONFIG = cifar10_cfg(
+    paper_ids="arXiv:2110.08059", origin_url="https://github.com/rjbruin/flexconv",
+    paper_name="FlexConv: Continuous Kernel Convolutions with Differentiable Kernel Sizes",
+)  # fmt: skip
+default_cfgs = generate_default_cfgs(dict.fromkeys(("flexnet3", "flexnet5", "flexnet7"), CONFIG))
 
 
 @register_model
 def flexnet3(pretrained: bool = False, **kwargs: Any) -> FlexNet:
     """FlexNet-3: 0.27 M parameters, 90.4 % on CIFAR-10 in the paper (Table 6)."""
-    arguments: dict[str, Any] = {"dim": 24, "width_factors": (1, 1.5, 2)}
-    return _create_flexnet("flexnet3", pretrained, **{**arguments, **kwargs})
+    arguments = {"dim": 24, "width_factors": (1, 1.5, 2), **kwargs}
+    return create(FlexNet, "flexnet3", pretrained, checkpoint_filter_fn, **arguments)
 
 
 @register_model
 def flexnet5(pretrained: bool = False, **kwargs: Any) -> FlexNet:
     """FlexNet-5: 0.44 M parameters, 91.0 % on CIFAR-10 in the paper (Table 6)."""
-    arguments: dict[str, Any] = {"dim": 22, "width_factors": (1, 1.5, 1.5, 2, 2)}
-    return _create_flexnet("flexnet5", pretrained, **{**arguments, **kwargs})
+    arguments = {"dim": 22, "width_factors": (1, 1.5, 1.5, 2, 2), **kwargs}
+    return create(FlexNet, "flexnet5", pretrained, checkpoint_filter_fn, **arguments)
 
 
 @register_model
 def flexnet7(pretrained: bool = False, **kwargs: Any) -> FlexNet:
     """FlexNet-7, or FlexNet-16 by its layers: 0.67 M parameters, 92.2 % on CIFAR-10 in the paper (Table 3)."""
-    arguments: dict[str, Any] = {"dim": 24, "width_factors": (1, 1, 1.5, 1.5, 1.5, 2, 2)}
-    return _create_flexnet("flexnet7", pretrained, **{**arguments, **kwargs})
+    arguments = {"dim": 24, "width_factors": (1, 1, 1.5, 1.5, 1.5, 2, 2), **kwargs}
+    return create(FlexNet, "flexnet7", pretrained, checkpoint_filter_fn, **arguments)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
+from ..hub.build import build_model_with_cfg
 from ..layers.core.arguments import as_int
 from .classifier import Classifier
 
@@ -22,6 +22,8 @@ __all__ = [
     "FullResolutionBlock",
     "FullResolutionNet",
     "checked_settings",
+    "cifar10_cfg",
+    "create",
     "full_kernel_size",
 ]
 
@@ -90,6 +92,8 @@ class FullResolutionBlock(nn.Module):
 class FullResolutionNet(Classifier):
     """A stem, residual blocks, global pooling and a linear layer (Romero et al. 2022, appendix D.1).
 
+    Features are (N, num_features, H, W).
+
     Args:
         in_chans: channels of the images.
         num_classes: outputs of the head; 0 for none.
@@ -131,7 +135,6 @@ class FullResolutionNet(Classifier):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         self.stem = FullResolutionStem(in_chans, dim, stem_conv, norm)
         widths = zip((dim, *dims), dims, rates, strict=False)
         self.blocks = nn.Sequential(*(FullResolutionBlock(i, o, conv, norm, dropout, r, **dd) for i, o, r in widths))
@@ -154,17 +157,6 @@ class FullResolutionNet(Classifier):
         super().reset_classifier(num_classes, global_pool)
         self._init_classifier()
 
-    def forward_stem(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) to (N, dim, H, W)."""
-        return self.stem(x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) to (N, num_features, H, W)."""
-        x = self.stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
 
 def full_kernel_size(img_size: int | Sequence[int]) -> tuple[int, ...]:
     """The size of the images, plus one if it is even."""
@@ -181,3 +173,22 @@ def checked_settings(name: str, settings: Any, allowed: set[str]) -> Mapping[str
             f"{name}={settings!r}: expected a dict of {', '.join(sorted(allowed))}; img_size gives the kernel size"
         )
     return settings
+
+
+def cifar10_cfg(**kwargs: Any) -> dict[str, Any]:
+    """timm's configuration of a network for CIFAR-10."""
+    return {
+        "num_classes": 10, "input_size": (3, 32, 32), "pool_size": None,
+        "crop_pct": 1.0, "interpolation": "bilinear", "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
+        "first_conv": "stem.conv", "classifier": "head.fc",
+        **kwargs,
+    }  # fmt: skip
+
+
+def create(network: Callable[..., nn.Module], variant: str, pretrained: bool, filter_fn: Any, **kwargs: Any) -> Any:
+    """Build a `FullResolutionNet` with timm's builder; a feature extractor gives the features of all blocks."""
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["width_factors"]))))
+    feature_cfg = {"out_indices": out_indices, "flatten_sequential": True}
+    return build_model_with_cfg(
+        network, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **kwargs
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import sys
 from collections import deque
@@ -31,7 +30,7 @@ from ..hub.skeleton import LARGEST_ENTRIES, counted, without_memory
 from ..hub.weights import packaged_cfgs
 from ..patching import PatchSpec, load_patch, merge, patch
 from ..patching.record import set_architecture
-from .checkpoint import check_keys, renamed, unwrap
+from .checkpoint import native_keys, renamed
 
 __all__ = ["contconv"]
 
@@ -48,24 +47,6 @@ _CONVNEXT_KEYS = (
 )
 
 
-def _build_base(
-    base: str,
-    spec: PatchSpec,
-    name: str,
-    base_args: Mapping[str, Any],
-    merged: Mapping[str, Any] | None,
-    **kwargs: Any,
-) -> nn.Module:
-    """The base architecture without weights, patched, and merged if `merged` describes the convolutions."""
-    model = model_entrypoint(base)(pretrained=False, **{**base_args, **kwargs})
-    patch(model, spec, init="random")
-    set_architecture(model, name)
-    if merged is not None:
-        merge(model, inplace=True)
-        rebuild_merged(model, merged)
-    return model
-
-
 def _build(
     name: str,
     base: str,
@@ -76,14 +57,19 @@ def _build(
     **kwargs: Any,
 ) -> nn.Module:
     """Build with timm's builder, which resolves the configuration, loads weights and wraps feature extractors."""
+
+    def patched_base(**arguments: Any) -> nn.Module:
+        """The base architecture without weights, patched, and merged if `merged` describes the convolutions."""
+        model = model_entrypoint(base)(pretrained=False, **{**base_args, **arguments})
+        patch(model, spec, init="random")
+        set_architecture(model, name)
+        if merged is not None:
+            merge(model, inplace=True)
+            rebuild_merged(model, merged)
+        return model
+
     kwargs.setdefault("feature_cfg", _feature_cfg(base, base_args) if kwargs.get("features_only") else {})
-    model = build_model_with_cfg(
-        functools.partial(_build_base, base, spec, name, base_args, merged),
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **kwargs,
-    )
+    model = build_model_with_cfg(patched_base, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
     if not kwargs.get("features_only"):
         _name_first_conv(model)
     return model
@@ -177,10 +163,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     Raises:
         ValueError: keys are missing or left over, or blocks of a stage have different positions.
     """
-    native = unwrap(state_dict)
-    if any(key.endswith(".dwconv.P") for key in native):
-        native = _convnext_dcls_keys(native, model)
-    return check_keys(native, model)
+    return native_keys(state_dict, model, ".dwconv.P", _convnext_dcls_keys)
 
 
 def _convnext_dcls_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -23,12 +23,8 @@ class SmpTCN(TCN):
     `model.load_state_dict(checkpoint_filter_fn(torch.load(path), model))`.
 
     Args:
-        in_channels: channels of the sequences.
-        num_classes: outputs.
+        in_channels, num_classes, channels, blocks, dropout: as for `TCN`.
         length: samples of a sequence, and taps of the kernels.
-        channels: width of the blocks.
-        blocks: number of blocks.
-        dropout: probability in the blocks.
         kernel_count: points per kernel.
         initial_radius: half the kernel is 1. None takes 4 / length, which is two samples. The release has 0.002 for
             784 and 1024 samples, 0.012 for about 180 and 0.0002 for 16,000.
@@ -57,12 +53,12 @@ class SmpTCN(TCN):
     ) -> None:
         check_counts(length=length)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        points: dict[str, Any] = {
-            "kernel_count": kernel_count, "initial_radius": initial_radius, "coordinate_std": coordinate_std,
-        }  # fmt: skip
 
         def conv(in_chs: int, out_chs: int) -> SmpConvBn1d:
-            smp = SmpConv1d(in_chs, out_chs, length, padding="causal", bias=False, **points, **dd)
+            smp = SmpConv1d(
+                in_chs, out_chs, length, padding="causal", bias=False, kernel_count=kernel_count,
+                initial_radius=initial_radius, coordinate_std=coordinate_std, **dd,
+            )  # fmt: skip
             return SmpConvBn1d(smp, small_kernel, small_bias=True)
 
         super().__init__(in_channels, num_classes, conv, nn.Identity, channels, blocks, dropout, **dd)

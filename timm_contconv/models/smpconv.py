@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..hub.build import build_model_with_cfg
 from ..layers import SmpConv2d, SmpConvBn2d
-from .checkpoint import check_keys, renamed, unwrap
+from .checkpoint import native_keys, renamed
 from .classifier import Classifier
 
 __all__ = ["ConvFfn", "LargeKernelBlock", "SmpConvNet", "SmpConvStage", "smpconv_base", "smpconv_tiny"]
@@ -121,7 +121,7 @@ class SmpConvStage(nn.Module):
 
 
 class SmpConvNet(Classifier):
-    """SMPConv's ImageNet network (Kim and Park 2023, section 4.3).
+    """SMPConv's ImageNet network (Kim and Park 2023, section 4.3). Features are (N, dims[-1], H/32, W/32).
 
     Args:
         in_chans: channels of the images.
@@ -137,6 +137,8 @@ class SmpConvNet(Classifier):
     Raises:
         ValueError: the stages' settings differ in number, or a kernel size is even.
     """
+
+    sequence = "stages"
 
     def __init__(
         self,
@@ -191,10 +193,6 @@ class SmpConvNet(Classifier):
             assert isinstance(stage, SmpConvStage)
             stage.grad_checkpointing = enable
 
-    def forward_stem(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) to (N, dims[0], H/4, W/4)."""
-        return self.stem(x)
-
     def forward_norm(self, x: Tensor) -> Tensor:
         """(N, dims[-1], H/32, W/32) to the same."""
         return self.norm(x)
@@ -207,10 +205,6 @@ class SmpConvNet(Classifier):
         if prune_norm or len(self.stages) < stages:
             self.norm = nn.Identity()
         return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) to (N, dims[-1], H/32, W/32)."""
-        return self.norm(self.stages(self.stem(x)))
 
 
 def _stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
@@ -228,13 +222,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     Raises:
         ValueError: keys are missing or left over; the message names them.
     """
-    native = unwrap(state_dict)
-    if any(key.endswith(".smp.conv.weight_coord") for key in native):
-        native = _released_keys(native)
-    return check_keys(native, model)
+    return native_keys(state_dict, model, ".smp.conv.weight_coord", _released_keys)
 
 
-def _released_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _released_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Rename the keys of the released SMPConv ImageNet checkpoints, and turn their points to this package's axes.
 
     The release transposes its kernel and flips the rows: its point (p0, p1) lies at row -p1, column p0. Its
@@ -255,20 +246,16 @@ def _released_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return native
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    """The released files are on Google Drive: load one with pretrained_cfg_overlay={"file": path}."""
-    return {
-        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7),
-        "crop_pct": 0.875, "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0.conv", "classifier": "head.fc",
-        "paper_ids": "arXiv:2304.02330", "origin_url": "https://github.com/sangnekim/SMPConv",
-        "paper_name": "SMPConv: Self-moving Point Representations for Continuous Convolution",
-        **kwargs,
-    }  # fmt: skip
-
-
-default_cfgs = generate_default_cfgs({"smpconv_tiny": _cfg(), "smpconv_base": _cfg()})
+# the released files are on Google Drive: load one with pretrained_cfg_overlay={"file": path}
+CONFIG: dict[str, Any] = {
+    "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7),
+    "crop_pct": 0.875, "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "stem.0.conv", "classifier": "head.fc",
+    "paper_ids": "arXiv:2304.02330", "origin_url": "https://github.com/sangnekim/SMPConv",
+    "paper_name": "SMPConv: Self-moving Point Representations for Continuous Convolution",
+}  # fmt: skip
+default_cfgs = generate_default_cfgs({"smpconv_tiny": CONFIG, "smpconv_base": CONFIG})
 
 
 def _create_smpconv(variant: str, pretrained: bool, **kwargs: Any) -> SmpConvNet:
@@ -285,12 +272,12 @@ def _create_smpconv(variant: str, pretrained: bool, **kwargs: Any) -> SmpConvNet
 @register_model
 def smpconv_tiny(pretrained: bool = False, **kwargs: Any) -> SmpConvNet:
     """SMPConv-T: 26.7 M parameters, 82.5 % top-1 on ImageNet-1k in the paper (Table 5)."""
-    arguments: dict[str, Any] = {"depths": (2, 2, 8, 2), "dims": (96, 192, 384, 768), "drop_path_rate": 0.1}
-    return _create_smpconv("smpconv_tiny", pretrained, **{**arguments, **kwargs})
+    arguments = {"depths": (2, 2, 8, 2), "dims": (96, 192, 384, 768), "drop_path_rate": 0.1, **kwargs}
+    return _create_smpconv("smpconv_tiny", pretrained, **arguments)
 
 
 @register_model
 def smpconv_base(pretrained: bool = False, **kwargs: Any) -> SmpConvNet:
     """SMPConv-B: 79.5 M parameters, 83.8 % top-1 on ImageNet-1k in the paper (Table 5)."""
-    arguments: dict[str, Any] = {"depths": (2, 2, 20, 2), "dims": (128, 256, 512, 1024), "drop_path_rate": 0.5}
-    return _create_smpconv("smpconv_base", pretrained, **{**arguments, **kwargs})
+    arguments = {"depths": (2, 2, 20, 2), "dims": (128, 256, 512, 1024), "drop_path_rate": 0.5, **kwargs}
+    return _create_smpconv("smpconv_base", pretrained, **arguments)

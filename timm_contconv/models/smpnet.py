@@ -5,6 +5,7 @@ Beside every SMP convolution stands a small one. Each has a batch norm, and thei
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,9 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..hub.build import build_model_with_cfg
 from ..layers.smp import SmpConv2d, SmpConvBn2d, SmpSpec
-from .checkpoint import check_kernel_size, check_keys, classifier_name, renamed, unwrap
-from .full_resolution import CIFAR10_MEAN, CIFAR10_STD, FullResolutionNet, checked_settings, full_kernel_size
+from .checkpoint import check_kernel_size, classifier_name, native_keys, renamed
+from .full_resolution import FullResolutionNet, checked_settings, cifar10_cfg, create, full_kernel_size
 
 __all__ = ["SmpNet", "checkpoint_filter_fn", "smpnet7"]
 
@@ -40,16 +40,10 @@ class SmpNet(FullResolutionNet):
     """SMPConv's network for small images (Kim and Park 2023, section 4.3).
 
     Args:
-        in_chans: channels of the images.
-        num_classes: outputs of the head; 0 for none.
-        global_pool: pooling before the head, as in timm; "" for none.
+        in_chans, num_classes, global_pool, dim, width_factors, dropout, drop_rate, drop_path_rate: as for
+            `FullResolutionNet`.
         img_size: pixels of the images, an int or (height, width). Kernels have this size, plus one if it is even.
-        dim: channels of the stem.
-        width_factors: channels of the blocks relative to the stem's.
         small_kernel: size of the small kernels, odd; None for no small convolutions.
-        dropout: probability in the blocks.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         smp_args: settings of the SMP convolutions by name, as in `SmpSpec` without kernel_size and small_kernel, and
             "compile". Defaults: 16 points per filter, initial_radius 0.12.
         device, dtype: of the parameters.
@@ -83,12 +77,9 @@ class SmpNet(FullResolutionNet):
         def conv(in_chs: int, out_chs: int, small_bias: bool = False) -> SmpConvBn2d:
             return SmpConvBn2d(SmpConv2d(in_chs, out_chs, kernel_size, **settings), small_kernel, small_bias)
 
-        def stem_conv(in_chs: int, out_chs: int) -> SmpConvBn2d:
-            return conv(in_chs, out_chs, small_bias=True)
-
         super().__init__(
-            in_chans, num_classes, global_pool, stem_conv, conv, nn.Identity, dim, width_factors, dropout, drop_rate,
-            drop_path_rate, **dd,
+            in_chans, num_classes, global_pool, functools.partial(conv, small_bias=True), conv, nn.Identity, dim,
+            width_factors, dropout, drop_rate, drop_path_rate, **dd,
         )  # fmt: skip
 
 
@@ -101,10 +92,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: keys are missing or left over, or the checkpoint's kernels have another size than the model's.
     """
-    native = unwrap(state_dict)
-    if any(key.endswith(".Kernel.weight_coord") for key in native):
-        native = _of_release(native, model)
-    return check_keys(native, model)
+    return native_keys(state_dict, model, ".Kernel.weight_coord", _of_release)
 
 
 def _of_release(released: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -128,32 +116,16 @@ def _in_our_shape(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value.reshape(shape) if squeezed else value
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    """The released files are on Google Drive: load one with pretrained_cfg_overlay={"file": path}."""
-    return {
-        "num_classes": 10, "input_size": (3, 32, 32), "pool_size": None,
-        "crop_pct": 1.0, "interpolation": "bilinear",
-        "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
-        "first_conv": "stem.conv", "classifier": "head.fc",
-        "paper_ids": "arXiv:2304.02330", "origin_url": "https://github.com/sangnekim/SMPConv",
-        "paper_name": "SMPConv: Self-moving Point Representations for Continuous Convolution",
-        **kwargs,
-    }  # fmt: skip
-
-
-default_cfgs = generate_default_cfgs({"smpnet7": _cfg()})
+# the released files are on Google Drive: load one with pretrained_cfg_overlay={"file": path}
+CONFIG = cifar10_cfg(
+    paper_ids="arXiv:2304.02330", origin_url="https://github.com/sangnekim/SMPConv",
+    paper_name="SMPConv: Self-moving Point Representations for Continuous Convolution",
+)  # fmt: skip
+default_cfgs = generate_default_cfgs({"smpnet7": CONFIG})
 
 
 @register_model
 def smpnet7(pretrained: bool = False, **kwargs: Any) -> SmpNet:
     """SMPConv's CIFAR-10 network: 489,646 parameters, 93.0 % in the paper (Table 4)."""
-    arguments: dict[str, Any] = {"dim": 24, "width_factors": (1, 1, 1.5, 1.5, 1.5, 2, 2), **kwargs}
-    out_indices = arguments.pop("out_indices", tuple(range(len(arguments["width_factors"]))))
-    return build_model_with_cfg(
-        SmpNet,
-        "smpnet7",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "flatten_sequential": True},
-        **arguments,
-    )
+    arguments = {"dim": 24, "width_factors": (1, 1, 1.5, 1.5, 1.5, 2, 2), **kwargs}
+    return create(SmpNet, "smpnet7", pretrained, checkpoint_filter_fn, **arguments)

@@ -4,16 +4,14 @@
 - nets.py: the kinds of networks: MAGNets, and those that the paper compares them with.
 - grid.py: the pixels at which a kernel is sampled, at any resolution.
 - crop.py: the part of a masked kernel that is not zero; only this part is used in the convolution.
-- fit.py, last_layer.py: MAGNets, and other networks, that start as given kernels.
+- fit.py: networks that start as given kernels.
 - formula.py: the kernel as a function of its parameters, network times mask.
 - kernel.py: the kernel as a module, and its settings.
-- conv.py: the layers.
-- alike.py: one crop for a whole model, in compiled training.
+- conv.py: the layers, and one crop for all layers of a model.
 - resolution.py: a whole model at another resolution.
 """
 
-from .alike import crop_alike_
-from .conv import FlexConv1d, FlexConv2d
+from .conv import FlexConv1d, FlexConv2d, crop_alike_
 from .formula import flex_kernel, gaussian_mask
 from .kernel import FlexKernel, FlexSpec
 from .magnet import MAGNet

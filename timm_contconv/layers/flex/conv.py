@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Self
+
+from torch import nn
 
 from ..core.arguments import check_counts
 from ..core.kernel_conv import KernelConv, KernelConv1d, KernelConv2d
 from .grid import resampled_padding
 from .kernel import FlexKernel, FlexSpec
 
-__all__ = ["FlexConv", "FlexConv1d", "FlexConv2d"]
+__all__ = ["FlexConv", "FlexConv1d", "FlexConv2d", "crop_alike_"]
 
 
 class FlexConv(KernelConv):
@@ -79,3 +82,18 @@ class FlexConv2d(FlexConv, KernelConv2d):
 
 
 FlexSpec.layers = {1: FlexConv1d, 2: FlexConv2d}
+
+
+def crop_alike_(layers: Iterable[nn.Module]) -> None:
+    """Let compiled training use the same part of every kernel: the largest that a mask needs, rounded up to a quarter.
+
+    A model is one graph, which is compiled again for every new combination of sizes. So there are at most four of them,
+    however many layers there are. Eager training crops every kernel by itself.
+
+    Args:
+        layers: of one model; those that are no FlexConv, or whose margins are not known, stay as they are.
+    """
+    kernels = [layer.kernel for layer in layers if isinstance(layer, FlexConv)]
+    parts = {kernel: part for kernel in kernels if (part := kernel.visible_part()) is not None}
+    for kernel in parts:
+        kernel.crop_compiled(max(parts.values()))

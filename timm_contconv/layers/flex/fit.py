@@ -1,21 +1,26 @@
-"""MAGNets that start as given kernels, found by linear algebra instead of training.
+"""Kernel networks that start as given kernels, found by linear algebra instead of training.
+
+Of any network the last layer is solved for. The hidden layers of a MAGNet are chosen first; those of others are drawn.
 
 The outputs of a MAGNet with H hidden channels span at most H + 1 dimensions. The best ones are the leading singular
 vectors of the kernels. A hidden channel is a Gabor filter times any function in the span of the layer before. For each
-channel the fit chooses a vector that lies in that space and in the wanted one. Then it solves for the last layer.
+channel the fit chooses a vector that lies in that space and in the wanted one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .magnet import GABOR_PARAMETERS, MAGNET_PARAMETERS, magnet_features, reset_magnet_
+from .formula import with_constant
+from .magnet import GABOR_PARAMETERS, MAGNET_PARAMETERS, magnet_features, reset_filters_
+from .nets import NETS, KernelNet
 
-__all__ = ["fit_magnet_"]
+__all__ = ["fit_net_"]
 
 SEED = 0
 SMALLEST_SINGULAR_VALUE = 1e-3  # relative; smaller ones are not inverted, because the weights would be huge
@@ -25,48 +30,62 @@ FASTEST_SINE = 0.5  # of the initial filters, relative to the Nyquist frequency 
 
 
 @torch.no_grad()
-def fit_magnet_(
+def fit_net_(
     parameters: Mapping[str, Tensor],
+    net: KernelNet,
+    speed: float,
     target: Tensor,
     mask: Tensor,
     coordinates: Sequence[Tensor],
     reach: Sequence[float],
     nyquist: float,
 ) -> None:
-    """Let MAGNet times mask reproduce kernels, in place, as well as it can; deterministic.
+    """Let network times mask reproduce kernels, in place, as well as it can; deterministic.
 
     Args:
-        parameters: by the names of `magnet_shapes`.
+        parameters: of the network, by name.
+        net: its kind.
+        speed: as for `KernelNet`.
         target: (C_out, C_in/groups, *K) kernels.
         mask: (prod(K),), fixed.
         coordinates: D axes (K_d,) of the grid.
         reach: largest coordinate of the kernels, per dimension.
         nyquist: of the grid, in cycles per unit of the coordinates.
     """
-    values = _initial(parameters, reach, nyquist)
     wanted = target.detach().double().cpu().flatten(2).flatten(0, 1)
     mask = mask.double().cpu()
     axes = [axis.double().cpu() for axis in coordinates]
-    _normalise_(values, axes)
-    directions = _leading_directions(wanted, mask, values["hidden_bias"].shape[-1])
-    _choose_hidden_channels_(values, directions, mask, axes)
+    if net is NETS["magnet"]:
+        values = _initial(parameters, reach, nyquist)
+        _normalise_(values, axes)
+        directions = _leading_directions(wanted, mask, values["hidden_bias"].shape[-1])
+        _choose_hidden_channels_(values, directions, mask, axes)
+    else:
+        values = {name: torch.empty(value.shape, dtype=torch.float64) for name, value in parameters.items()}
+        with _fixed_seed():
+            net.reset(values, speed, bool(net.by_layer))
     for name, value in values.items():
         parameters[name].copy_(value)
-    rounded = {name: parameters[name].detach().double().cpu() for name in values}
-    features = _with_constant(_features(rounded, axes)) * mask
-    inverse = torch.linalg.pinv(features, rtol=SMALLEST_SINGULAR_VALUE)
-    solution = wanted @ inverse
+    rounded = {name: value.detach().double().cpu() for name, value in parameters.items() if "output" not in name}
+    features = with_constant(net.features(rounded, axes, speed)) * mask
+    solution = wanted @ torch.linalg.pinv(features, rtol=SMALLEST_SINGULAR_VALUE)
     parameters["output_weight"].copy_(solution[:, :-1].reshape(parameters["output_weight"].shape))
     parameters["output_bias"].copy_(solution[:, -1].reshape(parameters["output_bias"].shape))
+
+
+@contextlib.contextmanager
+def _fixed_seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        yield
 
 
 def _initial(parameters: Mapping[str, Tensor], reach: Sequence[float], nyquist: float) -> dict[str, Tensor]:
     """Filters drawn with a fixed seed, spread over the kernels, with frequencies below the grid's Nyquist frequency."""
     shapes = {name: (1,) if "output" in name else parameters[name].shape for name in MAGNET_PARAMETERS}
     values = {name: torch.empty(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)
-        reset_magnet_(values, 1.0)
+    with _fixed_seed():
+        reset_filters_(values, 1.0)
         values["sine_weight"].uniform_(-1, 1).mul_(2 * math.pi * nyquist * FASTEST_SINE)
     values["mean"].mul_(torch.tensor(reach, dtype=torch.float64))
     return {name: value for name, value in values.items() if "output" not in name}
@@ -76,21 +95,15 @@ def _normalise_(values: Mapping[str, Tensor], axes: Sequence[Tensor]) -> None:
     """Give the linear functions before the last layer a mean square of 1 on the grid; their products would vanish."""
     for layer in range(len(values["hidden_weight"]) - 1):
         weights = torch.cat((values["hidden_weight"][layer], values["hidden_bias"][layer, :, None]), 1)
-        linear = weights @ _with_constant(_features(values, axes, layers=layer + 1))
+        linear = weights @ with_constant(_features(values, axes, slice(layer + 1)))
         size = linear.square().mean(1).sqrt().clamp_min(SMALLEST_SINGULAR_VALUE)
         values["hidden_weight"][layer] /= size[:, None]
         values["hidden_bias"][layer] /= size
 
 
-def _features(values: Mapping[str, Tensor], axes: Sequence[Tensor], layers: int | None = None) -> Tensor:
-    filters = {name: values[name][:layers] for name in GABOR_PARAMETERS}
-    return magnet_features(
-        **filters, hidden_weight=values["hidden_weight"], hidden_bias=values["hidden_bias"], coordinates=axes
-    )
-
-
-def _with_constant(features: Tensor) -> Tensor:
-    return torch.cat((features, torch.ones_like(features[:1])))
+def _features(values: Mapping[str, Tensor], axes: Sequence[Tensor], layers: slice) -> Tensor:
+    """The channels of a network that has only these filters."""
+    return magnet_features({**values, **{name: values[name][layers] for name in GABOR_PARAMETERS}}, axes)
 
 
 def _leading_directions(wanted: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -110,11 +123,8 @@ def _choose_hidden_channels_(
     values: Mapping[str, Tensor], directions: Tensor, mask: Tensor, axes: Sequence[Tensor]
 ) -> None:
     """Set the last hidden layer so that its channels, times the mask, span the directions."""
-    before = _with_constant(_features(values, axes, layers=-1))
-    last = {name: values[name][-1:] for name in GABOR_PARAMETERS}
-    filters = magnet_features(
-        **last, hidden_weight=values["hidden_weight"][:0], hidden_bias=values["hidden_bias"][:0], coordinates=axes
-    )
+    before = with_constant(_features(values, axes, slice(-1)))
+    filters = _features(values, axes, slice(-1, None))
     missing = torch.eye(directions.shape[1], dtype=directions.dtype)
     for channel in range(min(directions.shape[1], len(filters))):
         space = (mask * filters[channel] * before).mT

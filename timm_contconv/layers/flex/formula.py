@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..core.subnormals import bell
 from .nets import NETS
 
-__all__ = ["SMALLEST_SIGMA", "flex_kernel", "gaussian_mask"]
+__all__ = ["SMALLEST_SIGMA", "flex_kernel", "gaussian_mask", "with_constant"]
 
 SMALLEST_SIGMA = 1e-4  # narrower masks are taken as this wide, so that nothing is divided by zero
 
@@ -31,15 +32,14 @@ def gaussian_mask(
         (prod(K),).
     """
     offsets = [axis - mean[d] for d, axis in enumerate(coordinates)]
+    if len(offsets) == 2:
+        offsets[0] = offsets[0][:, None]  # broadcasts with the columns to the grid
     if angle is not None:
-        rows, columns = torch.meshgrid(*offsets, indexing="ij")
+        rows, columns = offsets
         cosine, sine = angle.cos(), angle.sin()
-        turned = (cosine * rows + sine * columns, cosine * columns - sine * rows)
-        return (_axis_mask(turned[0], sigma[0], threshold) * _axis_mask(turned[1], sigma[1], threshold)).flatten()
-    mask = torch.ones_like(mean[:1])
-    for d, offset in enumerate(offsets):
-        mask = (mask[:, None] * _axis_mask(offset, sigma[d], threshold)).flatten()
-    return mask
+        offsets = [cosine * rows + sine * columns, cosine * columns - sine * rows]
+    factors = [_axis_mask(offset, sigma[d], threshold) for d, offset in enumerate(offsets)]
+    return functools.reduce(torch.mul, factors).flatten()
 
 
 def _axis_mask(offset: Tensor, sigma: Tensor, threshold: float) -> Tensor:
@@ -79,10 +79,14 @@ def flex_kernel(
         (C_out, C_in/groups, *K).
     """
     axes = [inputs.pop(name) for name in sorted(inputs) if name.startswith("coordinate_")]
-    features = NETS[net].features(inputs, axes, speed)
-    features = torch.cat((features, torch.ones_like(features[:1])))
+    features = with_constant(NETS[net].features(inputs, axes, speed))
     if mask_mean is not None and mask_sigma is not None:
         features = features * gaussian_mask(mask_mean, mask_sigma, axes, threshold, mask_angle)
     weights = torch.cat((output_weight.flatten(0, 1), output_bias.reshape(-1, 1)), 1)
     kernel = (weights * scale) @ features
     return kernel.reshape(*output_bias.shape, *(len(axis) for axis in axes))
+
+
+def with_constant(features: Tensor) -> Tensor:
+    """Channels (H, prod(K)) and one of ones, for the bias of a linear layer: (H + 1, prod(K))."""
+    return torch.cat((features, torch.ones_like(features[:1])))

@@ -17,9 +17,8 @@ from ..core.padding import pad_image
 from ..core.plain import PlainConv, centred
 from ..core.replacement import FIT_TOLERANCE
 from ..core.spec import KernelSpec
-from .fit import fit_magnet_
+from .fit import fit_net_
 from .formula import SMALLEST_SIGMA, flex_kernel, gaussian_mask
-from .last_layer import fit_last_layer_
 from .magnet import ENVELOPE_CUT, GABOR_PARAMETERS
 from .masked import THRESHOLD, MaskedKernel, check_steerable
 from .nets import NETS, KernelNet, NetName
@@ -181,11 +180,8 @@ class FlexKernel(MaskedKernel):
         if mask := self._mask():
             mean, sigma = (value.double().cpu() for value in mask[:2])
             envelope = gaussian_mask(mean, sigma, axes, self.threshold)
-        if self.kernel_net != "magnet":
-            fit_last_layer_(self._net(), self.net, inside, envelope, axes, self.input_scale)
-            return
         reach = [size / 2 / axis.half for size, axis in zip(target.shape[2:], self.axes, strict=True)]
-        fit_magnet_(self._net(), inside, envelope, axes, reach, self.nyquist_frequency)
+        fit_net_(self._net(), self.net, self.input_scale, inside, envelope, axes, reach, self.nyquist_frequency)
 
     def extra_repr(self) -> str:
         text = f"hidden_channels={self.hidden_channels}, mask={bool(self.geometry_names)}"

@@ -29,8 +29,8 @@ __all__ = [
     "magnet_shapes",
     "modulated_sines",
     "multiply_filters",
+    "reset_filters_",
     "reset_hidden_",
-    "reset_magnet_",
     "sample_gamma",
 ]
 
@@ -86,49 +86,34 @@ def modulated_sines(
     return torch.bmm(rows, columns)
 
 
-def magnet_features(
-    sine_weight: Tensor,
-    sine_bias: Tensor,
-    mean: Tensor,
-    gamma: Tensor,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    coordinates: Sequence[Tensor],
-) -> Tensor:
+def magnet_features(parameters: Mapping[str, Tensor], coordinates: Sequence[Tensor], speed: float = 1.0) -> Tensor:
     """The hidden channels of a MAGNet's last filter (Romero et al. 2022, Eq. 2, 3 and 7).
 
     Args:
-        sine_weight, mean, gamma: (L, H, D) of L Gabor filters with H channels; see `gabor_filters`.
-        sine_bias: (L, H).
-        hidden_weight: (L - 1, H, H), the W of Eq. 3.
-        hidden_bias: (L - 1, H).
+        parameters: by the names and with the shapes of `magnet_shapes`, the output's not needed.
         coordinates: D tensors (K_d,).
+        speed: of other networks, see `KernelNet`; without effect.
 
     Returns:
         (H, prod(K)).
     """
-    layers, hidden, ndim = sine_weight.shape
-    filters = gabor_filters(
-        sine_weight.reshape(-1, ndim), sine_bias.reshape(-1), mean.reshape(-1, ndim), gamma.reshape(-1, ndim),
-        coordinates,
-    ).reshape(layers, hidden, -1)  # fmt: skip
-    return multiply_filters(filters, hidden_weight, hidden_bias)
+    weight, bias, mean, gamma = (parameters[name].flatten(0, 1) for name in GABOR_PARAMETERS)
+    return multiply_filters(gabor_filters(weight, bias, mean, gamma, coordinates), parameters)
 
 
-def multiply_filters(filters: Tensor, hidden_weight: Tensor, hidden_bias: Tensor) -> Tensor:
+def multiply_filters(filters: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     """The hidden channels of a multiplicative filter network (Romero et al. 2022, Eq. 2 and 3).
 
     Args:
-        filters: (L, H, prod(K)).
-        hidden_weight, hidden_bias: (L - 1, H, H) and (L - 1, H).
+        filters: (L H, *K), those of a layer beside each other.
+        parameters: sine_bias (L, H), and the W and b of Eq. 3: hidden_weight (L - 1, H, H), hidden_bias (L - 1, H).
 
     Returns:
         (H, prod(K)).
     """
-    features = filters[0]
-    for layer in range(1, len(filters)):
-        linear = torch.addmm(hidden_bias[layer - 1, :, None], hidden_weight[layer - 1], features)
-        features = linear * filters[layer]
+    features, *others = filters.reshape(*parameters["sine_bias"].shape, -1)
+    for weight, bias, layer in zip(parameters["hidden_weight"], parameters["hidden_bias"], others, strict=False):
+        features = torch.addmm(bias[:, None], weight, features) * layer
     return features
 
 
@@ -173,20 +158,28 @@ def magnet_shapes(
 
 
 @torch.no_grad()
-def reset_magnet_(parameters: Mapping[str, Tensor], input_scale: float, by_layer: bool = True) -> None:
-    """Draw a MAGNet's parameters in place, as section 3.2, appendix D.1 and the released code do.
+def reset_filters_(parameters: Mapping[str, Tensor], input_scale: float, by_layer: bool = True) -> None:
+    """Draw a multiplicative filter network in place, as section 3.2, appendix D.1 and the released code do.
+
+    The speed of sines grows with the inverse width of their envelope: gamma, or sqrt(gamma) in Fathony et al. 2021.
 
     Args:
-        parameters: by the names and with the shapes of `magnet_shapes`.
+        parameters: by the names and with the shapes of `magnet_shapes`; gamma is (L, H) for isotropic envelopes, and a
+            network without envelopes has no mean and gamma.
         input_scale: speed of the first filter's sines, times sqrt(filters).
         by_layer: as for `sample_gamma`.
     """
-    sine_weight, gamma = parameters["sine_weight"], parameters["gamma"]
+    sine_weight, gamma = parameters["sine_weight"], parameters.get("gamma")
     layers, _, ndim = sine_weight.shape
-    gamma.copy_(sample_gamma(gamma, by_layer))
-    sine_weight.uniform_(-1 / math.sqrt(ndim), 1 / math.sqrt(ndim)).mul_(gamma).mul_(input_scale / math.sqrt(layers))
+    if gamma is not None:
+        gamma.copy_(sample_gamma(gamma, by_layer))
+    sine_weight.uniform_(-1 / math.sqrt(ndim), 1 / math.sqrt(ndim))
+    if gamma is not None:
+        sine_weight.mul_(gamma if gamma.ndim == 3 else gamma.sqrt()[..., None])
+    sine_weight.mul_(input_scale / math.sqrt(layers))
     parameters["sine_bias"].uniform_(-math.pi, math.pi)
-    parameters["mean"].uniform_(-1, 1)
+    if gamma is not None:
+        parameters["mean"].uniform_(-1, 1)
     reset_hidden_(parameters)
 
 
@@ -257,15 +250,14 @@ class MAGNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as the paper does."""
-        reset_magnet_(dict(self.named_parameters()), self.input_scale)
+        reset_filters_(dict(self.named_parameters()), self.input_scale)
 
     def forward(self, *coordinates: Tensor) -> Tensor:
         """D axes of a grid, (K_d,) each, to (N, *K)."""
         if len(coordinates) != self.ndim:
             raise ValueError(f"{len(coordinates)} coordinates: expected {self.ndim} tensors, one per dimension")
         values = {name: getattr(self, name) for name in MAGNET_PARAMETERS}
-        weight, bias = values.pop("output_weight"), values.pop("output_bias")
-        out = torch.addmm(bias[:, None], weight, magnet_features(**values, coordinates=coordinates))
+        out = torch.addmm(values["output_bias"][:, None], values["output_weight"], magnet_features(values, coordinates))
         return out.reshape(-1, *(len(axis) for axis in coordinates))
 
     @torch.no_grad()

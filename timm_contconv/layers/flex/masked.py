@@ -137,29 +137,24 @@ class MaskedKernel(Kernel):
         Raises:
             ValueError: the mask is not finite.
         """
-        mask = self._mask()
-        if self._is_cropped and may_look(mask):
-            values = read_mask(mask)
-            if not _is_finite(values):
-                raise ValueError(
-                    f"mask: mean {values[0]} and sigma {values[1]}, expected finite numbers; go back to an earlier"
-                    " checkpoint, and train with gradient clipping or a lower learning rate"
-                )
-            self._crop_to(values)
+        if (bad := self._look_again()) is not None:
+            raise ValueError(
+                f"mask: mean {bad[0]} and sigma {bad[1]}, expected finite numbers; go back to an earlier"
+                " checkpoint, and train with gradient clipping or a lower learning rate"
+            )
 
-    def _look_again(self) -> None:
-        """`look` without an error: a mask that is not finite is an error of the next forward pass."""
-        mask = self._mask()
-        if self._is_cropped and may_look(mask) and _is_finite(values := read_mask(mask)):
-            self._crop_to(values)
-
-    def _crop_to(self, values: MaskValues) -> None:
-        if self._crop is not None and self._crop.values == values and self._crop.is_of(self._mask()):
-            return
-        self._crop = Crop.of(self._margins_of(values), values, self._mask())
-
-    def _margins_of(self, values: MaskValues) -> Margins:
-        return margins_of_mask(values, self.axes, self.threshold, self.causal)
+    def _look_again(self) -> MaskValues | None:
+        """`look` without an error, which the next forward pass raises: returns a mask that is not finite."""
+        mask, crop = self._mask(), self._crop
+        if not (self._is_cropped and may_look(mask)):
+            return None
+        values = read_mask(mask)
+        if not all(math.isfinite(number) for numbers in values for number in numbers):
+            return values
+        if crop is None or crop.values != values or not crop.is_of(mask):
+            margins = margins_of_mask(values, self.axes, self.threshold, self.causal)
+            self._crop = Crop.of(margins, values, mask)
+        return None
 
     @property
     def _is_cropped(self) -> bool:
@@ -259,7 +254,3 @@ def check_steerable(steerable: bool, ndim: int) -> None:
     """Raise a ValueError if a mask shall be turned in one dimension."""
     if steerable and ndim != 2:
         raise ValueError(f"steerable=True: expected False in {ndim} dimension; only masks of two can be turned")
-
-
-def _is_finite(values: MaskValues) -> bool:
-    return all(math.isfinite(number) for numbers in values for number in numbers)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..core.subnormals import bell
 from .magnet import (
-    ENVELOPE_CUT,
     GABOR_PARAMETERS,
     INPUT_SCALE,
     filter_frequencies,
@@ -23,9 +22,8 @@ from .magnet import (
     magnet_shapes,
     modulated_sines,
     multiply_filters,
+    reset_filters_,
     reset_hidden_,
-    reset_magnet_,
-    sample_gamma,
 )
 
 __all__ = ["NETS", "KernelNet", "NetName"]
@@ -59,13 +57,6 @@ class KernelNet:
     by_layer: bool | None
 
 
-# ---- MAGNet
-
-
-def _magnet_features(parameters: Parameters, coordinates: Sequence[Tensor], speed: float) -> Tensor:
-    return magnet_features(**parameters, coordinates=coordinates)
-
-
 def _magnet_frequencies(parameters: Parameters) -> Tensor:
     return filter_frequencies(parameters["sine_weight"], parameters["gamma"])
 
@@ -77,34 +68,15 @@ def _gabor_shapes(ndim: int, hidden: int, layers: int, outputs: Sequence[int]) -
     return {**magnet_shapes(ndim, hidden, layers, outputs), "gamma": (layers + 1, hidden)}
 
 
-@torch.no_grad()
-def _reset_gabor(parameters: Parameters, speed: float, by_layer: bool) -> None:
-    """As Fathony et al. 2021: the sines' weights grow with sqrt(gamma), the inverse width of an envelope."""
-    sine_weight, gamma = parameters["sine_weight"], parameters["gamma"]
-    layers, _, ndim = sine_weight.shape
-    gamma.copy_(sample_gamma(gamma, by_layer))
-    sine_weight.uniform_(-1 / math.sqrt(ndim), 1 / math.sqrt(ndim)).mul_(gamma.sqrt()[..., None])
-    sine_weight.mul_(speed / math.sqrt(layers))
-    parameters["sine_bias"].uniform_(-math.pi, math.pi)
-    parameters["mean"].uniform_(-1, 1)
-    reset_hidden_(parameters)
-
-
 def _gabor_features(parameters: Parameters, coordinates: Sequence[Tensor], speed: float) -> Tensor:
     weight, bias, mean, gamma = (parameters[name].flatten(0, 1) for name in GABOR_PARAMETERS)
     envelope = [bell(-0.5 * gamma[:, None] * (axis - mean[:, d, None]).square()) for d, axis in enumerate(coordinates)]
-    return _product(modulated_sines(weight, bias, envelope, coordinates), parameters)
+    return multiply_filters(modulated_sines(weight, bias, envelope, coordinates), parameters)
 
 
 def _gabor_frequencies(parameters: Parameters) -> Tensor:
     """An envelope exp(-gamma r^2 / 2) has a deviation of 1 / sqrt(gamma), its spectrum one of sqrt(gamma)."""
-    width = parameters["gamma"].clamp_min(0).sqrt()
-    return (parameters["sine_weight"].abs().amax(-1) + ENVELOPE_CUT * width).amax(-1) / (2 * math.pi)
-
-
-def _product(filters: Tensor, parameters: Parameters) -> Tensor:
-    layers, hidden = parameters["sine_bias"].shape
-    return multiply_filters(filters.reshape(layers, hidden, -1), parameters["hidden_weight"], parameters["hidden_bias"])
+    return filter_frequencies(parameters["sine_weight"], parameters["gamma"].clamp_min(0).sqrt()[..., None])
 
 
 # ---- multiplicative Fourier networks: no envelopes (Fathony et al. 2021)
@@ -115,18 +87,9 @@ def _fourier_shapes(ndim: int, hidden: int, layers: int, outputs: Sequence[int])
     return {name: shape for name, shape in shapes.items() if name not in ("mean", "gamma")}
 
 
-@torch.no_grad()
-def _reset_fourier(parameters: Parameters, speed: float, by_layer: bool) -> None:
-    weight = parameters["sine_weight"]
-    layers, _, ndim = weight.shape
-    weight.uniform_(-1 / math.sqrt(ndim), 1 / math.sqrt(ndim)).mul_(speed / math.sqrt(layers))
-    parameters["sine_bias"].uniform_(-math.pi, math.pi)
-    reset_hidden_(parameters)
-
-
 def _fourier_features(parameters: Parameters, coordinates: Sequence[Tensor], speed: float) -> Tensor:
     weight, bias = (parameters[name].flatten(0, 1) for name in ("sine_weight", "sine_bias"))
-    return _product(modulated_sines(weight, bias, [1.0] * len(coordinates), coordinates), parameters)
+    return multiply_filters(modulated_sines(weight, bias, [1.0] * len(coordinates), coordinates), parameters)
 
 
 def _fourier_frequencies(parameters: Parameters) -> Tensor:
@@ -174,8 +137,8 @@ def _siren_features(parameters: Parameters, coordinates: Sequence[Tensor], speed
 
 #: by name, as in `FlexSpec.kernel_net`
 NETS: dict[str, KernelNet] = {
-    "magnet": KernelNet(magnet_shapes, reset_magnet_, _magnet_features, _magnet_frequencies, INPUT_SCALE, True),
-    "gabor": KernelNet(_gabor_shapes, _reset_gabor, _gabor_features, _gabor_frequencies, INPUT_SCALE, False),
-    "fourier": KernelNet(_fourier_shapes, _reset_fourier, _fourier_features, _fourier_frequencies, INPUT_SCALE, None),
+    "magnet": KernelNet(magnet_shapes, reset_filters_, magnet_features, _magnet_frequencies, INPUT_SCALE, True),
+    "gabor": KernelNet(_gabor_shapes, reset_filters_, _gabor_features, _gabor_frequencies, INPUT_SCALE, False),
+    "fourier": KernelNet(_fourier_shapes, reset_filters_, _fourier_features, _fourier_frequencies, INPUT_SCALE, None),
     "siren": KernelNet(_siren_shapes, _reset_siren, _siren_features, None, SIREN_OMEGA, None),
 }
