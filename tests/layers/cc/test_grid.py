@@ -15,7 +15,7 @@ from timm_contconv.layers.cc.grid import ResizedAxis, distances, neighbours, out
     ],
 )
 def test_projected_grid(axis: ResizedAxis, grid: list[float]) -> None:
-    assert [axis.position(n) / (2 * axis.numerator) for n in range(axis.out_size)] == pytest.approx(grid)
+    assert [axis.position(n) / (2 * axis.numerator) for n in range(axis.out_size)] == pytest.approx(grid, rel=1e-12)
 
 
 def test_neighbours_are_whole_and_distances_exact_where_two_are_as_near() -> None:
