@@ -1,5 +1,6 @@
 """The command line."""
 
+import inspect
 import io
 import json
 import re
@@ -13,13 +14,24 @@ from typer.testing import CliRunner
 
 import timm_contconv as tcc
 from contconv import app
-from timm_contconv.cli import demo
+from timm_contconv.cli import commands, demo
 
 HUB = Path(__file__).parents[2] / "hub"
 
 
 def contconv(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
+
+
+# `run` passes the script's arguments on, and is called by hand
+DECLARATIONS = [c.callback for c in app.registered_commands if c.callback.__name__ != "run"]
+
+
+@pytest.mark.parametrize("declaration", DECLARATIONS, ids=lambda declaration: declaration.__name__)
+def test_a_command_takes_what_its_declaration_gives(declaration):
+    """They meet by name, which mypy does not check."""
+    given = inspect.signature(declaration).parameters
+    inspect.signature(getattr(commands, declaration.__name__)).bind(**dict.fromkeys(given))
 
 
 def test_list_names_recipes_and_models():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -14,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import get_model_input_config
 from torch import nn
 
+from ..patching.originals import in_eval_mode
 from .card import write_card
 from .download import explain_errors
 from .load import from_pretrained
@@ -118,7 +118,7 @@ def _verify(folder: Path, model: nn.Module) -> None:
     parameter = next(model.parameters())
     size = get_model_input_config(model)["input_size"]
     images = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
-    with _evaluating(model):
+    with in_eval_mode(model):
         expected = model(images).float()
     if not expected.isfinite().all():
         raise ValueError("model: its logits are not finite for an ordinary image; train it again before publishing")
@@ -137,15 +137,3 @@ def _verify(folder: Path, model: nn.Module) -> None:
             "model: loaded back from its files it gives other logits, so that it holds something that they do not: a"
             " hook, or an attribute that was changed by hand"
         )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and every module in its own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

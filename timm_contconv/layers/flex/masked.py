@@ -95,7 +95,7 @@ class MaskedKernel(Kernel):
                 sigma[d] = max(self.initial_sigma, smallest)
             for value in angle:
                 nn.init.zeros_(value)
-        self._look_again()
+        self._update_crop()
 
     def _mask_out_(self, sizes: Sequence[int]) -> None:
         """Set a centred mask that leaves `sizes` pixels."""
@@ -137,14 +137,18 @@ class MaskedKernel(Kernel):
         Raises:
             ValueError: the mask is not finite.
         """
-        if (bad := self._look_again()) is not None:
+        if (bad := self._update_crop()) is not None:
             raise ValueError(
                 f"mask: mean {bad[0]} and sigma {bad[1]}, expected finite numbers; go back to an earlier"
                 " checkpoint, and train with gradient clipping or a lower learning rate"
             )
 
-    def _look_again(self) -> MaskValues | None:
-        """`look` without an error, which the next forward pass raises: returns a mask that is not finite."""
+    def _update_crop(self) -> MaskValues | None:
+        """Crop to the mask as it is now, if it has values.
+
+        Returns:
+            The values of a mask that is not finite, which an error in the next forward pass names; the crop stays.
+        """
         mask, crop = self._mask(), self._crop
         if not (self._is_cropped and may_look(mask)):
             return None
@@ -163,17 +167,17 @@ class MaskedKernel(Kernel):
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if not mode:
-            self._look_again()
+            self._update_crop()
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         super()._apply(*args, **kwargs)
-        self._look_again()
+        self._update_crop()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._look_again()
+        self._update_crop()
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -241,7 +245,7 @@ class MaskedKernel(Kernel):
         """Sample the kernel at `ratio` times its original resolution; see `FlexConv2d.at_resolution`."""
         self._set_ratio(ratio)
         self._crop = self._compiled_margins = None
-        self._look_again()
+        self._update_crop()
 
     def _set_ratio(self, ratio: Fraction) -> None:
         self.resolution_ratio = ratio
